@@ -393,17 +393,24 @@ def _load_numba() -> None:
     _define_intrinsics(lanes=16 if wide else 8, native_half=not x86 or bool(features.get("f16c")))
     scope = globals()
     scope.update(prange=numba.prange, carray=numba.carray)
-    for function, options in _KERNELS:
-        options = dict(options)
-        if options.pop("entry", False):  # called by address, so that `_run` need not inline it
-            make = functools.partial(numba.cfunc, numba.void(*[numba.int64] * 8))
-        else:
-            make = numba.njit
-        make = functools.partial(make, fastmath=_FASTMATH, error_model="numpy", **options)
-        try:
-            scope[function.__name__] = make(cache=True)(function)
-        except RuntimeError:  # no writable place for the cache: compile for this process only
-            scope[function.__name__] = make()(function)
+    notice = threading.Timer(2, lambda: print("fastprior: compiling kernels for this CPU, once (about 20 s)",
+                                              file=sys.stderr, flush=True))
+    notice.daemon = True
+    notice.start()
+    try:
+        for function, options in _KERNELS:
+            options = {"fastmath": _FASTMATH, "error_model": "numpy"} | options
+            if options.pop("entry", False):  # called by address, so that `_run` need not inline it
+                make = functools.partial(numba.cfunc, numba.void(*[numba.int64] * 8), **options)
+            else:
+                signature = options.pop("signature", None)
+                make = functools.partial(numba.njit, **({"signature_or_function": signature} if signature else {}), **options)
+            try:
+                scope[function.__name__] = make(cache=True)(function)
+            except RuntimeError:  # no writable place for the cache: compile for this process only
+                scope[function.__name__] = make(cache=False)(function)
+    finally:
+        notice.cancel()
 
 
 def _define_intrinsics(lanes: int, native_half: bool) -> None:
@@ -927,19 +934,20 @@ def _rotate(p, band, bands, ws, state, image, batch, state_stride):
 
 @_kernel(entry=True)
 def _map(p, band, bands, ws, state, image, batch, state_stride):
-    """MAP: smooth and enlarge the grid of nll to the image's own size."""
+    """MAP: smooth and enlarge weight * z of the grid to the image's own size."""
     p, image = _ints(p), _ints(image)
-    nll, grid = p[1], p[2]
+    z, grid, weight = p[1], p[2], p[3]
     target, h, w, rows, cols = image[9], image[1], image[2], image[10], image[11]
     if target == 0:
         return
-    cells, r, c = _floats(state + 4 * nll, grid * grid), _floats(rows, h * grid), _floats(cols, grid * w)
+    cells, r, c = _floats(state + 4 * z, grid * grid), _floats(rows, h * grid), _floats(cols, grid * w)
+    weights = _floats(weight, grid * grid)
     mixed = np.empty(grid, np.float32)
     for y in range(band * h // bands, (band + 1) * h // bands):
         mixed[:] = 0
         for i in range(grid):
             for j in range(grid):
-                mixed[j] += r[y * grid + i] * cells[i * grid + j]
+                mixed[j] += r[y * grid + i] * (weights[i * grid + j] * cells[i * grid + j])
         to = _floats(target + 4 * y * w, w)
         to[:] = 0
         for j in range(grid):
@@ -974,21 +982,21 @@ def _mix(p, band, bands, ws, state, image, batch, state_stride):
 _FIELDS = 24  # int64 fields of a program row; field 0 is the address of the compiled operation
 
 
-@_kernel(parallel=True)
-def _run(program, images, whole_batch, bands, ws, ws_stride, states, state_stride):
+@_kernel(parallel=True, signature="void(i8[:,::1], i8[:,::1], i8, i8, i8, i8, i8, i8, i8)")
+def _run(program, images, whole_first, whole_last, bands, ws, ws_stride, states, state_stride):
     """All images through all operations. Fewer images than threads: bands of rows; else an image a thread.
 
-    Operations from `whole_batch[0]` to `whole_batch[1]` take all images at once.
+    The operations from `whole_first` up to `whole_last` take all images at once.
     """
     batch = images.shape[0]
     rows, table = program.ctypes.data, images.ctypes.data
     for part in range(3):
         if part == 0:
-            start, stop = 0, whole_batch[0]
+            start, stop = 0, whole_first
         elif part == 1:
-            start, stop = whole_batch[0], whole_batch[1]
+            start, stop = whole_first, whole_last
         else:
-            start, stop = whole_batch[1], program.shape[0]
+            start, stop = whole_last, program.shape[0]
         if part == 1:
             for k in range(start, stop):
                 for band in prange(bands):
@@ -1523,8 +1531,8 @@ class _CpuEngine:
         states = self.prepare(batch)
         program = self.program[operations]
         whiten = [i for i, row in enumerate(program) if row[0] == _whiten.address]
-        part = (whiten[0], whiten[0] + 1) if whiten else (len(program), len(program))
-        _run(program, np.array([r + [0] * (_FIELDS - len(r)) for r in rows], np.int64), part, self.threads,
+        first, last = (whiten[0], whiten[0] + 1) if whiten else (len(program), len(program))
+        _run(program, np.array([r + [0] * (_FIELDS - len(r)) for r in rows], np.int64), first, last, self.threads,
              self.slabs.ctypes.data, self.floats, states.ctypes.data, states.shape[1])
         return states
 
@@ -1965,6 +1973,12 @@ class Prior:
                 raise
             raise ModelError(f"{path}: inconsistent model ({e})") from e
 
+    def with_steps(self, steps: int) -> "Prior":
+        """The same model with another number of DDIM inversion steps (one it is calibrated for)."""
+        settings = dataclasses.replace(self.settings, steps=steps)
+        return Prior(settings, self.backbone, self.mean, self.whitener, self.denoiser, self.calibrations, self.summary,
+                     self.threads)
+
     # -- scoring ---------------------------------------------------------------------------------
 
     @property
@@ -2003,9 +2017,12 @@ class Prior:
         location, scale, _ = self.calibration["moments"]
         return (worst_mean(z, self.settings.worst) - location) / scale
 
+    def _map_weight(self) -> np.ndarray:
+        """The map shows nll less its mean a position, in one unit everywhere: 1 is the map's threshold."""
+        return 1 / (self.calibration["scale"] * self.calibration["moments"][2])
+
     def _map_operator(self, n_out: int) -> np.ndarray:
-        # one factor a side, so each carries the root: a map of 1 is the threshold of `calibration`
-        return map_operator(self.grid, n_out, self.settings.smooth) / math.sqrt(self.calibration["moments"][2])
+        return map_operator(self.grid, n_out, self.settings.smooth)
 
     def nll(self, images: list[np.ndarray], maps: list[np.ndarray | None] | None = None) -> np.ndarray:
         """Calibrated negative log-likelihood a position, float32 (B, N); fills `maps` where given.
@@ -2036,7 +2053,8 @@ class Prior:
             x_T = self.latent(self.backbone.features(x.astype(np.float32), self.grid))
             z = 0.5 * np.sum(x_T * x_T, -1) * self.calibration["scale"] + self.calibration["location"]
             if target is not None:
-                target[...] = anomaly_map(z.reshape(self.grid, self.grid), *map(self._map_operator, image.shape[:2]))
+                cells = (z * self._map_weight()).reshape(self.grid, self.grid)
+                target[...] = anomaly_map(cells, *map(self._map_operator, image.shape[:2]))
             out.append(z)
         return np.array(out, np.float32)
 
@@ -2048,7 +2066,7 @@ class Prior:
             x = e.whiten(f, n, c, self.mean, self.whitener)
             nll = _emit_inversion(e, x, n, c, self.denoiser, self.timesteps, self.prediction,
                                   self.calibration["scale"], self.calibration["location"])
-            e.emit(_map, nll, self.grid)
+            e.emit(_map, nll, self.grid, e.constant(self._map_weight()))
             e.finish()
             self._built = e, nll
         return self._built
@@ -2223,7 +2241,7 @@ def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
     raw = worst_mean(z, settings.worst)
     grid = math.isqrt(nll.shape[1])
     smooth = map_operator(grid, grid, settings.smooth)
-    peaks = (smooth @ z.reshape(-1, grid, grid) @ smooth.T).max((1, 2))
+    peaks = (smooth @ (nll - mean).reshape(-1, grid, grid) @ smooth.T).max((1, 2))
     peak = conformal_threshold(peaks, settings.fpr).value
     moments = np.array([raw.mean(), max(raw.std(ddof=1), 1e-6), max(peak, 1e-3)])
     return {"location": location.astype(np.float32), "scale": scale.astype(np.float32), "moments": moments,
@@ -2381,9 +2399,13 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, ite
         target = signal * eps - noise * x if prediction == "v" else eps
         return torch.mean((torch_denoise(torch, params, signal * x + noise * eps, t) - target) ** 2)
 
+    phi = torch.arccos(table.sqrt())
+
     def draw(count):
-        return torch.randint(0, NUM_TRAIN_TIMESTEPS, (count,), generator=generator), \
-            torch.randn(count, n, c, generator=generator)
+        # angles in proportion to u^2: small t, where good and bad still differ, matters most
+        angle = torch.rand(count, generator=generator) ** 2 * phi[-1]
+        t = torch.searchsorted(phi, angle).clamp(max=NUM_TRAIN_TIMESTEPS - 1)
+        return t, torch.randn(count, n, c, generator=generator)
     fixed = [(rows, *draw(len(rows))) for rows in np.array_split(test[:64], max(1, len(test[:64]) // 16))]
 
     def evaluate(params):
@@ -2422,3 +2444,492 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, ite
         raise FastPriorError("training diverged: the held-out loss is not finite; try another seed")
     report = {"iterations": best_at, "iterations_run": i, "loss_start": round(start, 5), "loss": round(best_loss, 5)}
     return {k: v.numpy().copy() for k, v in best.items()}, report
+
+
+# ------------------------------------------------------------------------------------------------
+# Heat maps
+# ------------------------------------------------------------------------------------------------
+
+# matplotlib's "inferno" at nine points, interpolated: dark for little, bright for much
+_INFERNO = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
+                     [249, 140, 10], [249, 201, 50], [252, 255, 164]], np.float64)
+
+
+def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:
+    """Blend an anomaly map into its image: uint8 (H, W, 3), (H, W) -> uint8 (H, W, 3).
+
+    Nothing is drawn below half the threshold (0.5), full colour is reached at three times (3.0).
+    """
+    strength = np.clip((anomaly_map - .5) / 2.5, 0, 1)[..., None]
+    at = np.sqrt(strength[..., 0]) * (len(_INFERNO) - 1)
+    colour = np.stack([np.interp(at, np.arange(len(_INFERNO)), _INFERNO[:, c]) for c in range(3)], -1)
+    alpha = np.clip(strength * 4, 0, .75)
+    return np.rint(image * (1 - alpha) + colour * alpha).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------
+# Bench: accuracy on a data set, speed on this machine
+# ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Category:
+    """One product: good images to train on, test images with labels, and masks where there are any."""
+    name: str
+    train: list[Path]
+    test: list[Path]
+    labels: np.ndarray  # bool, True = anomalous
+    masks: list[Path | None]
+
+
+def find_categories(root: str | os.PathLike) -> list[Category]:
+    """Categories in MVTec AD's layout: ROOT/<category>/{train/good, test/<type>, ground_truth/<type>}, or one of them."""
+    root = Path(root)
+    folders = [root] if (root / "train" / "good").is_dir() else sorted(
+        p for p in root.iterdir() if (p / "train" / "good").is_dir()) if root.is_dir() else []
+    if not folders:
+        raise ImageError(f"{root}: expected MVTec AD's layout (<category>/train/good and <category>/test/<type>)")
+    categories = []
+    for folder in folders:
+        test = [p for p in find_images(folder / "test")]
+        labels = np.array([p.parent.name != "good" for p in test])
+        masks = []
+        for p in test:
+            mask = folder / "ground_truth" / p.parent.name / f"{p.stem}_mask.png"
+            masks.append(mask if mask.is_file() else None)
+        categories.append(Category(folder.name, find_images(folder), test, labels, masks))
+    return categories
+
+
+def evaluate(prior: Prior, category: Category, progress: Progress = _quiet) -> dict[str, float]:
+    """Image AUROC, AP and F1-max; pixel AUROC, AP and AUPRO at the masks' own size, where there are masks."""
+    scores, maps, masks = [], [], []
+    with_masks = any(category.masks)
+    for start in range(0, len(category.test), 8):
+        part = slice(start, start + 8)
+        for result, mask, label in zip(prior.score_batch(category.test[part], with_map=with_masks),
+                                       category.masks[part], category.labels[part]):
+            scores.append(result.score)
+            if with_masks and (mask is not None or not label):
+                m = load_image(mask)[..., 0] > 127 if mask else np.zeros(result.anomaly_map.shape, bool)
+                masks.append(m)
+                maps.append(result.anomaly_map)
+        progress(f"scoring {category.name}", min(start + 8, len(category.test)), len(category.test))
+    report = {"image_auroc": auroc(category.labels, scores), "image_ap": average_precision(category.labels, scores),
+              "image_f1_max": f1_max(category.labels, scores)[0]}
+    return report | (pixel_metrics(masks, maps) if with_masks else {})
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
+
+
+def trained(category: Category, iterations: int | None, minutes: float | None, progress: Progress = _quiet,
+            threads: int | None = None, **settings) -> Prior:
+    """`fit`, or the cached model of an earlier call with the same images, settings and fastprior."""
+    import hashlib
+    config = dataclasses.asdict(Settings(**settings))
+    key = hashlib.sha256(json.dumps([__version__, FORMAT, config, iterations, minutes]).encode())
+    if Path(config["backbone"]).is_file():
+        key.update(Path(config["backbone"]).read_bytes())
+    key.update(Path(__file__).read_bytes())
+    for path in category.train:
+        key.update(path.read_bytes())
+    cached = _cache_folder() / f"{category.name}-{key.hexdigest()[:24]}.npz"
+    if cached.is_file():
+        return Prior.load(cached, threads=threads)
+    prior = fit(category.train, iterations=iterations, minutes=minutes, progress=progress, threads=threads, **settings)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    prior.save(cached)
+    return prior
+
+
+def _median_ms(call: Callable[[], Any], seconds: float, least: int = 20) -> np.ndarray:
+    """Milliseconds of every call within a time budget, after three calls that are not counted."""
+    for _ in range(3):
+        call()
+    times, began = [], time.perf_counter()
+    while len(times) < least or time.perf_counter() - began < seconds:
+        t = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - t) * 1e3)
+    return np.array(times)
+
+
+def _stages(prior: Prior) -> dict[str, list[slice]]:
+    """The parts of a frame's program, in order."""
+    engine, _ = prior._engine()
+    kinds = engine.program[:, 0]
+    whiten = int(np.flatnonzero(kinds == _whiten.address)[0])
+    return {"resize": slice(0, 1), "features": slice(1, whiten), "inversion": slice(whiten, len(kinds) - 1),
+            "map": slice(len(kinds) - 1, len(kinds))}
+
+
+def bench_speed(prior: Prior, input_size: int, batch: int = 16, seconds: float = 2.0) -> dict:
+    """Latency and throughput of this model on this machine; milliseconds, warm, decode apart.
+
+    The frame is `Prior.score` on a uint8 array of input_size^2: resize, features, inversion, density,
+    map and Python. Stages are the same program run in parts.
+    """
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (input_size // 16, input_size // 16, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(noise).resize((input_size, input_size), Image.BICUBIC))
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    frame = _median_ms(lambda: prior.score(image), seconds)
+    batched = _median_ms(lambda: prior.score_batch([image] * batch), seconds, 5)
+    report = {"size": prior.settings.size, "input_size": input_size, "steps": prior.settings.steps,
+              "frame_p50_ms": np.median(frame), "frame_p95_ms": np.percentile(frame, 95),
+              "frames_per_second": 1e3 / np.median(frame), "batch": batch,
+              "batch_frames_per_second": 1e3 * batch / np.median(batched),
+              "decode_png_ms": np.median(_median_ms(lambda: load_image(np.asarray(Image.open(stream).convert("RGB"))), .3))}
+    if prior.backend == "numba":
+        engine, _ = prior._engine()
+        target = np.empty(image.shape[:2], np.float32)
+        rows = [engine.image_row(image, prior.settings.size, target, prior._map_operator)]
+        for name, part in _stages(prior).items():
+            report[f"{name}_ms"] = np.median(_median_ms(lambda: engine.run(rows, part), seconds / 4))
+    return {k: float(v) if isinstance(v, np.floating) else v for k, v in report.items()}
+
+
+def machine() -> dict[str, str | int]:
+    """What a figure needs beside it."""
+    import platform
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    if _has_numba():
+        import numba
+        versions["numba"] = numba.__version__
+    return {"cpu": name, "cores": os.cpu_count() or 1, **versions}
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+def _images_under(patterns: Iterable[str]) -> list[Path]:
+    """Files, folders and globs -> image files, in order, each once."""
+    import glob
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+                            and "ground_truth" not in p.parts)
+            if not inside:
+                raise ImageError(f"{path}: no images here (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        elif path.exists():
+            inside = [path]
+        else:
+            inside = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
+            if not inside:
+                raise ImageError(f"{pattern}: no such file, folder or glob")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def demo_model() -> Path:
+    """The model in weights/ that scores the washers of examples/."""
+    return _data_folder("weights") / "demo.npz"
+
+
+class _Bars:
+    """rich progress bars on stderr, one a stage; silent where stderr is no terminal."""
+
+    def __enter__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
+        console = Console(stderr=True)
+        self.bars = Bars(TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                         console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, Any] = {}
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bars.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=total)
+        self.bars.update(self.tasks[what], completed=done, total=total)
+
+
+def _say(*text) -> None:
+    print(*text, file=sys.stderr, flush=True)
+
+
+def _promise(t: Threshold, n: int) -> str:
+    text = (f"threshold {t.value:.2f} for a false-alarm rate of {t.fpr:.1%}: {n} held-out good images promise "
+            f"{t.expected:.1%} on average, at most {t.bound:.1%} with 95 % confidence")
+    if t.bound > t.fpr:
+        text += f"; to bound {t.fpr:.1%} takes {t.needed} (parametric estimate, no promise: {t.estimate:.2f})"
+    return text
+
+
+def _build_app():
+    import typer
+    app = typer.Typer(name="fastprior", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                      context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode=None,
+                      help="Tell good parts from bad ones: train on good images, score new ones in milliseconds.")
+
+    def version(value: bool):
+        if value:
+            print(__version__)
+            raise typer.Exit()
+
+    @app.callback()
+    def root(show: bool = typer.Option(False, "--version", callback=version, is_eager=True, help="Print the version."),
+             debug: bool = typer.Option(False, "--debug", help="Show a traceback when something fails.")):
+        pass
+
+    threads_option = typer.Option(None, "--threads", min=1, help="CPU threads (default: all, or NUMBA_NUM_THREADS).")
+
+    @app.command()
+    def train(good: Path = typer.Argument(..., help="Folder of good images, or a category in MVTec AD's layout."),
+              output: Path = typer.Option(..., "-o", "--output", help="Model file to write (.npz)."),
+              backbone: str = typer.Option("lite0", help="lite0, lite1..lite4, timm:NAME, or a .safetensors/.pth file."),
+              size: int = typer.Option(Settings.size, help="Side the image is resized to, pixels, a multiple of 32."),
+              steps: int = typer.Option(Settings.steps, help="DDIM inversion steps."),
+              iterations: int = typer.Option(None, min=0, help="At most this many training steps; 0 needs no torch."),
+              minutes: float = typer.Option(None, min=0.01, help="At most this long in the denoiser's training."),
+              variant: str = typer.Option(Settings.variant, help="whitened, or plain (the paper's, for ablations)."),
+              calibration: str = typer.Option(Settings.calibration, help="cross (uses every image) or holdout (exact)."),
+              fpr: float = typer.Option(Settings.fpr, help="False-alarm rate to set the threshold for."),
+              seed: int = typer.Option(Settings.seed, help="Seed of everything random."),
+              threads: int = threads_option):
+        """Train a model on good images.
+
+        Example: fastprior train photos/good -o part.npz
+        """
+        if not output.absolute().parent.is_dir():
+            raise FastPriorError(f"{output}: the folder {output.absolute().parent} does not exist")
+        with _Bars() as bars:
+            prior = fit(good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, backbone=backbone,
+                        size=size, steps=steps, variant=variant, calibration=calibration, fpr=fpr, seed=seed)
+        prior.save(output)
+        s = prior.summary
+        for line in s["unreadable"]:
+            _say(f"left out: {line}")
+        _say(f"{s['images']} images, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
+             f"{s['iterations']} training steps" + (f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else "")
+             + f"; {s['seconds']:.0f} s")
+        _say(_promise(prior.threshold, len(prior.calibration["scores"])))
+        print(output)
+
+    @app.command()
+    def score(paths: list[str] = typer.Argument(..., help="Files, folders or globs."),
+              model: Path = typer.Option(None, "-m", "--model", help="Model file; default: the demo's (washers)."),
+              steps: int = typer.Option(None, help="DDIM inversion steps (default: the model's)."),
+              fpr: float = typer.Option(None, help="False-alarm rate to judge at (default: the model's)."),
+              map_folder: Path = typer.Option(None, "--map", help="Folder for heat-map overlays, at each image's size."),
+              as_json: bool = typer.Option(False, "--json", help="One JSON object a line."),
+              threads: int = threads_option):
+        """Score images: path, score, p-value, verdict. Exit code 0: all good, 1: anomalies, 2: errors.
+
+        The score counts standard deviations above the average held-out good image; the p-value is the
+        share of held-out good images that score as high.
+
+        Example: fastprior score examples/washers --map maps/
+        """
+        if model is None:
+            model = demo_model()
+            _say(f"no --model given: using the demo model, which knows the washers of examples/ ({model})")
+        files = _images_under(paths)
+        prior = Prior.load(model, threads=threads, steps=steps, fpr=fpr)
+        if map_folder:
+            map_folder.mkdir(parents=True, exist_ok=True)
+        names = _map_names(files)
+        failed = anomalies = 0
+        with _Bars() as bars:
+            for i, path in enumerate(files):
+                try:
+                    image = load_image(path)
+                    r = prior.score(image, with_map=map_folder is not None)
+                except (ImageError, ShapeError) as e:
+                    failed += 1
+                    _say(f"error: {e}")
+                    if as_json:
+                        print(json.dumps({"path": str(path), "error": str(e)}), flush=True)
+                    continue
+                anomalies += r.is_anomaly
+                row = {"path": str(path), "score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
+                if map_folder:
+                    from PIL import Image
+                    row["map"] = str(map_folder / names[i])
+                    Image.fromarray(overlay(image, r.anomaly_map)).save(row["map"])
+                print(json.dumps(row) if as_json else
+                      f"{row['path']}\t{r.score:.2f}\t{r.p_value:.4f}\t{r.verdict}", flush=True)
+                if len(files) > 1:
+                    bars("scoring", i + 1, len(files))
+        raise typer.Exit(2 if failed else int(anomalies > 0))
+
+    @app.command()
+    def bench(steps: str = typer.Option("2", help="Steps, or several: 1,2,3,5."),
+              data: Path = typer.Option(None, "--data", help="Also accuracy: a folder of categories in MVTec AD's layout."),
+              model: Path = typer.Option(None, "-m", "--model", help="Time this model instead of untrained ones."),
+              backbone: list[str] = typer.Option(["lite0"], help="May be given several times."),
+              variants: str = typer.Option("full", help="Of gaussian, plain, full; several with commas."),
+              size: int = typer.Option(Settings.size, help="Side the image is resized to."),
+              input_size: int = typer.Option(None, help="Side of the image that is timed (default: --size)."),
+              batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),
+              iterations: int = typer.Option(None, min=1, help="At most this many training steps."),
+              seeds: str = typer.Option("0", help="Seeds, comma-separated; each trains its own models."),
+              as_json: bool = typer.Option(False, "--json", help="One JSON object a row."),
+              threads: int = threads_option):
+        """Measure speed on this machine and, with --data, accuracy. Trained models are cached.
+
+        Examples: fastprior bench --steps 2
+                  fastprior bench --data mvtec --variants gaussian,plain,full --steps 2,3,5
+        """
+        _say(" ".join(f"{k}={v}" for k, v in machine().items()), f"fastprior={__version__} dtype=float32")
+        counts = _numbers(steps, "steps")
+        speed_rows, rows = [], []
+        with _Bars() as bars:
+            for name in ([] if model else backbone):
+                for variant in variants.split(","):
+                    for seed in _numbers(seeds, "seeds") if data else [0]:
+                        options = _variant(variant, iterations) | {"backbone": name, "size": size, "seed": seed}
+                        for category in find_categories(data) if data else []:
+                            prior = trained(category, options.pop("iterations"), None, bars, threads, **options)
+                            options = _variant(variant, iterations) | {"backbone": name, "size": size, "seed": seed}
+                            for count in counts:
+                                prior = prior.with_steps(count)
+                                rows.append({"backbone": Path(name).stem, "variant": variant, "steps": count, "seed": seed,
+                                             "category": category.name, **evaluate(prior, category, bars)})
+                                if as_json:
+                                    print(json.dumps(rows[-1]), flush=True)
+                if not data:
+                    prior = untrained(name, size, threads)
+                for count in counts:
+                    speed_rows.append((Path(name).stem, not data, bench_speed(prior.with_steps(count), input_size or size, batch)))
+            if model:
+                for count in counts:
+                    prior = Prior.load(model, threads=threads, steps=count)
+                    speed_rows.append((model.name, False, bench_speed(prior, input_size or prior.settings.size, batch)))
+        for name, bare, report in speed_rows:
+            print(json.dumps({"model": name, "untrained": bare} | report) if as_json else _speed_text(name, bare, report))
+        if rows and not as_json:
+            print(_accuracy_table(rows))
+
+    @app.command()
+    def info(model: Path = typer.Argument(None, help="Model file; without one, this installation."),
+             as_json: bool = typer.Option(False, "--json", help="As one JSON object.")):
+        """What is installed and in use, and what a model holds.
+
+        Example: fastprior info part.npz
+        """
+        facts: dict[str, Any] = {"fastprior": __version__, "file": __file__, **machine()}
+        if _has_numba():
+            import numba
+            facts |= {"backend": "numba (cpu)", "threads": numba.config.NUMBA_NUM_THREADS}
+        else:
+            facts |= {"backend": "numpy (slow: pip install numba)", "threads": 1}
+        if model:
+            prior = Prior.load(model)
+            facts |= {"model": str(model), "backbone": prior.backbone.name, "grid": f"{prior.grid}x{prior.grid}",
+                      "channels": sum(prior.backbone.channels), **dataclasses.asdict(prior.settings),
+                      "timesteps": prior.timesteps.tolist(), "calibrated_steps": sorted(prior.calibrations),
+                      "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()),
+                      "megabytes": round(model.stat().st_size / 1e6, 1), **prior.summary,
+                      "promise": _promise(prior.threshold, len(prior.calibration["scores"]))}
+        print(json.dumps(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
+
+    return app
+
+
+def _numbers(text: str, name: str) -> list[int]:
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError as e:
+        raise ShapeError(f"--{name}: expected numbers separated by commas, got {text!r}") from e
+
+
+def _variant(name: str, iterations: int | None) -> dict:
+    """What the names in the tables mean."""
+    known = {"gaussian": {"iterations": 0}, "full": {"iterations": iterations},
+             "plain": {"iterations": iterations, "variant": "plain"}}
+    if name not in known:
+        raise ShapeError(f"--variants: expected some of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def untrained(backbone: str, size: int, threads: int | None = None) -> Prior:
+    """A prior of random numbers with the shapes of a trained one: for timing only."""
+    settings = Settings(backbone=backbone, size=size)
+    settings.check()
+    net = load_backbone(backbone)
+    n, c = (size // 16) ** 2, sum(net.channels)
+    rng, panels = np.random.default_rng(0), -(-c // _PANEL)
+    denoiser = initial_denoiser(n, c, settings)
+    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32), "moments": np.ones(3),
+                   "scores": np.arange(100.)}
+    whitener = (rng.standard_normal((n, panels * (panels + 1) // 2, _PANEL, _PANEL), np.float32) * .01).astype(np.float16)
+    return Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
+                 {k: calibration for k in range(1, 21)}, {}, threads)
+
+
+def _speed_text(name: str, bare: bool, r: dict) -> str:
+    text = (f"{name} {r['size']} px, steps {r['steps']}{', untrained' if bare else ''}: frame p50 {r['frame_p50_ms']:.2f} ms, "
+            f"p95 {r['frame_p95_ms']:.2f} ms, {r['frames_per_second']:.0f} frames/s; batch {r['batch']}: "
+            f"{r['batch_frames_per_second']:.0f} frames/s; decode (PNG, {r['input_size']} px) {r['decode_png_ms']:.2f} ms")
+    stages = [f"{k[:-3]} {r[k]:.2f}" for k in ("resize_ms", "features_ms", "inversion_ms", "map_ms") if k in r]
+    return text + (f"\n  of which, ms: {', '.join(stages)}" if stages else "")
+
+
+def _accuracy_table(rows: list[dict]) -> str:
+    """Markdown: a row for backbone x variant x steps, image AUROC per category, means over seeds."""
+    names = sorted({r["category"] for r in rows})
+    seeds = len({r["seed"] for r in rows})
+    lines = ["| backbone | variant | steps | " + " | ".join(names) + " | mean | pixel AUROC | AUPRO |",
+             "|---" * (len(names) + 6) + "|"]
+    groups: dict[tuple, list[dict]] = {}
+    for r in rows:
+        groups.setdefault((r["backbone"], r["variant"], r["steps"]), []).append(r)
+
+    def mean(group, key):
+        values = [r[key] for r in group if key in r]
+        return f"{np.mean(values):.4f}" if values else "–"
+    for key, group in groups.items():
+        cells = [mean([r for r in group if r["category"] == n], "image_auroc") for n in names]
+        lines.append("| " + " | ".join([*map(str, key), *cells, mean(group, "image_auroc"), mean(group, "pixel_auroc"),
+                                        mean(group, "aupro")]) + " |")
+    return "\n".join(lines + ([f"\nmeans over {seeds} seeds"] if seeds > 1 else []))
+
+
+def _map_names(files: list[Path]) -> list[str]:
+    """One PNG name an image: its path below the folder that all share, with underscores."""
+    parents = [p.absolute().parent for p in files]
+    common = Path(os.path.commonpath(parents)) if files else Path()
+    return ["_".join(p.absolute().relative_to(common).with_suffix("").parts) + p.suffix.lower().replace(".", "_") + ".png"
+            for p in files]
+
+
+def main() -> None:
+    """Entry point of the command: domain errors become one line and exit code 2."""
+    try:
+        import typer  # noqa: F401
+    except ImportError:
+        sys.exit("fastprior: the command line needs typer: pip install typer")
+    try:
+        _build_app()(standalone_mode=True)
+    except FastPriorError as e:
+        if "--debug" in sys.argv:
+            raise
+        _say(f"error: {e}")
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
