@@ -2447,6 +2447,149 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, ite
 
 
 # ------------------------------------------------------------------------------------------------
+# Metrics: exact, equal scores merged
+# ------------------------------------------------------------------------------------------------
+
+def _labelled(labels, scores) -> tuple[np.ndarray, np.ndarray]:
+    labels, scores = np.asarray(labels).ravel(), np.asarray(scores).ravel()
+    if labels.shape != scores.shape:
+        raise ShapeError(f"metrics: expected a score for each label, got {labels.size} labels and {scores.size} scores")
+    labels = labels.astype(bool)
+    if not labels.any() or labels.all():
+        raise ShapeError(f"metrics: expected good and anomalous samples, got {labels.sum()} anomalous of {labels.size}")
+    if not np.isfinite(scores).all():
+        raise ShapeError("metrics: expected finite scores, got NaN or infinity")
+    return labels, scores
+
+
+def _by_level(scores: np.ndarray, *weights: np.ndarray) -> list[np.ndarray]:
+    """Distinct scores, highest first, and the sum of each weight at each of them (float64)."""
+    order = np.argsort(scores, kind="stable")[::-1]
+    ordered = scores[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    return [ordered[starts], *(np.add.reduceat(w[order], starts, dtype=np.float64) for w in weights)]
+
+
+def _area(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Area under the ROC curve from counts a level, highest level first; ties count half."""
+    below = negative.sum() - np.cumsum(negative)
+    return float(np.sum(positive * (below + negative / 2)) / (positive.sum() * negative.sum()))
+
+
+def _precision_area(positive: np.ndarray, negative: np.ndarray) -> float:
+    hits = np.cumsum(positive)
+    return float(np.sum(positive / positive.sum() * hits / (hits + np.cumsum(negative))))
+
+
+def auroc(labels, scores) -> float:
+    """Area under the ROC curve: the chance that an anomalous sample outscores a good one, ties half.
+
+    labels (n,) bool, True = anomalous; scores (n,), higher = more anomalous. Mann-Whitney U; Fawcett 2006.
+
+    >>> auroc([0, 0, 1, 1], [.1, .4, .4, .8])
+    0.875
+    """
+    labels, scores = _labelled(labels, scores)
+    _, positive, negative = _by_level(scores, labels, ~labels)
+    return _area(positive, negative)
+
+
+def average_precision(labels, scores) -> float:
+    """Sum of precision times the step in recall over the distinct scores (scikit-learn's definition).
+
+    >>> round(average_precision([0, 0, 1, 1], [.1, .4, .35, .8]), 4)
+    0.8333
+    """
+    labels, scores = _labelled(labels, scores)
+    _, positive, negative = _by_level(scores, labels, ~labels)
+    return _precision_area(positive, negative)
+
+
+def f1_max(labels, scores) -> tuple[float, float]:
+    """Best F1 over all thresholds, and the highest threshold that reaches it (score >= threshold is anomalous).
+
+    >>> f1_max([0, 0, 1, 1], [.1, .4, .5, .8])
+    (1.0, 0.5)
+    """
+    labels, scores = _labelled(labels, scores)
+    levels, positive, negative = _by_level(scores, labels, ~labels)
+    hits, flagged = np.cumsum(positive), np.cumsum(positive + negative)
+    f1 = 2 * hits / (flagged + positive.sum())
+    return float(f1.max()), float(levels[f1.argmax()])
+
+
+_EXACT_PIXELS = 1 << 25
+
+
+def pixel_metrics(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], max_fpr: float = .3,
+                  exact: bool | None = None) -> dict[str, float]:
+    """Pixel AUROC, pixel AP and AUPRO of anomaly maps against masks.
+
+    Parameters
+    ----------
+    masks, maps : sequences of (H, W), bool and float; sizes may differ from image to image.
+    max_fpr : AUPRO integrates to this false-positive rate, over the normal pixels of all images.
+    exact : sort every pixel; default up to 33 million pixels. Otherwise maps are counted one by one
+        into levels of the score's upper 21 float32 bits: scores closer than 0.05 % become equal,
+        which has moved no metric of ours by 1e-4, and memory stays at a few maps.
+
+    Returns
+    -------
+    dict with "pixel_auroc", "pixel_ap" and "aupro": the per-region overlap, averaged over the
+    8-connected regions of the masks, against the false-positive rate; trapezoids, the end point
+    interpolated, divided by max_fpr (Bergmann et al. 2021, The MVTec Anomaly Detection Dataset).
+
+    Raises
+    ------
+    ShapeError : sizes that differ between a mask and its map, no anomalous or no normal pixel,
+        scores that are not finite.
+    """
+    from scipy import ndimage
+    if len(masks) != len(maps) or not len(masks):
+        raise ShapeError(f"pixel metrics: expected a mask for each map, got {len(masks)} masks and {len(maps)} maps")
+    if exact is None:
+        exact = sum(np.size(m) for m in maps) <= _EXACT_PIXELS
+    parts, counts, regions = [], None if exact else np.zeros((3, 1 << 21)), 0
+    for i, (mask, scores) in enumerate(zip(masks, maps)):
+        mask, scores = np.asarray(mask, bool), np.ascontiguousarray(scores, np.float32)
+        if mask.shape != scores.shape or mask.ndim != 2:
+            raise ShapeError(f"pixel metrics: mask {i} is {mask.shape}, its map {scores.shape}; expected the same (H, W)")
+        if not np.isfinite(scores).all():
+            raise ShapeError(f"pixel metrics: map {i} holds NaN or infinity")
+        label, count = ndimage.label(mask, np.ones((3, 3)))
+        regions += count
+        share = np.r_[0, 1 / np.maximum(np.bincount(label.ravel(), minlength=count + 1)[1:], 1)][label].ravel()
+        mask, scores = mask.ravel(), scores.ravel() + np.float32(0)  # no negative zero
+        if exact:
+            parts.append((scores, mask, share.astype(np.float32)))
+        else:  # the bits of a float32, made monotone: flip all of a negative, the sign of a positive
+            bits = scores.view(np.uint32)
+            level = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)) >> 11
+            for row, weight in zip(counts, (mask, ~mask, share)):
+                row += np.bincount(level, weight, minlength=1 << 21)
+    if exact:
+        scores, mask, share = map(np.concatenate, zip(*parts))
+        _, positive, negative, overlap = _by_level(scores, mask, ~mask, share)
+    else:
+        positive, negative, overlap = counts[:, ::-1]
+    if not positive.sum() or not negative.sum():
+        raise ShapeError("pixel metrics: expected normal and anomalous pixels, got only one kind")
+    fpr = np.r_[0, np.cumsum(negative) / negative.sum()]
+    pro = np.r_[0, np.cumsum(overlap) / regions]
+    inside = fpr <= max_fpr
+    end = np.interp(max_fpr, fpr, pro)
+    aupro_value = np.trapezoid(np.r_[pro[inside], end], np.r_[fpr[inside], max_fpr]) / max_fpr
+    used = (positive + negative) > 0  # a level that nobody has would divide by zero
+    return {"pixel_auroc": _area(positive, negative), "pixel_ap": _precision_area(positive[used], negative[used]),
+            "aupro": float(aupro_value)}
+
+
+def aupro(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], max_fpr: float = .3) -> float:
+    """Area under the per-region-overlap curve up to max_fpr; see `pixel_metrics`."""
+    return pixel_metrics(masks, maps, max_fpr)["aupro"]
+
+
+# ------------------------------------------------------------------------------------------------
 # Heat maps
 # ------------------------------------------------------------------------------------------------
 
