@@ -1,0 +1,284 @@
+"""Metrics against scikit-learn and against a slow AUPRO that follows the definition word by word."""
+import doctest
+import tracemalloc
+
+import numpy as np
+import pytest
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+import fastprior as fp
+
+TOLERANCE = 1e-12  # all sides sum in float64; they differ in the order of at most some thousand terms
+
+
+def naive_aupro(masks, maps, max_fpr):
+    """Every distinct threshold, every region, one at a time; the area segment by segment."""
+    thresholds = np.unique(np.concatenate([np.ravel(m) for m in maps]))[::-1]
+    normal = sum(np.sum(np.logical_not(mask)) for mask in masks)
+    curve = [(0.0, 0.0)]
+    for threshold in thresholds:
+        false, overlaps = 0, []
+        for mask, scores in zip(masks, maps):
+            flagged = scores >= threshold
+            false += np.sum(flagged & np.logical_not(mask))
+            label, count = ndimage.label(mask, structure=[[1, 1, 1], [1, 1, 1], [1, 1, 1]])
+            for region in range(1, count + 1):
+                overlaps.append(np.sum(flagged & (label == region)) / np.sum(label == region))
+        curve.append((false / normal, np.mean(overlaps)))
+    area = 0.0
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+        if x1 > max_fpr:  # the last segment, cut at max_fpr
+            if x0 < max_fpr:
+                y_end = y0 + (y1 - y0) * (max_fpr - x0) / (x1 - x0)
+                area += (max_fpr - x0) * (y0 + y_end) / 2
+            break
+        area += (x1 - x0) * (y0 + y1) / 2
+    return area / max_fpr
+
+
+def samples(seed, n=300, levels=None):
+    rng = np.random.default_rng(seed)
+    labels = rng.random(n) < .3
+    scores = rng.standard_normal(n) + labels
+    return labels, scores if levels is None else np.round(scores * levels) / levels
+
+
+def images(seed, levels=None, dtype=np.float32):
+    """Seven maps of four sizes: good ones, blobs, borders, corners, diagonals, one pixel, all but one pixel."""
+    rng = np.random.default_rng(seed)
+    masks = [np.zeros(shape, bool) for shape in [(12, 9), (7, 15), (12, 9), (8, 8), (1, 20), (8, 8), (3, 3)]]
+    masks[1][2:5, 3:9] = masks[1][6, 14] = masks[1][0, :2] = True
+    masks[2][0, :] = masks[2][5:, 8] = True
+    masks[3][np.arange(8), np.arange(8)] = True  # one region, if diagonals connect
+    masks[4][0, [0, 7, 8, 19]] = True
+    masks[6][:] = True
+    masks[6][2, 0] = False
+    maps = [rng.standard_normal(m.shape) + ndimage.gaussian_filter(m * 2., .5) for m in masks]
+    if levels is not None:
+        maps = [np.round(m * levels) / levels for m in maps]
+    return masks, [m.astype(dtype) for m in maps]
+
+
+def flat(arrays):
+    return np.concatenate([np.ravel(a) for a in arrays])
+
+
+# levels: None, no ties; 4 and 1, ever more ties; 1/8, almost everything tied
+LEVELS = [None, 4, 1, 1 / 8]
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("seed", range(3))
+def test_image_metrics_equal_scikit_learn(seed, levels):
+    labels, scores = samples(seed, levels=levels)
+    assert fp.auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=TOLERANCE)
+    assert fp.average_precision(labels, scores) == pytest.approx(average_precision_score(labels, scores), abs=TOLERANCE)
+    f1 = {t: f1_score(labels, scores >= t) for t in np.unique(scores)}
+    best, threshold = fp.f1_max(labels, scores)
+    assert best == pytest.approx(max(f1.values()), abs=TOLERANCE)
+    assert threshold == max(t for t, value in f1.items() if value > best - TOLERANCE)
+
+
+def test_f1_max_takes_the_highest_of_equally_good_thresholds():
+    assert fp.f1_max([1, 0, 0, 1], [4., 3., 2., 1.]) == (pytest.approx(2 / 3), 4.)  # 2/3 at 4 and at 1
+
+
+def test_auroc_counts_pairs():
+    labels, scores = samples(5, n=12_000, levels=20)
+    a, b = scores[labels, None], scores[~labels]
+    wins, ties, pairs = np.sum(a > b), np.sum(a == b), len(a) * len(b)
+    assert pairs > 1 << 24  # more than float32 can count
+    assert fp.auroc(labels, scores) == (2 * wins + ties) / (2 * pairs)
+    labels, scores = samples(6, n=120_000)  # 3e9 pairs, more than int32 can count
+    assert fp.auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("metric", [fp.auroc, fp.average_precision, fp.f1_max])
+def test_image_metrics_accept_lists_integers_and_pixels(metric):
+    labels, scores = samples(1, n=96, levels=4)
+    expected = metric(labels, scores)
+    assert metric(labels.astype(int).tolist(), scores.tolist()) == expected
+    assert metric(labels.reshape(8, 12).astype(float), scores.reshape(8, 12).astype(np.float16)) == expected
+    whole = metric(labels, (scores * 4).astype(np.int64))
+    assert np.allclose(np.divide(whole, [1, 4] if metric is fp.f1_max else 1), expected, rtol=0, atol=0)
+
+
+def test_metrics_are_python_floats():
+    values = [fp.auroc([0, 1], [0, 1]), fp.average_precision([0, 1], [0, 1]), *fp.f1_max([0, 1], [0, 1]),
+              *fp.pixel_metrics([np.eye(2)], [np.eye(2)]).values()]
+    assert [type(v) for v in values] == [float] * 7 and values == [1.0] * 7
+
+
+@pytest.mark.parametrize("max_fpr", [.01, .05, .3, .77, 1])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_aupro_follows_the_definition(levels, max_fpr):
+    masks, maps = images(0, levels)
+    assert fp.aupro(masks, maps, max_fpr) == pytest.approx(naive_aupro(masks, maps, max_fpr), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_pixel_metrics_follow_their_definitions(levels):
+    masks, maps = images(1, levels)
+    got = fp.pixel_metrics(masks, maps)
+    expected = {"pixel_auroc": roc_auc_score(flat(masks), flat(maps)),
+                "pixel_ap": average_precision_score(flat(masks), flat(maps)), "aupro": naive_aupro(masks, maps, .3)}
+    assert list(got) == list(expected)
+    assert got == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_pixel_metrics_of_more_maps_than_one_sort_takes():
+    masks, maps = map(sum, zip(*(images(seed, 4) for seed in range(6))), ([], []))  # 42 maps
+    got = fp.pixel_metrics(masks, maps)
+    assert got["pixel_auroc"] == fp.auroc(flat(masks), flat(maps))
+    assert got["pixel_ap"] == pytest.approx(fp.average_precision(flat(masks), flat(maps)), abs=TOLERANCE)
+    assert got["aupro"] == pytest.approx(naive_aupro(masks, maps, .3), abs=TOLERANCE)
+
+
+def test_aupro_of_known_curves():
+    mask = np.zeros((2, 10), bool)
+    mask[0, 0] = mask[0, 5:9] = True  # regions of 1 and 4 pixels, 15 normal ones
+    scores = np.zeros((2, 10))
+    assert fp.aupro([mask], [scores]) == pytest.approx(.15, abs=TOLERANCE)  # one tie: the diagonal, cut at .3
+    assert fp.aupro([mask], [mask * 1.]) == 1  # every region before any normal pixel
+    assert fp.aupro([mask], [-1. * mask]) == 0  # every normal pixel before any region
+    scores[0, 0] = 1  # the small region counts as much as the large one
+    assert fp.aupro([mask], [scores], 1) == pytest.approx(.75, abs=TOLERANCE)
+    scores[1, :6] = 2  # FPR .4 before anything of a region, then up to .5, then the diagonal to (1, 1)
+    assert fp.aupro([mask], [scores], .4) == 0
+    assert fp.aupro([mask], [scores], .7) == pytest.approx(.3 * (.5 + .75) / 2 / .7, abs=TOLERANCE)
+
+
+def test_diagonal_neighbours_are_one_region():
+    mask = np.zeros((4, 6), bool)
+    mask[0, 1] = mask[1, 0] = mask[2, 1] = True  # a chain of three pixels, connected by corners only
+    mask[0:2, 4] = True
+    scores = np.zeros(mask.shape)
+    scores[0:2, 4] = 1  # one of two regions is found; of four, were corners not to connect
+    assert fp.aupro([mask], [scores], 1) == pytest.approx(.75, abs=TOLERANCE)
+
+
+def test_regions_do_not_join_across_images_or_edges():
+    a, b = np.zeros((3, 4), bool), np.zeros((3, 4), bool)
+    a[2], b[0], b[2, 3] = True, True, True
+    scores = [np.zeros((3, 4)), np.zeros((3, 4))]
+    scores[0][2] = 1  # one of three regions, though it would touch the second one if images were stacked
+    assert fp.aupro([a, b], scores, 1) == pytest.approx((1 / 3 + 1) / 2, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("transform", [np.exp, lambda m: 5 * m - 40, lambda m: m ** 3], ids=["exp", "affine", "cube"])
+@pytest.mark.parametrize("levels", [None, 4])
+def test_rising_transforms_change_nothing(transform, levels):
+    masks, maps = images(2, levels, np.float64)
+    labels, scores = samples(2, levels=levels)
+    assert fp.pixel_metrics(masks, [transform(m) for m in maps]) == fp.pixel_metrics(masks, maps)
+    assert fp.auroc(labels, transform(scores)) == fp.auroc(labels, scores)
+    assert fp.average_precision(labels, transform(scores)) == fp.average_precision(labels, scores)
+    best, threshold = fp.f1_max(labels, scores)
+    assert fp.f1_max(labels, transform(scores)) == (best, transform(threshold))
+
+
+def test_order_of_images_and_reflection_change_nothing():
+    masks, maps = images(3, 4)
+    turned = fp.pixel_metrics([m[::-1, ::-1].T for m in masks[::-1]], [m[::-1, ::-1].T for m in maps[::-1]])
+    assert turned == pytest.approx(fp.pixel_metrics(masks, maps), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("odd", range(4), ids=["good map", "defect map", "all", "none"])
+def test_float64_maps_keep_their_precision(odd):
+    step = 1e-12  # lost in float32
+    masks = [np.zeros((1, 4), bool), np.array([[False, True, False, True]])]
+    maps = [np.ones((1, 4)), np.ones((1, 4))]
+    if odd in (0, 2):
+        maps[0] += step * np.array([[-1, 0, 1, 1]])
+    if odd in (1, 2):
+        maps[1] += step * np.array([[0, 2, -2, 1]])
+    stored = [m.astype(np.float32) if np.all(m == 1) else m for m in maps]
+    expected = pytest.approx(roc_auc_score(flat(masks), flat(maps)), abs=TOLERANCE)
+    assert fp.pixel_metrics(masks, stored)["pixel_auroc"] == expected
+    assert fp.auroc(flat(masks), flat(maps)) == expected
+
+
+def test_negative_zero_is_zero():
+    assert fp.auroc([0, 1, 0], [0., -0., -0.]) == .5
+    assert fp.pixel_metrics([[[0, 1, 0]]], [[[0., -0., -0.]]])["pixel_auroc"] == .5
+
+
+def test_inputs_are_left_alone():
+    masks, maps = images(4)
+    before = [m.copy() for m in masks + maps]
+    for array in masks + maps:
+        array.setflags(write=False)
+    fp.pixel_metrics(masks, maps)
+    fp.auroc(flat(masks), flat(maps))
+    assert all(np.array_equal(a, b) for a, b in zip(before, masks + maps))
+
+
+def test_memory_is_that_of_some_maps():
+    rng = np.random.default_rng(0)
+    maps = rng.standard_normal((64, 256, 256), np.float32)  # 16 MiB
+    masks = np.zeros(maps.shape, bool)
+    masks[::2, :40, :40] = True  # 51 200 pixels, 90 bytes each: 4.4 MiB
+    tracemalloc.start()
+    try:
+        fp.pixel_metrics(masks, maps)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 90 * masks.sum() + 3 * maps[:16].nbytes  # one int64 argsort of all pixels would be 32 MiB
+
+
+SAMPLE_ERRORS = {
+    "lengths": ([0, 1], [.1, .2, .3], r"expected one score per label, got labels \(2,\) and scores \(3,\)"),
+    "shapes": ([[0, 1]], [.1, .2], "one score per label"),
+    "empty": ([], [], "got 0 anomalous and 0 normal"),
+    "normal only": ([0, 0], [.1, .2], "got 0 anomalous and 2 normal"),
+    "anomalous only": ([1, 1, 1], [.1, .2, .3], "got 3 anomalous and 0 normal"),
+    "labels of -1": ([-1, 1], [.1, .2], r"labels of 0 \(normal\) and 1 \(anomalous\)"),
+    "labels of nan": ([np.nan, 1], [.1, .2], "labels of 0"),
+    "labels of str": (["good", "bad"], [.1, .2], "labels of 0"),
+    "nan": ([0, 1], [np.nan, .2], "got 1 NaN or infinite of 2"),
+    "inf": ([0, 1], [-np.inf, np.inf], "got 2 NaN or infinite of 2"),
+    "str": ([0, 1], ["a", "b"], "expected real numbers"),
+    "complex": ([0, 1], [1j, 2.], "expected real numbers"),
+}
+
+
+@pytest.mark.parametrize("metric", [fp.auroc, fp.average_precision, fp.f1_max])
+@pytest.mark.parametrize("labels, scores, message", SAMPLE_ERRORS.values(), ids=SAMPLE_ERRORS)
+def test_wrong_samples_are_refused(metric, labels, scores, message):
+    with pytest.raises(fp.ShapeError, match=message) as caught:
+        metric(labels, scores)
+    assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+
+
+MASK, SCORES = np.eye(3, dtype=bool), np.arange(9.).reshape(3, 3)
+PIXEL_ERRORS = {
+    "empty": ([], [], {}, "got 0 anomalous and 0 normal"),
+    "one map more": ([MASK], [SCORES, SCORES], {}, "got 1 masks and 2 maps"),
+    "sizes": ([MASK, MASK], [SCORES, SCORES[:2]], {}, r"image 1: .*labels \(3, 3\) and scores \(2, 3\)"),
+    "no image axis": (MASK, SCORES, {}, r"image 0: expected mask and map \(H, W\), got \(3,\)"),
+    "channel axis": (MASK[None, ..., None], SCORES[None, ..., None], {}, r"expected mask and map \(H, W\)"),
+    "normal only": ([~MASK & MASK], [SCORES], {}, "got 0 anomalous and 9 normal"),
+    "anomalous only": ([MASK | ~MASK], [SCORES], {}, "got 9 anomalous and 0 normal"),
+    "mask of 255": ([MASK * 255], [SCORES], {}, "image 0: .*mask > 127"),
+    "nan": ([MASK, MASK], [SCORES, SCORES * [1, np.nan, 1]], {}, "image 1: .*got 3 NaN or infinite of 9"),
+    "max_fpr 0": ([MASK], [SCORES], {"max_fpr": 0}, r"max_fpr in \(0, 1\], got 0"),
+    "max_fpr 30": ([MASK], [SCORES], {"max_fpr": 30}, "got 30"),
+    "max_fpr nan": ([MASK], [SCORES], {"max_fpr": np.nan}, "got nan"),
+}
+
+
+@pytest.mark.parametrize("metric", [fp.pixel_metrics, fp.aupro])
+@pytest.mark.parametrize("masks, maps, options, message", PIXEL_ERRORS.values(), ids=PIXEL_ERRORS)
+def test_wrong_images_are_refused(metric, masks, maps, options, message):
+    with pytest.raises(fp.ShapeError, match=message) as caught:
+        metric(masks, maps, **options)
+    assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("metric", [fp.auroc, fp.average_precision, fp.f1_max, fp.pixel_metrics, fp.aupro])
+def test_examples_run(metric):
+    tests = [t for t in doctest.DocTestFinder(recurse=False).find(metric, globs=vars(fp) | {"np": np}) if t.examples]
+    assert tests
+    assert [doctest.DocTestRunner().run(t).failed for t in tests] == [0]
