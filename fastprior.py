@@ -1273,10 +1273,10 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _data_folder(name: str) -> Path:
-    """`kernels` or `weights`: beside this file in a checkout, `fastprior_<name>` where pip put it."""
+    """`kernels` or `weights`: `fastprior_<name>` where pip installed it, else the folder beside this file."""
     here = Path(__file__).resolve().parent
-    beside = here / name
-    return beside if beside.is_dir() and here.name != "site-packages" else here / f"fastprior_{name}"
+    installed = here / f"fastprior_{name}"
+    return installed if installed.is_dir() else here / name
 
 
 def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
@@ -2264,6 +2264,7 @@ def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 MIN_IMAGES = 5
+FIT_REVISION = 1  # raised whenever the same images and settings give another model: cached models are then trained anew
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2819,12 +2820,13 @@ _INFERNO = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [18
 def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:
     """Blend an anomaly map into its image: uint8 (H, W, 3), (H, W) -> uint8 (H, W, 3).
 
-    Nothing is drawn below half the threshold (0.5), full colour is reached at three times (3.0).
+    The scale is logarithmic and the same for every image: colour begins at 0.7 of the threshold and
+    is full at 30 times it.
     """
-    strength = np.clip((anomaly_map - .5) / 2.5, 0, 1)[..., None]
-    at = np.sqrt(strength[..., 0]) * (len(_INFERNO) - 1)
+    strength = np.clip(np.log(np.maximum(anomaly_map, 1e-6) / .7) / math.log(30 / .7), 0, 1)
+    at = strength * (len(_INFERNO) - 1)
     colour = np.stack([np.interp(at, np.arange(len(_INFERNO)), _INFERNO[:, c]) for c in range(3)], -1)
-    alpha = np.clip(strength * 4, 0, .75)
+    alpha = np.clip(strength * 5, 0, .65)[..., None]
     return np.rint(image * (1 - alpha) + colour * alpha).astype(np.uint8)
 
 
@@ -2889,10 +2891,9 @@ def trained(category: Category, iterations: int | None, minutes: float | None, p
     """`fit`, or the cached model of an earlier call with the same images, settings and fastprior."""
     import hashlib
     config = dataclasses.asdict(Settings(**settings))
-    key = hashlib.sha256(json.dumps([__version__, FORMAT, config, iterations, minutes]).encode())
+    key = hashlib.sha256(json.dumps([__version__, FORMAT, FIT_REVISION, config, iterations, minutes]).encode())
     if Path(config["backbone"]).is_file():
         key.update(Path(config["backbone"]).read_bytes())
-    key.update(Path(__file__).read_bytes())
     for path in category.train:
         key.update(path.read_bytes())
     cached = _cache_folder() / f"{category.name}-{key.hexdigest()[:24]}.npz"

@@ -1,0 +1,303 @@
+"""The CUDA engine without a GPU: its launches run on the CPU through the stand-in of emulated_cuda.py.
+
+The whole model therefore runs "on CUDA", its launches, arguments, memory plan and graphs included, and
+its scores are held against the CPU path's.
+"""
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import fastprior as fp
+from emulated_cuda import DeviceArray, FakeCupy, LaunchError, gxx
+
+pytestmark = pytest.mark.skipif(gxx() is None, reason="no g++ with 16-bit floats: the CUDA kernels cannot be emulated")
+
+# relative to the larger of 1 and the value: float32 differs by the order of sums only; float16 rounds every
+# activation, whose errors average out over channels and positions.
+TOLERANCE = {"float32": 1e-5, "float16": 1e-3}
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    fp._import_cupy.cache_clear()
+    yield fake
+    fp._import_cupy.cache_clear()
+
+
+def small_backbone(rng):
+    """Odd channel counts, both kernel sizes and strides, squeeze-excitation, a block without expansion, a skip."""
+    def w(*shape, scale):
+        return (rng.standard_normal(shape) * scale).astype(np.float16).astype(np.float32)
+
+    def block(c_in, mid, out, size, stride, squeeze, expands, skip=False):
+        p = {"dw_w": w(size, size, mid, scale=1.5 / size), "dw_b": w(mid, scale=.1),
+             "project_w": w(mid, out, scale=mid ** -.5), "project_b": w(out, scale=.1)}
+        if expands:
+            p |= {"expand_w": w(c_in, mid, scale=c_in ** -.5), "expand_b": w(mid, scale=.1)}
+        if squeeze:
+            p |= {"se_reduce_w": w(mid, squeeze, scale=mid ** -.5), "se_reduce_b": w(squeeze, scale=.1),
+                  "se_expand_w": w(squeeze, mid, scale=1), "se_expand_b": w(mid, scale=.1)}
+        return fp.Block(p, stride, fp.SILU, skip)
+    blocks = (block(12, 12, 10, 3, 1, 3, False), block(10, 20, 14, 5, 2, 5, True), block(14, 28, 14, 3, 1, 0, True, True),
+              block(14, 30, 18, 3, 2, 4, True), block(18, 36, 22, 5, 2, 4, True), block(22, 44, 22, 5, 1, 4, True, True),
+              block(22, 44, 21, 5, 1, 4, True))
+    return fp.Backbone("small", (.485, .456, .406), (.229, .224, .225), fp.SILU, w(3, 3, 3, 12, scale=.3), w(12, scale=.1),
+                       blocks, (0, 2, 3, 5, 6))
+
+
+def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True, seed=0, **where):
+    """A prior with random weights; calibrated so that scores are of the order of one."""
+    rng = np.random.default_rng(seed)
+    backbone = small_backbone(rng) if backbone == "small" else fp.load_backbone(backbone)
+    n, c = (size // 16) ** 2, sum(backbone.channels)
+    settings = fp.Settings(backbone=backbone.name, size=size, steps=steps, variant=variant, width=48, worst=.1)
+    mean = rng.standard_normal((n, c)).astype(np.float32)
+    if variant == "plain":
+        whitener = rng.uniform(.5, 2, (n, c)).astype(np.float32)
+    else:
+        whitener = fp.pack_lower(np.tril(rng.standard_normal((n, c, c)) / np.sqrt(c)) + np.eye(c))
+    weights = None
+    if denoiser:
+        weights = fp.initial_denoiser(n, c, settings)
+        weights["out_w"] = (rng.standard_normal(weights["out_w"].shape) / 20).astype(np.float32)
+        weights["out_b"] = (rng.standard_normal(c) / 20).astype(np.float32)
+        weights["gain_w"] = (rng.standard_normal(weights["gain_w"].shape) / 20).astype(np.float32)
+    flat = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32),
+            "moments": np.array([0, 1, 0, 1.0]), "scores": np.sort(rng.standard_normal(50))}
+    make = lambda calibration, **k: fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {}, **k)
+    raw = make(flat).nll(images(seed=9))
+    calibration = flat | {"location": -raw.mean(0) / raw.std(), "scale": np.full(n, 1 / raw.std(), np.float32)}
+    return make(calibration, **where), make(calibration)
+
+
+def images(seed=1, sizes=((70, 90), (96, 96), (41, 33))):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+
+
+def relative(got, want):
+    return float((np.abs(got - want) / np.maximum(1, np.abs(want))).max())
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("case", [
+    {}, {"size": 64, "steps": 3}, {"variant": "plain", "steps": 1}, {"denoiser": False},
+    {"backbone": "lite0", "size": 64, "steps": 2}], ids=["small", "three-steps", "plain", "no-denoiser", "lite0"])
+def test_whole_model_agrees_with_the_cpu(cuda, case, precision):
+    gpu, cpu = model(**case, device="cuda", precision=precision)
+    batch = images()
+    assert gpu.backend == "cuda"
+    want_maps = [np.empty(i.shape[:2], np.float32) for i in batch]
+    got_maps = [np.empty(i.shape[:2], np.float32) for i in batch]
+    want, got = cpu.nll(batch, want_maps), gpu.nll(batch, got_maps)
+    assert got.dtype == np.float32 and got.shape == want.shape
+    assert relative(got, want) < TOLERANCE[precision]
+    for a, b in zip(got_maps, want_maps):
+        assert relative(a, b) < TOLERANCE[precision]
+    for a, b in zip(gpu.score_batch(batch), cpu.score_batch(batch)):
+        assert relative(a.score, b.score) < TOLERANCE[precision]
+        assert relative(a.anomaly_map, b.anomaly_map) < TOLERANCE[precision]
+        assert a.is_anomaly == b.is_anomaly and a.verdict == b.verdict and a.threshold == b.threshold
+
+
+@pytest.mark.parametrize("schedule", [1, 7])
+def test_whole_model_does_not_depend_on_the_order_of_threads(cuda, schedule):
+    gpu, _ = model(device="cuda", precision="float32")
+    want = gpu.nll(images())
+    cuda.schedule = schedule
+    np.testing.assert_array_equal(gpu.nll(images()), want)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_score_does_not_depend_on_the_batch(cuda, precision):
+    gpu, _ = model(device="cuda", precision=precision)
+    batch = images(sizes=((70, 90),) * 9)
+    together = gpu.nll(batch)
+    for i in (0, 4, 8):
+        np.testing.assert_array_equal(gpu.nll(batch[i:i + 1])[0], together[i])
+
+
+def test_first_frame_is_launched_and_captured_later_ones_replay_one_graph(cuda):
+    gpu, _ = model(device="cuda")
+    first = [r.score for r in gpu.score_batch(images())]
+    launched, compiled = len(cuda.launches), cuda.modules
+    assert cuda.replays == 0 and set(gpu._cuda.frames) == {3}
+    again = [r.score for r in gpu.score_batch(images())]
+    other = [r.score for r in gpu.score_batch(images(seed=2, sizes=((50, 50), (51, 60), (99, 200))))]
+    assert cuda.replays == 2 and len(cuda.launches) == launched and cuda.modules == compiled
+    assert again == first and not np.allclose(other, first)
+    gpu.score_batch(images()[:2])
+    assert set(gpu._cuda.frames) == {2, 3}
+    gpu.score_batch(images() + images())  # more than the workspace holds: a larger one, and every graph anew
+    assert set(gpu._cuda.frames) == {6} and cuda.replays == 2
+    assert [r.score for r in gpu.score_batch(images())] == first
+
+
+def test_a_frame_is_launched_as_the_kernels_expect(cuda):
+    gpu, _ = model(device="cuda", steps=2)
+    gpu.score(images()[0])
+    names = [name for name, *_ in cuda.launches[:len(gpu._cuda.steps)]]
+    blocks = [["depthwise_31", "squeeze_excite", "product", "pool"],
+              ["product", "depthwise_52", "squeeze_excite", "product"], ["product", "depthwise_31", "product", "pool"],
+              ["product", "depthwise_32", "squeeze_excite", "product", "pool"],
+              ["product", "depthwise_52", "squeeze_excite", "product"],
+              *[["product", "depthwise_51", "squeeze_excite", "product", "pool"]] * 2]
+    step = ["product", "layer_norm", "product", "product", "layer_norm", "product", "product", "layer_norm", "product",
+            "rotate_density"]
+    assert names == ["resize_normalize", "stem", *sum(blocks, []), "whiten", *step, *step, "worst_mean", "anomaly_map"]
+    rotations = [args for name, _, _, args in cuda.launches if name == "rotate_density"][:2]
+    assert (rotations[0][4] != 0, rotations[1][4] != 0) == (True, False)  # at the last step x' goes nowhere
+    assert (rotations[0][7] != 0, rotations[1][7] != 0) == (False, True)  # and z only there
+    np.testing.assert_allclose([[a[2], a[3]] for a in rotations], fp.rotation(gpu.timesteps), rtol=1e-6)
+
+
+def test_arrays_on_the_gpu_are_not_copied_and_results_stay_there(cuda, monkeypatch):
+    gpu, cpu = model(device="cuda", precision="float32")
+    batch = images()
+    on_gpu = [cuda.asarray(i) for i in batch]
+
+    class Foreign:  # another library's CUDA array
+        __cuda_array_interface__ = on_gpu[1].__cuda_array_interface__
+    gpu.score_batch([on_gpu[0], Foreign(), on_gpu[2]])
+    made, fetched = [], []
+    monkeypatch.setattr(cuda, "asarray", lambda a, *r, real=cuda.asarray: made.append(a) or real(a, *r))
+    monkeypatch.setattr(DeviceArray, "get", lambda self, real=DeviceArray.get: fetched.append(1) or real(self))
+    results = gpu.score_batch([on_gpu[0], Foreign(), on_gpu[2]])
+    rows = gpu._cuda.table.host[:3]
+    assert [int(p) for p in rows[:, 0]] == [a.data.ptr for a in on_gpu]
+    assert not any(isinstance(a, np.ndarray) for a in made) and not fetched
+    want = cpu.score_batch(batch)
+    assert relative(np.array([r.score for r in results]), np.array([r.score for r in want])) < 1e-5
+    assert len(fetched) == 1  # three scores, one copy
+    assert results[2].device_map.shape == batch[2].shape[:2] and results[2].anomaly_map is results[2].anomaly_map
+    assert len(fetched) == 2
+    assert results[0].p_value == fp.conformal_p_value(results[0].score, gpu.calibration["scores"])
+
+
+def test_results_survive_later_frames(cuda):
+    gpu, _ = model(device="cuda")
+    first, second = gpu.score(images()[0]), gpu.score(images(seed=5)[0])
+    assert first.score == gpu.score(images()[0]).score != second.score
+    np.testing.assert_array_equal(first.anomaly_map, gpu.score(images()[0]).anomaly_map)
+    assert gpu.score(images()[0], with_map=False).anomaly_map is None
+
+
+def test_the_image_table_is_copied_only_when_it_changes(cuda):
+    gpu, _ = model(device="cuda")
+    frame, results = cuda.asarray(images()[0]), []
+    results.append(gpu.score(frame, with_map=False))
+    before = len(cuda.copies)
+    results.append(gpu.score(frame, with_map=False))  # the first result is kept, so this one has its own memory
+    assert len(cuda.copies) == before + 1 and cuda.copies[-1] == 13 * 8
+    engine = gpu._cuda
+    monkey = engine.written.copy()
+    engine.write_table(monkey, cuda.cuda.get_current_stream())
+    assert len(cuda.copies) == before + 2
+
+
+def test_buffers_share_memory_but_never_while_both_live(cuda):
+    engine = model(device="cuda")[0]._cuda
+    lives = {}
+    for i, (_, make) in enumerate(engine.steps):
+        for a in make(1).args:
+            if isinstance(a, fp._Buffer):
+                lives.setdefault(a, []).append(i)
+    buffers = list(lives)
+    assert engine.image_bytes < .6 * sum(b.size for b in buffers)
+    for i, a in enumerate(buffers):
+        for b in buffers[:i]:
+            together = max(lives[a][0], lives[b][0]) <= min(lives[a][-1], lives[b][-1])
+            apart = a.offset + a.size <= b.offset or b.offset + b.size <= a.offset
+            assert apart or not together
+
+
+def test_torch_tensors_run_on_torchs_stream(cuda, monkeypatch):
+    gpu, _ = model(device="cuda")
+
+    class Tensor:
+        __cuda_array_interface__ = cuda.asarray(images()[0]).__cuda_array_interface__
+    stream = types.SimpleNamespace(cuda_stream=1234)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(
+        Tensor=Tensor, cuda=types.SimpleNamespace(current_stream=lambda device: stream)))
+    assert gpu._cuda.stream_of([images()[0]]) is cuda.cuda.get_current_stream()
+    assert gpu._cuda.stream_of([Tensor()]).ptr == 1234
+    stream.cuda_stream = 0
+    assert gpu._cuda.stream_of([Tensor()]).ptr == 0
+
+
+@pytest.mark.parametrize("bad", [np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3), np.float32), np.zeros((4, 40, 3), np.uint8)])
+def test_a_wrong_array_on_the_gpu_is_a_shape_error(cuda, bad):
+    gpu, cpu = model(device="cuda")
+    with pytest.raises(fp.ShapeError, match="expected uint8"):
+        gpu.score(cuda.asarray(bad))
+    with pytest.raises(fp.ShapeError, match="device='cuda'"):
+        cpu.score(cuda.asarray(images()[0]))
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda m, c: m.setitem(sys.modules, "cupy", None), "CuPy is missing.*pip install cupy-cuda12x.*cupy-cuda13x"),
+    (lambda m, c: m.setattr(c.cuda.runtime, "driverGetVersion", lambda: 0), "no NVIDIA driver"),
+    (lambda m, c: m.setattr(c.cuda.runtime, "driverGetVersion", lambda: 11080), "knows CUDA up to 11.*needs 12"),
+    (lambda m, c: m.setattr(c.cuda.runtime, "getDeviceCount", lambda: 0), "no GPU is visible"),
+    (lambda m, c: m.setattr(fp, "_data_folder", lambda name: fp.Path("nowhere") / name), "copy the folder kernels/"),
+], ids=["cupy", "driver", "old-driver", "gpu", "kernels"])
+def test_what_is_missing_is_named_and_auto_falls_back(cuda, monkeypatch, break_it, message):
+    fp._kernel_source.cache_clear()
+    assert fp.resolve_device("auto") == "cuda"
+    fp._import_cupy.cache_clear()
+    fp._kernel_source.cache_clear()
+    break_it(monkeypatch, cuda)
+    with pytest.raises(fp.BackendUnavailable, match=message) as caught:
+        fp.resolve_device("cuda")
+    assert "\n" not in str(caught.value)
+    assert fp.resolve_device("auto") == "cpu"
+    fp._kernel_source.cache_clear()
+
+
+def test_a_compiler_that_is_missing_is_named(cuda, monkeypatch):
+    def fail(self, name):
+        raise RuntimeError("libnvrtc.so.12: cannot open shared object file")
+    monkeypatch.setattr(cuda.RawModule, "get_function", fail)
+    with pytest.raises(fp.BackendUnavailable, match=r"libnvrtc.*cupy-cuda12x\[ctk\]"):
+        model(device="cuda")
+
+
+def test_unknown_device_and_precision_are_errors(cuda):
+    with pytest.raises(fp.ShapeError, match="'cpu', 'cuda' or 'auto'"):
+        model(device="gpu")
+    with pytest.raises(fp.ShapeError, match="'float16' or 'float32'"):
+        model(device="cuda", precision="bfloat16")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda a: (a[1], a[0], *a[2:]), None),  # two addresses swapped: only the numbers can tell
+    (lambda a: (*a[:3], a[4], a[3], *a[5:]), "argument 3"),
+    (lambda a: a[:-1], "5 arguments for 6 parameters"),
+    (lambda a: (*a[:4], np.int64(a[4]), a[5]), "argument 4"),
+], ids=["swapped", "kind", "count", "width"])
+def test_the_stand_in_refuses_wrong_arguments(cuda, change, message):
+    engine = model(device="cuda")[0]._cuda
+    kernel = engine.kernel("layer_norm")
+    x, gain = (cuda.asarray(np.arange(n, dtype=t)) for n, t in ((64, np.float16), (64, np.float32)))
+    out = cuda.zeros(64, np.float16)
+    good = (x, gain, gain, out, np.int32(1), np.int32(64))
+    kernel((1,), (32,), good)
+    right = out.get()
+    if message:
+        with pytest.raises(LaunchError, match=message):
+            kernel((1,), (32,), change(good))
+    else:
+        kernel((1,), (32,), change(good))
+        assert not np.array_equal(out.get(), right)
+
+
+def test_bench_reports_every_figure(cuda):
+    engine = model(device="cuda", size=64)[0]._cuda
+    report = fp.bench_cuda(engine, images=(1, 2), frames=2, pixels=32, values=1 << 14)
+    assert set(report["batches"]) == {1, 2}
+    assert set(report["stages_p50_ms"]) == {"resize", "backbone", "whiten", "denoiser", "density", "score and map"}
+    assert report["gpu"] == "emulated" and report["rotate_share_of_copy"] > 0
