@@ -24,7 +24,7 @@ Limits: one product per model, seen from roughly one viewpoint; the density is p
 so a part that lies anywhere in the frame needs alignment or many good images.
 
 References: DDIM: Song, Meng, Ermon 2021 (arXiv:2010.02502). v-prediction: Salimans, Ho 2022
-(arXiv:2202.00512). Inversion as anomaly score: InversionAD (arXiv:2504.05662). Per-position
+(arXiv:2202.00512). Inversion as anomaly score: InvAD, Sakai et al. (arXiv:2504.05662). Per-position
 Gaussian: PaDiM (arXiv:2011.08785). EfficientNet: Tan, Le 2019 (arXiv:1905.11946).
 Conformal p-values: Vovk et al. 2005; Bates et al. 2023 (arXiv:2104.08279).
 
@@ -380,6 +380,12 @@ def _kernel(**options):
         _KERNELS.append((function, options))
         return function
     return mark
+
+
+@functools.cache
+def _has_numba() -> bool:
+    from importlib.util import find_spec
+    return find_spec("numba") is not None
 
 
 @functools.cache
@@ -1815,27 +1821,42 @@ def conformal_p_value(score, calibration: np.ndarray):
     return (1 + above) / (len(ordered) + 1)
 
 
-class Threshold(NamedTuple):
-    """A score above `value` is called an anomaly."""
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """A score above `value` is called an anomaly; `rank` is the order statistic it is, of `count`."""
     value: float
     fpr: float  # false-alarm rate wished for
-    expected: float  # what `n` exchangeable good images promise on average
-    bound: float  # and with 95 % confidence over the draw of those images
-    needed: int  # images that would bound `fpr` at 95 % confidence
+    rank: int
+    count: int
     estimate: float  # parametric (Gumbel tail) threshold for `fpr`: an estimate, no promise
+
+    @property
+    def expected(self) -> float:
+        """False-alarm rate that `count` exchangeable good images promise on average."""
+        return (self.count + 1 - self.rank) / (self.count + 1)
+
+    @property
+    def bound(self) -> float:
+        """What they promise with 95 % confidence over their draw: the quantile of Beta(n + 1 - k, k)."""
+        from scipy.special import betaincinv
+        return float(betaincinv(self.count + 1 - self.rank, self.rank, .95))
+
+    @property
+    def needed(self) -> int:
+        """Images that would bound `fpr` at 95 % confidence."""
+        return math.ceil(math.log(.05) / math.log1p(-self.fpr) - 1e-9)
 
 
 def conformal_threshold(calibration: np.ndarray, fpr: float) -> Threshold:
     """Order-statistic threshold of held-out good scores for a false-alarm rate.
 
-    The k-th smallest of n, k = min(n, ceil((n + 1)(1 - fpr))). The false-alarm rate of that
-    threshold is Beta(n + 1 - k, k): its mean is `expected`, its 95 % quantile `bound`.
+    The k-th smallest of n, k = min(n, ceil((n + 1)(1 - fpr))); the false-alarm rate of that
+    threshold is Beta(n + 1 - k, k) distributed (Vovk et al. 2005).
 
     >>> t = conformal_threshold(np.arange(41.), 0.01)
     >>> t.value, round(t.bound, 3), t.needed
     (40.0, 0.07, 299)
     """
-    from scipy.special import betaincinv
     if not 0 < fpr < 1:
         raise ShapeError(f"fpr: expected a rate between 0 and 1, got {fpr}")
     scores = np.sort(np.asarray(calibration, np.float64))
@@ -1845,9 +1866,7 @@ def conformal_threshold(calibration: np.ndarray, fpr: float) -> Threshold:
     k = min(n, math.ceil((n + 1) * (1 - fpr) - 1e-9))
     beta = max(scores.std(ddof=1), 1e-12) * math.sqrt(6) / math.pi
     estimate = scores.mean() - beta * (np.euler_gamma + math.log(-math.log1p(-fpr)))
-    needed = math.ceil(math.log(.05) / math.log1p(-fpr) - 1e-9)
-    return Threshold(float(scores[k - 1]), fpr, (n + 1 - k) / (n + 1), float(betaincinv(n + 1 - k, k, .95)), needed,
-                     float(estimate))
+    return Threshold(float(scores[k - 1]), fpr, k, n, float(estimate))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2142,8 +2161,7 @@ class Prior:
     @property
     def backend(self) -> str:
         """"numba" or "numpy", whichever scores."""
-        from importlib.util import find_spec
-        return "numba" if find_spec("numba") else "numpy"
+        return "numba" if _has_numba() else "numpy"
 
     def score(self, image: str | os.PathLike | np.ndarray, *, with_map: bool = True) -> Result:
         """Score one image, a path or an array (see `load_image`)."""
@@ -2307,11 +2325,6 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
         owners += [i] * len(batch)
         progress("features", i + 1, len(images))
     return (np.concatenate(rows) if rows else np.empty((0, n, c), np.float16)), np.array(owners, int), unreadable
-
-
-def _has_numba() -> bool:
-    from importlib.util import find_spec
-    return find_spec("numba") is not None
 
 
 @dataclasses.dataclass
@@ -3229,7 +3242,7 @@ def untrained(backbone: str, size: int, threads: int | None = None) -> Prior:
     n, c = (size // 16) ** 2, sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // _PANEL)
     denoiser = initial_denoiser(n, c, settings)
-    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32), "moments": np.ones(3),
+    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32), "moments": np.array([0., 1., 0., 1.]),
                    "scores": np.arange(100.)}
     whitener = (rng.standard_normal((n, panels * (panels + 1) // 2, _PANEL, _PANEL), np.float32) * .01).astype(np.float16)
     return Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
