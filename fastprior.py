@@ -126,7 +126,7 @@ def select_timesteps(num_steps: int, first: int, last: int) -> np.ndarray:
     phi (cos phi = sqrt(alpha_bar)), so that every rotation is about as large as the others.
 
     >>> select_timesteps(2, 50, 500)
-    array([ 50, 241, 500])
+    array([ 50, 238, 500])
     """
     if not (isinstance(num_steps, (int, np.integer)) and 1 <= num_steps <= 200):
         raise ShapeError(f"num_steps: expected an integer from 1 to 200, got {num_steps!r}")
@@ -1426,7 +1426,9 @@ class _CpuEngine:
         size = p["dw_w"].shape[0]
         h_out, w_out = -(-h // block.stride), -(-w // block.stride)
         depthwise = self.padded(p["dw_w"].reshape(size * size, mid), mid_padded), self.padded(p["dw_b"], mid_padded)
-        project = self.packed(p["project_w"])[0], self.padded(p["project_b"], out_padded)
+        project_w = np.zeros((mid_padded, c_out), np.float32)
+        project_w[:mid] = p["project_w"]
+        project = self.packed(project_w)[0], self.padded(p["project_b"], out_padded)
         chunk = min(h_out, max(1, 64 // w_out))
         line = (w + sum(_same_padding(w, size, block.stride))) * mid_padded
         scratch = (1 + (chunk - 1) * block.stride + size) * line + chunk * w_out * mid_padded + w * 27
@@ -1438,14 +1440,12 @@ class _CpuEngine:
                   *project, out_padded, block.skip, middle, sums, 0, 0, chunk, scratch=scratch, scratch_at=20)
         if squeeze:
             s = p["se_reduce_w"].shape[1]
-            full = np.zeros((mid_padded, c_out), np.float32)
-            full[:mid] = p["project_w"]
             reduce_w = np.zeros((mid_padded, s), np.float32)
             reduce_w[:mid] = p["se_reduce_w"]
             self.emit(_project, middle, h_out, w_out, mid_padded, sums, s, self.constant(reduce_w),
                       self.constant(p["se_reduce_b"]), self.padded(p["se_expand_w"], mid_padded),
-                      self.padded(p["se_expand_b"], mid_padded), self.packed(full)[0], project[1], out_padded,
-                      x if block.skip else -1, out, 0, 0, scratch=mid_padded * (2 + out_padded), scratch_at=16)
+                      self.padded(p["se_expand_b"], mid_padded), *project, out_padded, x if block.skip else -1, out, 0, 0,
+                      scratch=mid_padded * (2 + out_padded), scratch_at=16)
         return out, h_out, w_out
 
     def features(self, backbone: Backbone, size: int) -> tuple[int, int, int]:
@@ -1547,6 +1547,577 @@ class _CpuEngine:
         if self.states is None or len(self.states) < batch:
             self.states = _aligned((batch, max(self.state_floats, 16)))
         return self.states[:batch]
+
+
+# ------------------------------------------------------------------------------------------------
+# CUDA engine: the same program as launches of kernels/*.cu, replayed as one graph a frame
+#
+# `_CudaEngine` has the building methods of `_CpuEngine`. A buffer is known by its bytes an image and
+# placed by `finish` (two buffers share memory if they never live at once); a batch of B stretches all
+# of it B times. What differs between calls (pixels, sizes, taps, where results go) is in the image
+# table, so that one graph a batch size serves every frame.
+# ------------------------------------------------------------------------------------------------
+
+_INSTALL_CUPY = "pip install cupy-cuda12x (driver for CUDA 12) or cupy-cuda13x (driver 580 or newer)"
+
+
+@functools.cache
+def _import_cupy():
+    """CuPy with a GPU that works; BackendUnavailable says what of them is missing."""
+    try:
+        import cupy
+    except ImportError as e:
+        raise BackendUnavailable(f"device 'cuda': CuPy is missing ({e}): {_INSTALL_CUPY}") from e
+    runtime = cupy.cuda.runtime
+    driver, built_for = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+    if driver == 0:
+        raise BackendUnavailable("device 'cuda': CuPy is there, but no NVIDIA driver: install the driver, or use device='cpu'")
+    if driver // 1000 < built_for // 1000:
+        raise BackendUnavailable(f"device 'cuda': the NVIDIA driver knows CUDA up to {driver // 1000}, this CuPy needs "
+                                 f"{built_for // 1000}: {_INSTALL_CUPY}")
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as e:
+        raise BackendUnavailable(f"device 'cuda': CuPy and the driver are there, but no GPU answers ({e})") from e
+    if count == 0:
+        raise BackendUnavailable("device 'cuda': CuPy and the driver are there, but no GPU is visible "
+                                 "(is CUDA_VISIBLE_DEVICES set?)")
+    return cupy
+
+
+@functools.cache
+def _kernel_source(name: str) -> str:
+    """kernels/<name>.cu with common.cuh pasted in, so that CuPy's cache is keyed by the whole text."""
+    folder = _data_folder("kernels")
+    try:
+        return (folder / f"{name}.cu").read_text().replace('#include "common.cuh"', (folder / "common.cuh").read_text())
+    except FileNotFoundError as e:
+        raise BackendUnavailable(f"device 'cuda': {e.filename} is missing: copy the folder kernels/ beside fastprior.py") from e
+
+
+def resolve_device(device: str) -> str:
+    """"cpu" or "cuda"; "auto" is "cuda" where CuPy, a GPU and kernels/ are there. BackendUnavailable otherwise."""
+    if device not in ("cpu", "cuda", "auto"):
+        raise ShapeError(f"device: expected 'cpu', 'cuda' or 'auto', got {device!r}")
+    if device == "cpu":
+        return device
+    try:
+        _import_cupy()
+        _kernel_source("product")
+    except BackendUnavailable:
+        if device == "cuda":
+            raise
+        return "cpu"
+    return "cuda"
+
+
+def _padded_to(a: np.ndarray, *shape: int) -> np.ndarray:
+    """float32 `a` with zeros after it along every axis."""
+    full = np.zeros(shape, np.float32)
+    full[tuple(slice(n) for n in a.shape)] = a
+    return full
+
+
+class _Buffer:
+    """Device memory of `size` bytes an image; `offset` an image is set by `_CudaEngine.finish`."""
+
+    def __init__(self, size: int):
+        self.size, self.offset = _round_up(size, 256), 0
+
+
+class _Launch(NamedTuple):
+    kernel: Callable
+    grid: tuple[int, int, int]
+    block: tuple[int, ...]
+    args: tuple
+
+
+class _Frame(NamedTuple):
+    """All launches of one batch size, bound to addresses, and their graph."""
+    stages: list[str]  # of each launch
+    launches: list[_Launch]
+    graph: Any
+
+
+class _CudaEngine:
+    """Device memory, weights and launches of one model on the current GPU.
+
+    precision "float32" stores activations in 32 bits and multiplies them on tensor cores as pairs of
+    halves, "float16" stores 16 bits; both add in float32. Work of several streams is put in order.
+    """
+
+    device = "cuda"
+    _RING = 8  # frames that may be in flight before the host waits to write another image table
+
+    def __init__(self, precision: str):
+        if precision not in ("float16", "float32"):
+            raise ShapeError(f"precision: expected 'float32' or 'float16', got {precision!r}")
+        self.cupy = _import_cupy()
+        self.gpu = self.cupy.cuda.Device()
+        self.processors = self.cupy.cuda.runtime.getDeviceProperties(self.gpu.id)["multiProcessorCount"]
+        self.real = np.dtype(precision)
+        self.lock = threading.Lock()
+        self.modules: dict[tuple, Any] = {}
+        self.steps: list[tuple[str, Callable[[int], _Launch]]] = []
+        self.stage = "resize"  # what the launches that are being emitted belong to
+        self.frames: dict[int, _Frame] = {}
+        self.sizes: dict[tuple[int, int], tuple[list[int], list]] = {}
+        self.capacity = self.image_bytes = 0
+
+    # -- building blocks ---------------------------------------------------------------------------
+
+    def constant(self, array, dtype=np.float32):
+        """A device copy."""
+        return self.cupy.asarray(np.ascontiguousarray(array, dtype))
+
+    def buffer(self, *shape: int, dtype=None) -> _Buffer:
+        return _Buffer(int(np.prod(shape)) * np.dtype(dtype or self.real).itemsize)
+
+    def state(self, *shape: int) -> _Buffer:
+        return self.buffer(*shape, dtype=np.float32)
+
+    def kernel(self, file: str, name: str | None = None, tile: int | None = None):
+        options = (f"-DHALF={int(self.real == np.float16)}",) + ((f"-DTILE={tile}",) if tile else ())
+        if (file, options) not in self.modules:
+            self.modules[file, options] = self.cupy.RawModule(code=_kernel_source(file), options=options)
+        try:
+            return self.modules[file, options].get_function(name or file)
+        except (ImportError, OSError, RuntimeError) as e:  # CuPy finds NVRTC only when it compiles
+            raise BackendUnavailable(f"device 'cuda': CuPy cannot compile kernels/{file}.cu ({e}); if NVRTC is missing: "
+                                     "pip install 'cupy-cuda12x[ctk]' or 'cupy-cuda13x[ctk]'") from e
+
+    def emit(self, make: Callable[[int], _Launch]) -> None:
+        """Append a launch, given the batch. Its arguments: buffers, device arrays, None for a null
+        pointer, int for int32, float for float32, or NumPy scalars."""
+        self.steps.append((self.stage, make))
+
+    def product(self, a: _Buffer, lda: int, w, ldw: int, rows: int, n: int, k: int, *, bias=None, ldbias: int = 0,
+                gate: _Buffer | None = None, residual: _Buffer | None = None, act: int = NONE,
+                steps: tuple[int, int] | None = None) -> _Buffer:
+        """act(a @ w + bias) + residual. One product over the rows of all images, or, with `steps` (elements of a
+        and w from one image to the next), one an image."""
+        out = self.buffer(rows, n)
+
+        def make(batch: int) -> _Launch:
+            m, images = (rows * batch, 1) if steps is None else (rows, batch)
+            # the large tile reads less, the small one spreads a small product over more processors
+            tile = 64 if -(-m // 64) * -(-n // 64) * images >= 2 * self.processors else 32
+            a_step, w_step = map(np.int64, steps or (0, 0))
+            return _Launch(self.kernel("product", tile=tile), (-(-m // tile) * -(-n // tile), 1, images), (128,),
+                           (a, a_step, lda, w, w_step, ldw, bias, ldbias, gate, residual, out, m, n, k, rows, act))
+        self.emit(make)
+        return out
+
+    # -- operations, as in _CpuEngine --------------------------------------------------------------
+
+    def resize(self, size: int, mean, std) -> _Buffer:
+        """u8 pixels of the image table -> (size, size, 4), the fourth value zero."""
+        self.size, mean, std = size, np.asarray(mean), np.asarray(std)
+        out = self.buffer(size, size, 4)
+        affine = self.constant(np.concatenate([1 / (255 * std), -mean / std]))
+        self.emit(lambda batch: _Launch(self.kernel("resize_normalize"), (-(-size * size // 128), 1, batch), (128,),
+                                        (self.table, affine, out, size)))
+        return out
+
+    def stem(self, x: _Buffer, size: int, w: np.ndarray, b: np.ndarray, act: int) -> _Buffer:
+        c = _round_up(w.shape[-1], 8)
+        out, w, b = self.buffer(size // 2, size // 2, c), self.constant(_padded_to(w, 3, 3, 3, c), self.real), \
+            self.constant(_padded_to(b, c))
+        threads = (size // 2) ** 2 * c // (16 // self.real.itemsize)
+        self.emit(lambda batch: _Launch(self.kernel("stem"), (-(-threads // 128), 1, batch), (128,),
+                                        (x, w, b, out, size, c, act)))
+        return out
+
+    def mbconv(self, x: _Buffer, h: int, w: int, block: Block) -> tuple[_Buffer, int, int]:
+        """Returns the output map and its size; channels padded to a multiple of 8, at every place."""
+        p = block.arrays
+        c_in, mid, c_out = (_round_up(c, 8) for c in block.channels)
+        y = x
+        if "expand_w" in p:
+            y = self.product(x, c_in, self.constant(_padded_to(p["expand_w"], c_in, mid), self.real), mid, h * w, mid, c_in,
+                             bias=self.constant(_padded_to(p["expand_b"], mid)), act=block.act)
+        size, stride = p["dw_w"].shape[0], block.stride
+        h_out, w_out = -(-h // stride), -(-w // stride)
+        middle = self.buffer(h_out, w_out, mid)
+        chunks = mid // (16 // self.real.itemsize)
+        across = min(chunks, 32)
+        down = 128 // across
+        grid = -(-chunks // across), -(-h_out * -(-w_out // 2) // down)  # a thread makes two pixels of a row
+        sums = self.buffer(grid[1], mid, dtype=np.float32) if "se_reduce_w" in p else None
+        taps, bias = self.constant(_padded_to(p["dw_w"], size, size, mid), self.real), self.constant(_padded_to(p["dw_b"], mid))
+        top, left = (_same_padding(n, size, stride)[0] for n in (h, w))
+        self.emit(lambda batch: _Launch(self.kernel("depthwise", f"depthwise_{size}{stride}"), (*grid, batch),
+                                             (across, down), (y, taps, bias, middle, sums, h, w, mid, top, left, block.act)))
+        gate = None
+        if sums:
+            gate = self.squeeze_excite(sums, grid[1], mid, h_out * w_out, p)
+        out = self.product(middle, mid, self.constant(_padded_to(p["project_w"], mid, c_out), self.real), c_out, h_out * w_out,
+                           c_out, mid, bias=self.constant(_padded_to(p["project_b"], c_out)), gate=gate,
+                           residual=x if block.skip else None)
+        return out, h_out, w_out
+
+    def squeeze_excite(self, sums: _Buffer, parts: int, c: int, pixels: int, p: dict[str, np.ndarray]) -> _Buffer:
+        s = p["se_reduce_b"].size
+        if c > 4096 or s > 256:
+            raise ModelError(f"squeeze-excitation of {c} to {s} channels: kernels/squeeze_excite.cu takes 4096 to 256")
+        gate = self.buffer(c, dtype=np.float32)
+        weights = [self.constant(_padded_to(a, *shape)) for a, shape in (
+            (p["se_reduce_w"].T, (s, c)), (p["se_reduce_b"], (s,)), (p["se_expand_w"], (s, c)), (p["se_expand_b"], (c,)))]
+        self.emit(lambda batch: _Launch(self.kernel("squeeze_excite"), (1, 1, batch), (512,),
+                                        (sums, *weights, gate, parts, c, s, pixels)))
+        return gate
+
+    def features(self, backbone: Backbone, size: int) -> tuple[_Buffer, int, int]:
+        """Image -> token matrix (N, C) float32: buffer, N, C padded to whole panels with zeros."""
+        grid = size // 16
+        columns, column = _round_up(sum(backbone.channels), _PANEL), 0
+        tokens = self.state(grid * grid, columns)
+        x = self.resize(size, backbone.mean, backbone.std)
+        self.stage = "backbone"
+        x, h, w = self.stem(x, size, backbone.stem_w, backbone.stem_b, backbone.act), size // 2, size // 2
+        for i, block in enumerate(backbone.blocks):
+            x, h, w = self.mbconv(x, h, w, block)
+            if i in backbone.stages:
+                channels = block.channels[2]
+                fill = columns - column - channels if i == backbone.stages[-1] else 0
+                threads = grid * grid * -(-(channels + fill) // (16 // self.real.itemsize))
+                args = (x, tokens, h, _round_up(channels, 8), channels, fill, grid, column, columns)
+                self.emit(lambda batch, args=args, threads=threads: _Launch(
+                    self.kernel("pool"), (-(-threads // 128), 1, batch), (128,), args))
+                column += channels
+        return tokens, grid * grid, columns
+
+    def whiten(self, f: _Buffer, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> _Buffer:
+        """w: (N, C) diagonal, or the packed panels of `pack_lower`."""
+        self.stage = "whiten"
+        x, mean = self.buffer(n, c), self.constant(_padded_to(mean, n, c))
+        if w.ndim == 2:
+            w = self.constant(_padded_to(w, n, c))
+            self.emit(lambda batch: _Launch(self.kernel("whiten", "whiten_diagonal"), (-(-n * c // 128), 1, batch), (128,),
+                                            (f, mean, w, x, n, c)))
+        else:
+            w = self.constant(w, np.float16)
+            self.emit(lambda batch: _Launch(self.kernel("whiten"), (n * c // _PANEL, 1, -(-batch // 8)), (128,),
+                                            (f, mean, w, x, n, c, batch)))
+        self.stage = "denoiser"
+        return x
+
+    def linear(self, x: _Buffer, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE, residual=-1,
+               lda: int | None = None, from_state: bool = False) -> tuple[_Buffer, int]:
+        m = _round_up(w.shape[1], 8)
+        k = _round_up(k, 8)
+        bias = self.constant(_padded_to(b, *b.shape[:-1], m))
+        return self.product(x, lda or k, self.constant(_padded_to(w, k, m), self.real), m, n, m, k, bias=bias,
+                            ldbias=m if b.ndim == 2 else 0, residual=None if residual == -1 else residual, act=act), m
+
+    def mix(self, x: _Buffer, d: int, w: np.ndarray, act: int = NONE, residual=-1) -> _Buffer:
+        n_out, n = w.shape
+        padded = _round_up(n, 8)
+        return self.product(self.constant(_padded_to(w, n_out, padded), self.real), padded, x, d, n_out, d, n,
+                            residual=None if residual == -1 else residual, act=act, steps=(0, n * d))
+
+    def layer_norm(self, x: _Buffer, n: int, d: int, gain: np.ndarray, bias: np.ndarray) -> _Buffer:
+        out, gain, bias = self.buffer(n, d), self.constant(gain), self.constant(bias)
+        self.emit(lambda batch: _Launch(self.kernel("layer_norm"), (-(-n * batch // 4), 1, 1), (128,),
+                                        (x, gain, bias, out, n * batch, d)))
+        return out
+
+    def rotate(self, h, d: int, w: np.ndarray, b: np.ndarray, x: _Buffer, n: int, c: int, coef, out, nll: _Buffer,
+               scale: np.ndarray, location: np.ndarray) -> None:
+        """out == -1: the last step, only z leaves. d == 0: no denoiser, F = 0."""
+        f = self.linear(h, n, d, _padded_to(w, d, c), _padded_to(b, c))[0] if d else None
+        self.stage = "density"
+        scale, location = self.constant(scale), self.constant(location)
+        a, b = map(float, coef)
+        x_out, z = (None, nll) if out == -1 else (out, None)
+        self.emit(lambda batch: _Launch(self.kernel("rotate_density"), (-(-n * batch // 4), 1, 1), (128,),
+                                        (x, f, a, b, x_out, scale, location, z, n * batch, n, c)))
+        self.stage = "denoiser"
+
+    def score(self, z: _Buffer, prior: "Prior") -> None:
+        """The image's score and its map; both go where the image table says."""
+        grid, moments = prior.grid, prior.calibration["moments"]
+        self.stage, self.z, self.positions, self.map_operator = "score and map", z, grid * grid, prior._map_operator
+        count, location, gain = max(1, round(prior.settings.worst * grid * grid)), float(moments[0]), float(1 / moments[1])
+        weight, offset = map(self.constant, prior._map_weights())
+        self.emit(lambda batch: _Launch(self.kernel("worst_mean"), (1, 1, batch), (256,),
+                                        (z, self.table, grid * grid, count, location, gain)))
+        self.emit(lambda batch: _Launch(self.kernel("anomaly_map"), (256, 1, batch), (128,),
+                                        (z, weight, offset, self.table, grid)))
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Place every buffer in the bytes of an image, first fit, by the launches that name it; compile."""
+        self._allocate(1)
+        lives: dict[_Buffer, list[int]] = {}
+        for i, (_, make) in enumerate(self.steps):
+            for a in make(1).args:
+                if isinstance(a, _Buffer):
+                    lives.setdefault(a, [i, i])[1] = i
+        placed: list[_Buffer] = []
+        for own in lives:
+            begin, end = lives[own]
+            own.offset = 0
+            for other in sorted((p for p in placed if lives[p][0] <= end and lives[p][1] >= begin), key=lambda p: p.offset):
+                if other.offset < own.offset + own.size:
+                    own.offset = max(own.offset, other.offset + other.size)
+            placed.append(own)
+        self.image_bytes = max(b.offset + b.size for b in placed)
+        self.capture_stream = self.cupy.cuda.Stream(non_blocking=True)
+        self.done = self.cupy.cuda.Event(disable_timing=True)
+        self.done.record()
+
+    def _allocate(self, capacity: int) -> None:
+        """Memory for batches up to `capacity`; what was bound to the old addresses goes."""
+        if self.capacity:
+            self.done.synchronize()
+        self.frames.clear()
+        self.workspace = None  # before the new one, so that both never exist together
+        self.workspace = self.cupy.empty(max(self.image_bytes, 256) * capacity, np.uint8)
+        self.table = self.cupy.empty((capacity, 13), np.int64)
+        self.written = np.zeros((0, 13), np.int64)
+        pinned = [self.cupy.cuda.alloc_pinned_memory(capacity * 13 * 8) for _ in range(self._RING)]
+        self.ring = collections.deque((p, np.frombuffer(p, np.int64, capacity * 13).reshape(capacity, 13),
+                                       self.cupy.cuda.Event(disable_timing=True)) for p in pinned)
+        self.capacity = capacity if self.image_bytes else 0
+
+    def bind(self, launch: _Launch, batch: int) -> _Launch:
+        """Buffers to addresses, numbers to the types that kernels take."""
+        base = self.workspace.data.ptr
+
+        def value(a):
+            if isinstance(a, _Buffer):
+                return np.uint64(base + a.offset * batch)
+            if a is None:
+                return np.uint64(0)
+            return np.int32(a) if isinstance(a, int) else np.float32(a) if isinstance(a, float) else a
+        return launch._replace(args=tuple(map(value, launch.args)))
+
+    def launch(self, launches: Iterable[_Launch]) -> None:
+        for kernel, grid, block, args in launches:
+            kernel(grid, block, args)
+
+    def capture(self, launches: Iterable[_Launch]):
+        """A CUDA graph of launches that have all run before (so that nothing is loaded while capturing)."""
+        with self.capture_stream:
+            self.capture_stream.begin_capture()
+            try:
+                self.launch(launches)
+            finally:
+                graph = self.capture_stream.end_capture()
+        return graph
+
+    def image_row(self, pixels, score: int, target=None) -> list[int]:
+        """The image table's row: see struct Image in kernels/common.cuh. Taps and operators are kept by size."""
+        size = pixels.shape[:2]
+        entry = self.sizes.pop(size, None)
+        if entry is None:
+            row, keep = [], []
+            for n in size:
+                start, weight = resize_taps(n, self.size)
+                keep += [self.constant(start, np.int32), self.constant(weight)]
+                row += [keep[-2].data.ptr, keep[-1].data.ptr, weight.shape[1]]
+            keep += [self.constant(self.map_operator(size[0])), self.constant(self.map_operator(size[1]).T)]
+            entry = row, keep
+        self.sizes[size] = entry
+        if len(self.sizes) > 1024:  # more than a batch holds: what is in flight is never dropped
+            del self.sizes[next(iter(self.sizes))]
+        row, keep = entry
+        return [pixels.data.ptr, *size, *row, *((0, 0, 0) if target is None else
+                                                (target.data.ptr, keep[-2].data.ptr, keep[-1].data.ptr)), score]
+
+    def stream_of(self, images: Sequence):
+        """torch's current stream if there are torch tensors among the images, else CuPy's."""
+        torch, cuda = sys.modules.get("torch"), self.cupy.cuda
+        if torch and any(isinstance(image, torch.Tensor) for image in images):
+            pointer = torch.cuda.current_stream(self.gpu.id).cuda_stream
+            return cuda.ExternalStream(pointer) if pointer else cuda.Stream(null=True)
+        return cuda.get_current_stream()
+
+    def to_device(self, image):
+        """u8 (H, W, 3) on this GPU; an array that is there already is not copied."""
+        if not hasattr(image, "__cuda_array_interface__"):
+            return self.cupy.asarray(load_image(image))
+        a = self.cupy.asarray(image)
+        if a.dtype != np.uint8 or a.ndim != 3 or a.shape[2] != 3 or min(a.shape[:2]) < 8 or max(a.shape[:2]) > 32768:
+            raise ShapeError(f"image on the GPU: expected uint8 (H, W, 3) of 8 to 32768 pixels a side, got {a.dtype} {a.shape}")
+        if a.device.id != self.gpu.id:
+            raise ShapeError(f"image on GPU {a.device.id}, the model is on GPU {self.gpu.id}: copy it there")
+        return self.cupy.ascontiguousarray(a)
+
+    def run(self, images: Sequence, with_map: bool = True, with_z: bool = False) -> "_DeviceScores":
+        """Enqueue a batch on the caller's stream; nothing waits for it.
+
+        images: paths or arrays, u8 (H, W, 3), on the host or (CuPy, torch) on the GPU.
+        """
+        batch = len(images)
+        with self.lock, self.gpu, self.stream_of(images) as stream:
+            if batch > self.capacity:
+                self._allocate(batch)
+            stream.wait_event(self.done)  # the workspace is shared between streams
+            pixels = [self.to_device(image) for image in images]
+            scores = self.cupy.empty(batch, np.float32)
+            maps = [self.cupy.empty(p.shape[:2], np.float32) if with_map else None for p in pixels]
+            rows = np.array([self.image_row(p, scores.data.ptr + 4 * i, m) for i, (p, m) in enumerate(zip(pixels, maps))])
+            if not np.array_equal(rows, self.written):
+                self.write_table(rows, stream)
+            frame = self.frames.get(batch)
+            if frame is None:
+                launches = [self.bind(make(batch), batch) for _, make in self.steps]
+                self.launch(launches)
+                self.frames[batch] = _Frame([stage for stage, _ in self.steps], launches, self.capture(launches))
+            else:
+                frame.graph.launch(stream)
+            z = None
+            if with_z:
+                start, size = self.z.offset * batch, 4 * self.positions * batch
+                z = self.workspace[start:start + size].view(np.float32).reshape(batch, self.positions).copy()
+            self.done.record(stream)
+        return _DeviceScores(scores, maps, z, stream)
+
+    def write_table(self, rows: np.ndarray, stream) -> None:
+        pinned, host, copied = self.ring[0]
+        self.ring.rotate(-1)
+        copied.synchronize()  # long past, unless _RING frames are in flight
+        host[:len(rows)] = rows
+        self.cupy.cuda.runtime.memcpyAsync(self.table.data.ptr, host.ctypes.data, rows.nbytes,
+                                           self.cupy.cuda.runtime.memcpyHostToDevice, stream.ptr)
+        copied.record(stream)
+        self.written = rows
+
+
+class _DeviceScores:
+    """What `_CudaEngine.run` left on the GPU, in the order of `stream`: scores (B,), maps, z (B, N)."""
+
+    def __init__(self, scores, maps: list, z, stream):
+        self.scores, self.maps, self.z, self.stream = scores, maps, z, stream
+
+    def to_host(self, array) -> np.ndarray:
+        with self.stream:
+            return array.get()
+
+    @functools.cached_property
+    def host_scores(self) -> np.ndarray:
+        return self.to_host(self.scores)
+
+
+class DeviceResult:
+    """A `Result` that is still on the GPU: an attribute waits and copies when it is first read.
+
+    `device_map` is the anomaly map as a CuPy array (None if no map was asked for), ordered on the
+    stream that was current in the call; it is this result's own memory, and reading it copies nothing.
+    """
+
+    def __init__(self, batch: _DeviceScores, index: int, calibration: np.ndarray, threshold: float):
+        self._batch, self._index, self._calibration, self.threshold = batch, index, calibration, threshold
+        self.device_map = batch.maps[index]
+
+    @property
+    def score(self) -> float:
+        return float(self._batch.host_scores[self._index])
+
+    @property
+    def p_value(self) -> float:
+        return float(conformal_p_value(self.score, self._calibration))
+
+    @property
+    def is_anomaly(self) -> bool:
+        return self.score > self.threshold
+
+    @property
+    def verdict(self) -> str:
+        return "anomaly" if self.is_anomaly else "good"
+
+    @functools.cached_property
+    def anomaly_map(self) -> np.ndarray | None:
+        return None if self.device_map is None else self._batch.to_host(self.device_map)
+
+
+def _build_cuda_engine(prior: "Prior", precision: str) -> _CudaEngine:
+    """One frame of a model as launches."""
+    e = _CudaEngine(precision)
+    f, n, c = e.features(prior.backbone, prior.settings.size)
+    x = e.whiten(f, n, c, prior.mean, prior.whitener)
+    z = _emit_inversion(e, x, n, c, prior.denoiser, prior.timesteps, prior.prediction, prior.calibration["scale"],
+                        prior.calibration["location"])
+    e.score(z, prior)
+    e.finish()
+    return e
+
+
+def _score_on_cuda(prior: "Prior", images: Sequence, with_map: bool, chunk: int) -> list[DeviceResult]:
+    results = []
+    for start in range(0, len(images), chunk):
+        batch = prior._cuda.run(images[start:start + chunk], with_map)
+        results += [DeviceResult(batch, i, prior.calibration["scores"], prior.threshold.value)
+                    for i in range(len(batch.maps))]
+    return results
+
+
+def _nll_on_cuda(prior: "Prior", images: Sequence, maps: Sequence[np.ndarray | None]) -> np.ndarray:
+    """`Prior.nll`: waits, and copies z (B, N) and the maps to the host."""
+    batch = prior._cuda.run(images, any(m is not None for m in maps), with_z=True)
+    for target, own in zip(maps, batch.maps):
+        if target is not None:
+            target[...] = batch.to_host(own)
+    return batch.to_host(batch.z)
+
+
+def bench_cuda(engine: _CudaEngine, images: Sequence[int] = (1, 16, 64, 256), frames: int = 200, pixels: int = 256,
+               values: int = 64 << 20) -> dict:
+    """Device-event timings of a built engine, u8 on the device to score and map, after a warm-up.
+
+    Returns, for each batch of `images` random images of `pixels` a side: p50 and p95 in ms a batch, images a second; for
+    batch 1 also the p50 of each stage (a graph of its own, so a stage includes one graph launch); and for the
+    fused rotation and density on `values` values: bytes moved a second, beside those of a device copy of as many bytes.
+    """
+    cupy, rng = engine.cupy, np.random.default_rng(0)
+    stream = cupy.cuda.Stream(non_blocking=True)
+
+    def timed(work: Callable[[], None], count: int) -> list[float]:
+        events = [cupy.cuda.Event() for _ in range(2 * count)]
+        for _ in range(10):
+            work()
+        for begin, end in zip(events[::2], events[1::2]):
+            begin.record(stream)
+            work()
+            end.record(stream)
+        stream.synchronize()
+        return sorted(cupy.cuda.get_elapsed_time(b, e) for b, e in zip(events[::2], events[1::2]))
+
+    report: dict[str, Any] = {"gpu": cupy.cuda.runtime.getDeviceProperties(engine.gpu.id)["name"].decode(),
+                              "precision": str(engine.real), "frames": frames, "batches": {}, "stages_p50_ms": {}}
+    with stream:
+        for batch in images:
+            frame = [cupy.asarray(rng.integers(0, 256, (pixels, pixels, 3), np.uint8)) for _ in range(batch)]
+            ms = timed(lambda: engine.run(frame), max(10, frames // batch))
+            p50, p95 = ms[len(ms) // 2], ms[int(.95 * (len(ms) - 1))]
+            report["batches"][batch] = {"p50_ms": p50, "p95_ms": p95, "images_per_s": 1e3 * batch / p50}
+            if batch == 1:
+                built = engine.frames[1]
+                for stage in dict.fromkeys(built.stages):
+                    graph = engine.capture([k for s, k in zip(built.stages, built.launches) if s == stage])
+                    ms = timed(lambda: graph.launch(stream), frames)
+                    report["stages_p50_ms"][stage] = ms[len(ms) // 2]
+        c, n = 256, 256
+        rows = values // c
+        x, f, z = (cupy.empty(shape, engine.real if len(shape) == 2 else np.float32) for shape in ((rows, c), (rows, c), (rows,)))
+        x.fill(0)
+        f.fill(0)
+        ones = engine.constant(np.ones(n))
+        rotate = engine.bind(_Launch(engine.kernel("rotate_density"), (-(-rows // 4), 1, 1), (128,),
+                                     (x, f, .8, .6, None, ones, ones, z, rows, n, c)), 1)
+        moved = x.nbytes + f.nbytes + z.nbytes
+        copy = cupy.empty(x.nbytes, np.uint8)
+        for name, work, size in (
+                ("rotate_density", lambda: engine.launch([rotate]), moved),
+                ("device_copy", lambda: cupy.cuda.runtime.memcpyAsync(
+                    copy.data.ptr, x.data.ptr, x.nbytes, cupy.cuda.runtime.memcpyDeviceToDevice, stream.ptr), 2 * x.nbytes)):
+            ms = timed(work, 50)
+            report[f"{name}_gb_per_s"] = size / ms[len(ms) // 2] / 1e6
+    report["rotate_share_of_copy"] = report["rotate_density_gb_per_s"] / report["device_copy_gb_per_s"]
+    return report
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1691,9 +2262,9 @@ OPS: dict[str, Op] = {
     "squeeze_excite": Op(squeeze_excite, None, "squeeze_excite"),
     "pool": Op(pool, _numba_pool, "pool"),
     "whiten": Op(whiten, _numba_whiten, "whiten"),
-    "linear": Op(linear, _numba_linear, "linear"),
+    "linear": Op(linear, _numba_linear, "product"),
     "layer_norm": Op(layer_norm, _numba_layer_norm, "layer_norm"),
-    "mix": Op(mix, _numba_mix, "mix"),
+    "mix": Op(mix, _numba_mix, "product"),
     "rotate_density": Op(rotate_density, _numba_rotate_density, "rotate_density"),
     "anomaly_map": Op(anomaly_map, _numba_anomaly_map, "anomaly_map"),
 }
@@ -1813,7 +2384,7 @@ def inverse_cholesky(cov: np.ndarray) -> np.ndarray:
 def conformal_p_value(score, calibration: np.ndarray):
     """(1 + #{calibration >= score}) / (n + 1): under exchangeability P(p <= a) <= a (Vovk et al. 2005).
 
-    >>> conformal_p_value(2.5, np.array([1., 2., 3.]))
+    >>> float(conformal_p_value(2.5, np.array([1., 2., 3.])))
     0.5
     """
     ordered = np.sort(calibration)
@@ -1880,6 +2451,8 @@ def load_image(source: str | os.PathLike | np.ndarray) -> np.ndarray:
     """File or array -> contiguous uint8 (H, W, 3), RGB. Grey is repeated, alpha dropped, 16 bits cut to 8."""
     if isinstance(source, (str, os.PathLike)):
         return _decode(Path(source))
+    if hasattr(source, "__cuda_array_interface__"):
+        raise ShapeError("image: this array is on a GPU and the model on the CPU: Prior.load(..., device='cuda'), or copy it")
     a = np.asarray(source)
     if a.ndim == 3 and a.shape[2] in (3, 4):
         a = a[:, :, :3]
@@ -2074,7 +2647,7 @@ class Prior:
 
     def __init__(self, settings: Settings, backbone: Backbone, mean: np.ndarray, whitener: np.ndarray,
                  denoiser: dict[str, np.ndarray] | None, calibrations: dict[int, dict[str, np.ndarray]], summary: dict,
-                 threads: int | None = None):
+                 threads: int | None = None, device: str = "cpu", precision: str = "float32"):
         self.settings, self.backbone, self.mean, self.whitener = settings, backbone, mean, whitener
         self.denoiser, self.calibrations, self.summary, self.threads = denoiser, calibrations, summary, threads
         if settings.steps not in calibrations:
@@ -2085,6 +2658,8 @@ class Prior:
         self._built: tuple[_CpuEngine, int] | None = None
         self.validate()
         self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr)
+        self.device, self.precision = resolve_device(device), precision
+        self._cuda = _build_cuda_engine(self, precision) if self.device == "cuda" else None
 
     def validate(self) -> None:
         """ModelError unless every array fits the others and is finite."""
@@ -2116,8 +2691,13 @@ class Prior:
 
     @staticmethod
     def load(path: str | os.PathLike, *, threads: int | None = None, steps: int | None = None,
-             fpr: float | None = None) -> "Prior":
-        """Read a model; `steps` and `fpr` override what it was trained with. ModelError if it is none."""
+             fpr: float | None = None, device: str = "cpu", precision: str = "float32") -> "Prior":
+        """Read a model; `steps` and `fpr` override what it was trained with. ModelError if it is none.
+
+        device: "cpu"; "cuda" (BackendUnavailable says what is missing); or "auto", the GPU where it works.
+        precision, on the GPU only: how activations are stored, "float32" (the CPU's scores to 1e-5) or
+        "float16" (half the memory traffic; scores differ in the third digit).
+        """
         header, arrays = _read_npz(path)
 
         def group(prefix):
@@ -2134,7 +2714,7 @@ class Prior:
                 number, field = name.split("/")
                 calibrations.setdefault(int(number), {})[field] = a
             return Prior(settings, backbone, arrays["mean"], arrays["whitener"], group("denoiser/") or None,
-                         calibrations, header["summary"], threads)
+                         calibrations, header["summary"], threads, device, precision)
         except (KeyError, TypeError) as e:
             raise ModelError(f"{path}: incomplete model ({e})") from e
         except ValueError as e:
@@ -2146,7 +2726,7 @@ class Prior:
         """The same model with another number of DDIM inversion steps (one it is calibrated for)."""
         settings = dataclasses.replace(self.settings, steps=steps)
         return Prior(settings, self.backbone, self.mean, self.whitener, self.denoiser, self.calibrations, self.summary,
-                     self.threads)
+                     self.threads, self.device, self.precision)
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -2160,7 +2740,9 @@ class Prior:
 
     @property
     def backend(self) -> str:
-        """"numba" or "numpy", whichever scores."""
+        """"cuda", "numba" or "numpy", whichever scores."""
+        if self._cuda:
+            return "cuda"
         return "numba" if _has_numba() else "numpy"
 
     def score(self, image: str | os.PathLike | np.ndarray, *, with_map: bool = True) -> Result:
@@ -2169,7 +2751,13 @@ class Prior:
 
     def score_batch(self, images: Sequence[str | os.PathLike | np.ndarray], *, with_map: bool = True,
                     chunk: int = 16) -> list[Result]:
-        """Score many images of any sizes; the same numbers as one by one."""
+        """Score many images of any sizes; the same numbers as one by one.
+
+        With device="cuda" images may be CuPy or torch CUDA arrays, u8 (H, W, 3), and the results
+        (`DeviceResult`) stay on the GPU until they are read; nothing here waits for it.
+        """
+        if self._cuda:
+            return _score_on_cuda(self, images, with_map, chunk)
         results = []
         for start in range(0, len(images), chunk):
             arrays = [load_image(image) for image in images[start:start + chunk]]
@@ -2200,6 +2788,8 @@ class Prior:
         images: uint8 (H, W, 3), contiguous. z_n = (|x_T,n|^2 / 2) * scale_n + location_n.
         """
         maps = maps or [None] * len(images)
+        if self._cuda:
+            return _nll_on_cuda(self, images, maps)
         if self.backend == "numpy":
             return self._nll_reference(images, maps)
         with self._lock:
@@ -2967,6 +3557,38 @@ def bench_speed(prior: Prior, input_size: int, batch: int = 16, seconds: float =
     return {k: float(v) if isinstance(v, np.floating) else v for k, v in report.items()}
 
 
+def bench_against(prior: Prior, names: Sequence[str], rounds: int = 6, calls: int = 30) -> dict[str, float]:
+    """Whole frames of ours against the bare backbone in other runtimes, in turn, in one process.
+
+    Ours: uint8 (S, S, 3) array -> score and map. Theirs: the truncated backbone alone, its input already
+    resized and normalised. Medians in ms and the ratio ours/theirs; same threads, batch 1, float32.
+    """
+    import importlib.util
+    path = Path(__file__).resolve().parent / "tests" / "other_runtimes.py"
+    spec = importlib.util.spec_from_file_location("other_runtimes", path)
+    if spec is None or not path.is_file():
+        raise BackendUnavailable(f"--against needs {path}: run it from a checkout of fastprior")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    size = prior.settings.size
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    runs = {"fastprior": lambda: prior.score(image)}
+    for name in names:
+        if name not in ("onnxruntime", "torch"):
+            raise ShapeError(f"--against: expected onnxruntime or torch, got {name!r}")
+        try:
+            runs[name] = getattr(module, name)(prior.backbone, size, prior._engine()[0].threads)
+        except ImportError as e:
+            raise BackendUnavailable(f"--against {name}: {e.name} is not installed") from e
+    times: dict[str, list] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, call in runs.items():
+            time.sleep(.2)  # let the other runtime's threads go to sleep
+            times[name].append(_median_ms(call, 0, calls))
+    medians = {f"{name}_ms": float(np.median(t)) for name, t in times.items()}
+    return medians | {f"ratio_{name}": medians["fastprior_ms"] / medians[f"{name}_ms"] for name in names}
+
+
 def machine() -> dict[str, str | int]:
     """What a figure needs beside it."""
     import platform
@@ -3154,13 +3776,15 @@ def _build_app():
               input_size: int = typer.Option(None, help="Side of the image that is timed (default: --size)."),
               batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),
               iterations: int = typer.Option(None, min=1, help="At most this many training steps."),
+              against: str = typer.Option(None, help="Also time the bare backbone in onnxruntime, torch (with commas)."),
               seeds: str = typer.Option("0", help="Seeds, comma-separated; each trains its own models."),
               as_json: bool = typer.Option(False, "--json", help="One JSON object a row."),
               threads: int = threads_option):
         """Measure speed on this machine and, with --data, accuracy. Trained models are cached.
 
-        Examples: fastprior bench --steps 2
-                  fastprior bench --data mvtec --variants gaussian,plain,full --steps 2,3,5
+        Example: fastprior bench --steps 2
+
+        Example: fastprior bench --data mvtec --variants gaussian,plain,full --steps 2,3,5
         """
         _say(" ".join(f"{k}={v}" for k, v in machine().items()), f"fastprior={__version__} dtype=float32")
         counts = _numbers(steps, "steps")
@@ -3182,7 +3806,9 @@ def _build_app():
                 if not data:
                     prior = untrained(name, size, threads)
                 for count in counts:
-                    speed_rows.append((Path(name).stem, not data, bench_speed(prior.with_steps(count), input_size or size, batch)))
+                    prior = prior.with_steps(count)
+                    speed_rows.append((Path(name).stem, not data, bench_speed(prior, input_size or size, batch)
+                                       | (bench_against(prior, against.split(",")) if against else {})))
             if model:
                 for count in counts:
                     prior = Prior.load(model, threads=threads, steps=count)
@@ -3254,7 +3880,13 @@ def _speed_text(name: str, bare: bool, r: dict) -> str:
             f"p95 {r['frame_p95_ms']:.2f} ms, {r['frames_per_second']:.0f} frames/s; batch {r['batch']}: "
             f"{r['batch_frames_per_second']:.0f} frames/s; decode (PNG, {r['input_size']} px) {r['decode_png_ms']:.2f} ms")
     stages = [f"{k[:-3]} {r[k]:.2f}" for k in ("resize_ms", "features_ms", "inversion_ms", "map_ms") if k in r]
-    return text + (f"\n  of which, ms: {', '.join(stages)}" if stages else "")
+    text += f"\n  of which, ms: {', '.join(stages)}" if stages else ""
+    for key in r:
+        if key.startswith("ratio_"):
+            other = key[len("ratio_"):]
+            text += (f"\n  in turn: whole frame {r['fastprior_ms']:.2f} ms, {other} backbone alone {r[other + '_ms']:.2f} ms, "
+                     f"ratio {r[key]:.2f}")
+    return text
 
 
 def _accuracy_table(rows: list[dict]) -> str:

@@ -14,9 +14,9 @@ from emulated_cuda import DeviceArray, FakeCupy, LaunchError, gxx
 
 pytestmark = pytest.mark.skipif(gxx() is None, reason="no g++ with 16-bit floats: the CUDA kernels cannot be emulated")
 
-# relative to the larger of 1 and the value: float32 differs by the order of sums only; float16 rounds every
-# activation, whose errors average out over channels and positions.
-TOLERANCE = {"float32": 1e-5, "float16": 1e-3}
+# Relative to the larger of 1 (a standard deviation) and the value. float32 differs by the order of sums and by the
+# 22 bits of a split factor; float16 rounds every activation to 11 bits, and whitening magnifies that.
+TOLERANCE = {"float32": 1e-5, "float16": 1e-2}
 
 
 @pytest.fixture
@@ -101,6 +101,7 @@ def test_whole_model_agrees_with_the_cpu(cuda, case, precision):
     for a, b in zip(gpu.score_batch(batch), cpu.score_batch(batch)):
         assert relative(a.score, b.score) < TOLERANCE[precision]
         assert relative(a.anomaly_map, b.anomaly_map) < TOLERANCE[precision]
+        assert abs(b.score - b.threshold) > .02, "too close to call: choose another seed"
         assert a.is_anomaly == b.is_anomaly and a.verdict == b.verdict and a.threshold == b.threshold
 
 
@@ -269,7 +270,7 @@ def test_a_compiler_that_is_missing_is_named(cuda, monkeypatch):
 def test_unknown_device_and_precision_are_errors(cuda):
     with pytest.raises(fp.ShapeError, match="'cpu', 'cuda' or 'auto'"):
         model(device="gpu")
-    with pytest.raises(fp.ShapeError, match="'float16' or 'float32'"):
+    with pytest.raises(fp.ShapeError, match="'float32' or 'float16'"):
         model(device="cuda", precision="bfloat16")
 
 
@@ -280,7 +281,7 @@ def test_unknown_device_and_precision_are_errors(cuda):
     (lambda a: (*a[:4], np.int64(a[4]), a[5]), "argument 4"),
 ], ids=["swapped", "kind", "count", "width"])
 def test_the_stand_in_refuses_wrong_arguments(cuda, change, message):
-    engine = model(device="cuda")[0]._cuda
+    engine = model(device="cuda", precision="float16")[0]._cuda
     kernel = engine.kernel("layer_norm")
     x, gain = (cuda.asarray(np.arange(n, dtype=t)) for n, t in ((64, np.float16), (64, np.float32)))
     out = cuda.zeros(64, np.float16)

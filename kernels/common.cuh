@@ -1,0 +1,119 @@
+// Shared by every kernel: the storage type, 16-byte chunks, activations, warp sums, the image table.
+//
+// HALF=1 stores activations and weights in 16 bits, HALF=0 in 32; sums are float32 in both. The loader
+// pastes this text where a kernel says #include "common.cuh", so that CuPy's cache sees all of it.
+// Half precision is spelled in PTX here: NVRTC then needs no header at all. Where CUDA_EMULATOR is
+// defined, tests/cuda_emulator.h supplies what PTX does.
+//
+// Maps are (B, H, W, C), C padded to a multiple of 8 with zeros. blockIdx.z is the image. No kernel
+// uses atomics and every sum has one order, so a score does not depend on its batch.
+#pragma once
+
+#ifndef HALF
+#define HALF 0
+#endif
+
+#if HALF
+struct alignas(2) real { unsigned short bits; };
+#else
+typedef float real;
+#endif
+
+#define NONE 0
+#define RELU6 1
+#define SILU 2
+
+#ifndef CUDA_EMULATOR
+#define CHECK_ALIGNED(address, bytes)
+
+__device__ __forceinline__ float float_from_half(unsigned short bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+
+__device__ __forceinline__ unsigned short half_from_float(float x) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+// Four 8x8 matrices of halves from shared memory; lane l names row l % 8 of matrix l / 8 and gets
+// elements 2 (l % 4) and the next of row l / 4 of each (transposed: of column l / 4).
+__device__ __forceinline__ void load_matrices(unsigned r[4], const void* row) {
+    asm volatile("{ .reg .u64 p; .reg .u32 q; cvta.to.shared.u64 p, %4; cvt.u32.u64 q, p;\n"
+                 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [q]; }"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(row) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(unsigned r[4], const void* row) {
+    asm volatile("{ .reg .u64 p; .reg .u32 q; cvta.to.shared.u64 p, %4; cvt.u32.u64 q, p;\n"
+                 "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [q]; }"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(row) : "memory");
+}
+
+// c (16x8, float32) += a (16x16, halves) @ b (16x8, halves), one warp.
+__device__ __forceinline__ void multiply_add(float c[4], const unsigned a[4], const unsigned b[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    for (int i = 0; i < 2; i++)  // before sm_80 the product is 8 deep
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+                     "{%0, %1, %2, %3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
+#endif
+}
+#endif
+
+__device__ __forceinline__ float get(float x) { return x; }
+__device__ __forceinline__ void put(float& to, float x) { to = x; }
+#if HALF
+__device__ __forceinline__ float get(real x) { return float_from_half(x.bits); }
+__device__ __forceinline__ void put(real& to, float x) { to.bits = half_from_float(x); }
+#endif
+
+#define VECTOR (16 / (int)sizeof(real))  // elements of a 16-byte chunk: 8 halves or 4 floats
+
+struct alignas(16) Chunk { real at[VECTOR]; };
+
+__device__ __forceinline__ Chunk load_chunk(const real* from) {
+    CHECK_ALIGNED(from, 16);
+    return *reinterpret_cast<const Chunk*>(from);
+}
+
+__device__ __forceinline__ void store_chunk(real* to, const Chunk& chunk) {
+    CHECK_ALIGNED(to, 16);
+    *reinterpret_cast<Chunk*>(to) = chunk;
+}
+
+// NaN passes through both activations.
+__device__ __forceinline__ float activate(float x, int act) {
+    if (act == RELU6) return x < 0.f ? 0.f : x > 6.f ? 6.f : x;
+    return act == SILU ? x / (1.f + expf(-x)) : x;
+}
+
+// Sum over the 32 lanes, the same in every lane.
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+    return x;
+}
+
+// A row of the image table: everything of a frame that differs between calls.
+struct Image {
+    const unsigned char* pixels;             // (height, width, 3) u8
+    long long height, width;
+    const int* row_start;                    // (S,) first input row of each output row
+    const float* row_weight;                 // (S, row_taps)
+    long long row_taps;
+    const int* col_start;
+    const float* col_weight;
+    long long col_taps;
+    float* map;                              // (height, width), or null: no map wanted
+    const float* row_map;                    // (height, G)
+    const float* col_map;                    // (G, width)
+    float* score;                            // one float
+};

@@ -1,0 +1,88 @@
+// depthwise: depthwise convolution, SAME padding, bias, activation; sums for squeeze-excitation on the way.
+// Reference: depthwise.
+//
+// x (B, H, W, C) real; w (k, k, C) real; bias (C,) float32; out (B, Ho, Wo, C) real, Ho = ceil(H/stride).
+// sums (B, gridDim.y, C) float32 or null: the outputs of each block summed over its pixels, in a fixed order.
+// top, left: rows and columns of zero padding before the map.
+// Launch: depthwise_KS for kernel K (3, 5) and stride S (1, 2); threadIdx.x a chunk of channels, threadIdx.y a
+//   strip of STRIP outputs of a row; grid (ceil(C/VECTOR / blockDim.x), ceil(Ho * ceil(Wo/STRIP) / blockDim.y), B),
+//   any block of up to 256 threads.
+#include "common.cuh"
+
+#define STRIP 2
+#define MOST_THREADS 256
+
+template <int KERNEL, int STRIDE>
+__device__ __forceinline__ void convolve(const real* x, const real* w, const float* bias, real* out, float* sums,
+                                         float* part, int height, int width, int c, int top, int left, int act) {
+    const int height_out = (height + STRIDE - 1) / STRIDE, width_out = (width + STRIDE - 1) / STRIDE;
+    const int strips = (width_out + STRIP - 1) / STRIP;
+    const int first = (blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+    const int strip = blockIdx.y * blockDim.y + threadIdx.y;
+    const int row = strip / strips, column = strip % strips * STRIP;
+    const bool works = first < c && row < height_out;
+    float total[VECTOR] = {};
+    if (works) {
+        x += (long long)blockIdx.z * height * width * c + first;
+        out += (((long long)blockIdx.z * height_out + row) * width_out + column) * c + first;
+        float sum[STRIP][VECTOR];
+#pragma unroll
+        for (int o = 0; o < STRIP; o++)
+#pragma unroll
+            for (int v = 0; v < VECTOR; v++) sum[o][v] = bias[first + v];
+#pragma unroll
+        for (int i = 0; i < KERNEL; i++) {
+            const int y_in = row * STRIDE - top + i;
+            if (y_in < 0 || y_in >= height) continue;
+            Chunk taps[KERNEL];
+#pragma unroll
+            for (int j = 0; j < KERNEL; j++) taps[j] = load_chunk(w + (i * KERNEL + j) * c + first);
+#pragma unroll
+            for (int j = 0; j < (STRIP - 1) * STRIDE + KERNEL; j++) {
+                const int x_in = column * STRIDE - left + j;
+                if (x_in < 0 || x_in >= width) continue;
+                const Chunk value = load_chunk(x + ((long long)y_in * width + x_in) * c);
+#pragma unroll
+                for (int o = 0; o < STRIP; o++)
+                    if (j - o * STRIDE >= 0 && j - o * STRIDE < KERNEL)
+#pragma unroll
+                        for (int v = 0; v < VECTOR; v++) sum[o][v] += get(value.at[v]) * get(taps[j - o * STRIDE].at[v]);
+            }
+        }
+#pragma unroll
+        for (int o = 0; o < STRIP; o++) {
+            if (column + o >= width_out) continue;
+            Chunk result;
+#pragma unroll
+            for (int v = 0; v < VECTOR; v++) {
+                const float y = activate(sum[o][v], act);
+                total[v] += y;
+                put(result.at[v], y);
+            }
+            store_chunk(out + (long long)o * c, result);
+        }
+    }
+    if (!sums) return;
+#pragma unroll
+    for (int v = 0; v < VECTOR; v++) part[(threadIdx.y * blockDim.x + threadIdx.x) * VECTOR + v] = total[v];
+    __syncthreads();
+    if (threadIdx.y > 0 || first >= c) return;
+    for (int v = 0; v < VECTOR; v++) {
+        float y = 0.f;
+        for (int t = 0; t < blockDim.y; t++) y += part[(t * blockDim.x + threadIdx.x) * VECTOR + v];
+        sums[((long long)blockIdx.z * gridDim.y + blockIdx.y) * c + first + v] = y;
+    }
+}
+
+#define DEPTHWISE(KERNEL, STRIDE)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS) depthwise_##KERNEL##STRIDE(                              \
+            const real* x, const real* w, const float* bias, real* out, float* sums, int height, int width, int c,      \
+            int top, int left, int act) {                                                                               \
+        __shared__ float part[MOST_THREADS * VECTOR];                                                                   \
+        convolve<KERNEL, STRIDE>(x, w, bias, out, sums, part, height, width, c, top, left, act);                        \
+    }
+
+DEPTHWISE(3, 1)
+DEPTHWISE(3, 2)
+DEPTHWISE(5, 1)
+DEPTHWISE(5, 2)

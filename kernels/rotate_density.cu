@@ -1,0 +1,29 @@
+// rotate_density: a DDIM step x' = a x + b F and, at the last one, the Gaussian density of where it lands.
+// Reference: rotate_density, whose product F = h @ w + b is left to product.cu.
+//
+// x (rows, C) real, rows = B * N; f (rows, C) real, or null for F = 0; C a multiple of VECTOR.
+// out (rows, C) real, may be x, or null: the last step, x' never leaves the registers.
+// z (rows,) float32 or null: scale_n |x'|^2 / 2 + location_n, n = row % N; scale, location (N,) float32.
+// Launch: grid (ceil(rows / (blockDim.x / 32))), block a multiple of 32; a warp a row.
+#include "common.cuh"
+
+extern "C" __global__ void rotate_density(const real* x, const real* f, float a, float b, real* out, const float* scale,
+                                          const float* location, float* z, int rows, int n, int c) {
+    const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    const long long start = (long long)row * c;
+    float square = 0.f;
+    for (int i = lane * VECTOR; i < c; i += 32 * VECTOR) {
+        Chunk value = load_chunk(x + start + i), turn = Chunk();
+        if (f) turn = load_chunk(f + start + i);
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) {
+            const float y = a * get(value.at[v]) + b * get(turn.at[v]);
+            square += y * y;
+            put(value.at[v], y);
+        }
+        if (out) store_chunk(out + start + i, value);
+    }
+    square = warp_sum(square);
+    if (z && lane == 0) z[row] = .5f * square * scale[row % n] + location[row % n];
+}
