@@ -46,13 +46,13 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
 
 __version__ = "0.1.0"
 __all__ = [
-    "Prior", "Result", "FastPriorError", "ShapeError", "ImageError", "ModelError",
+    "Prior", "Result", "Region", "find_regions", "FastPriorError", "ShapeError", "ImageError", "ModelError",
     "BackendUnavailable", "alpha_bar", "select_timesteps", "rotation", "ddim_invert",
     "gaussian_log_prob", "conformal_p_value", "conformal_threshold", "auroc",
     "average_precision", "f1_max", "aupro", "pixel_metrics", "OPS",
@@ -2033,6 +2033,10 @@ class DeviceResult:
     def anomaly_map(self) -> np.ndarray | None:
         return None if self.device_map is None else self._batch.to_host(self.device_map)
 
+    @property
+    def regions(self) -> "list[Region]":
+        return find_regions(self.anomaly_map)
+
 
 def _build_cuda_engine(prior: "Prior", precision: str) -> _CudaEngine:
     """One frame of a model as launches."""
@@ -2102,7 +2106,8 @@ def bench_cuda(engine: _CudaEngine, images: Sequence[int] = (1, 16, 64, 256), fr
                     report["stages_p50_ms"][stage] = ms[len(ms) // 2]
         c, n = 256, 256
         rows = values // c
-        x, f, z = (cupy.empty(shape, engine.real if len(shape) == 2 else np.float32) for shape in ((rows, c), (rows, c), (rows,)))
+        x, f = (cupy.empty((rows, c), engine.real) for _ in range(2))
+        z = cupy.empty(rows, np.float32)
         x.fill(0)
         f.fill(0)
         ones = engine.constant(np.ones(n))
@@ -2394,7 +2399,7 @@ def conformal_p_value(score, calibration: np.ndarray):
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """A score above `value` is called an anomaly; `rank` is the order statistic it is, of `count`."""
+    """A score above `value` is called an anomaly; `rank` of `count` good scores do not lie above it."""
     value: float
     fpr: float  # false-alarm rate wished for
     rank: int
@@ -2410,7 +2415,7 @@ class Threshold:
     def bound(self) -> float:
         """What they promise with 95 % confidence over their draw: the quantile of Beta(n + 1 - k, k)."""
         from scipy.special import betaincinv
-        return float(betaincinv(self.count + 1 - self.rank, self.rank, .95))
+        return float(betaincinv(self.count + 1 - self.rank, self.rank, .95)) if self.rank else 1.0
 
     @property
     def needed(self) -> int:
@@ -2418,8 +2423,8 @@ class Threshold:
         return math.ceil(math.log(.05) / math.log1p(-self.fpr) - 1e-9)
 
 
-def conformal_threshold(calibration: np.ndarray, fpr: float) -> Threshold:
-    """Order-statistic threshold of held-out good scores for a false-alarm rate.
+def conformal_threshold(calibration: np.ndarray, fpr: float, value: float | None = None) -> Threshold:
+    """Order-statistic threshold of held-out good scores for a false-alarm rate; or what a given `value` promises.
 
     The k-th smallest of n, k = min(n, ceil((n + 1)(1 - fpr))); the false-alarm rate of that
     threshold is Beta(n + 1 - k, k) distributed (Vovk et al. 2005).
@@ -2435,9 +2440,53 @@ def conformal_threshold(calibration: np.ndarray, fpr: float) -> Threshold:
     if n < 2 or not np.isfinite(scores).all():
         raise ShapeError(f"calibration: expected at least two finite scores of good images, got {n}")
     k = min(n, math.ceil((n + 1) * (1 - fpr) - 1e-9))
+    if value is None:
+        value = scores[k - 1]
+    else:
+        k = int(np.searchsorted(scores, value, side="right"))
     beta = max(scores.std(ddof=1), 1e-12) * math.sqrt(6) / math.pi
     estimate = scores.mean() - beta * (np.euler_gamma + math.log(-math.log1p(-fpr)))
-    return Threshold(float(scores[k - 1]), fpr, k, n, float(estimate))
+    return Threshold(float(value), fpr, k, n, float(estimate))
+
+
+def trade_off(good: np.ndarray, bad: np.ndarray) -> list[tuple[float, float, float, str]]:
+    """Thresholds with the false-alarm rate that scores of good images promise (on average) and the share of bad missed.
+
+    One for each of a few rates, and the one with the smallest sum of both errors: the middle of the widest
+    gap between neighbouring scores that reaches it.
+    """
+    good, bad = np.sort(good), np.sort(bad)
+    rows = []
+    for fpr in (.1, .05, .02, .01):
+        t = conformal_threshold(good, fpr)
+        rows.append((t.value, t.expected, float(np.mean(bad <= t.value)), ""))
+    every = np.unique(np.r_[good, bad])
+    middles, gaps = (every[1:] + every[:-1]) / 2, np.diff(every)
+    wrong = (1 + len(good) - np.searchsorted(good, middles, side="right")) / (len(good) + 1)
+    missed = np.searchsorted(bad, middles, side="right") / len(bad)
+    total = wrong + missed
+    best = max(np.flatnonzero(total <= total.min() + 1e-12), key=lambda i: gaps[i])
+    rows.append((float(middles[best]), float(wrong[best]), float(missed[best]), "proposed"))
+    return sorted(set(rows))
+
+
+def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) -> str:
+    """Why the good-looking part of `scores` cannot come from the calibration's distribution; "" if it can, or below 20 images.
+
+    A two-sample Kolmogorov-Smirnov test, p < 0.001, of what lies below the threshold in both.
+    """
+    new, old = np.asarray(scores), calibration[calibration <= threshold]
+    if len(new) < 20:
+        return ""
+    kept = new[new <= threshold]
+    if 2 * len(kept) < len(new):
+        return (f"{len(new) - len(kept)} of {len(new)} images are called anomalies: another product, camera or lighting? "
+                "If they are good: fastprior calibrate, or train")
+    from scipy.stats import ks_2samp
+    if len(old) >= 10 and ks_2samp(kept, old).pvalue < .001:
+        return (f"the good-looking images have drifted: their median score is {np.median(kept):.2f}, that of held-out good "
+                f"images {np.median(old):.2f}; the false-alarm rate is no longer promised. See fastprior calibrate")
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2596,7 +2645,8 @@ class Settings:
     smooth: float = 0.0  # Gaussian smoothing of the map, in grid cells
     width: int = 96  # of the denoiser
     mixers: int = 1
-    fpr: float = .01
+    fpr: float = .01  # false-alarm rate the threshold is set for
+    threshold: float | None = None  # a fixed one instead
     calibration: str = "cross"
     seed: int = 0
 
@@ -2606,6 +2656,7 @@ class Settings:
             "variant": (self.variant in ("whitened", "plain"), "'whitened' or 'plain'"),
             "calibration": (self.calibration in ("cross", "holdout"), "'cross' or 'holdout'"),
             "fpr": (0 < self.fpr < 1, "a rate between 0 and 1"),
+            "threshold": (self.threshold is None or math.isfinite(self.threshold), "a score"),
             "worst": (0 < self.worst <= 1, "a share in (0, 1]"),
             "copies": (0 <= self.copies <= 64, "0 to 64"),
             "shrink": (0 <= self.shrink <= 1, "0 to 1"),
@@ -2626,7 +2677,8 @@ class Result:
     p_value : share of held-out good images that score as high, conformal.
     is_anomaly : score > threshold.
     anomaly_map : float32 (H, W) at the image's own size, the nll of each place: 0 is the average of
-        good images, 1 what their maps' maxima reach at the false-alarm rate. None if not asked for.
+        good images, 1 the map's threshold: at the false-alarm rate a good image's maximum exceeds it.
+        None if not asked for.
     """
     score: float
     p_value: float
@@ -2637,6 +2689,36 @@ class Result:
     @property
     def verdict(self) -> str:
         return "anomaly" if self.is_anomaly else "good"
+
+    @property
+    def regions(self) -> "list[Region]":
+        """Where the map is above its threshold; see `find_regions`."""
+        return find_regions(self.anomaly_map)
+
+
+class Region(NamedTuple):
+    """One connected part of a map above its threshold: box in pixels (right and bottom excluded), size, maximum."""
+    left: int
+    top: int
+    right: int
+    bottom: int
+    pixels: int
+    peak: float
+
+
+def find_regions(anomaly_map: np.ndarray | None) -> list[Region]:
+    """8-connected regions of `anomaly_map > 1` (H, W), highest peak first. ShapeError without a map."""
+    if anomaly_map is None:
+        raise ShapeError("regions: this image was scored without its map: score(..., with_map=True)")
+    from scipy import ndimage
+    labels, count = ndimage.label(anomaly_map > 1, np.ones((3, 3)))
+    if not count:
+        return []
+    numbers = range(1, count + 1)
+    peaks, sizes = ndimage.maximum(anomaly_map, labels, numbers), np.bincount(labels.ravel())[1:]
+    regions = [Region(x.start, y.start, x.stop, y.stop, int(size), float(peak))
+               for (y, x), size, peak in zip(ndimage.find_objects(labels), sizes, peaks)]
+    return sorted(regions, key=lambda r: -r.peak)
 
 
 class Prior:
@@ -2657,7 +2739,7 @@ class Prior:
         self._lock = threading.Lock()
         self._built: tuple[_CpuEngine, int] | None = None
         self.validate()
-        self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr)
+        self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr, settings.threshold)
         self.device, self.precision = resolve_device(device), precision
         self._cuda = _build_cuda_engine(self, precision) if self.device == "cuda" else None
 
@@ -2671,7 +2753,8 @@ class Prior:
                              f"of {c} channels")
         if self.denoiser is not None:
             _check_denoiser(self.denoiser, n, c)
-        for name, shape in {"location": (n,), "scale": (n,), "moments": (4,)}.items():
+        shape_of_scores = self.calibration.get("scores", np.empty(0)).shape
+        for name, shape in {"location": (n,), "scale": (n,), "moments": (3,), "peaks": shape_of_scores}.items():
             if self.calibration.get(name, np.empty(0)).shape != shape:
                 raise ModelError(f"calibration: {name} should have shape {shape}")
         for name, a in {"mean": self.mean, "whitener": self.whitener, **self.calibration, **(self.denoiser or {})}.items():
@@ -2691,8 +2774,9 @@ class Prior:
 
     @staticmethod
     def load(path: str | os.PathLike, *, threads: int | None = None, steps: int | None = None,
-             fpr: float | None = None, device: str = "cpu", precision: str = "float32") -> "Prior":
-        """Read a model; `steps` and `fpr` override what it was trained with. ModelError if it is none.
+             fpr: float | None = None, threshold: float | None = None, device: str = "cpu",
+             precision: str = "float32") -> "Prior":
+        """Read a model; `steps`, `fpr` and `threshold` override its own. ModelError if it is none.
 
         device: "cpu"; "cuda" (BackendUnavailable says what is missing); or "auto", the GPU where it works.
         precision, on the GPU only: how activations are stored, "float32" (the CPU's scores to 1e-5) or
@@ -2705,7 +2789,9 @@ class Prior:
         try:
             if header["kind"] != "prior":
                 raise ModelError(f"{path}: holds a {header['kind']}, not a trained model")
-            changes = {k: v for k, v in {"steps": steps, "fpr": fpr}.items() if v is not None}
+            changes = {k: v for k, v in {"steps": steps, "fpr": fpr, "threshold": threshold}.items() if v is not None}
+            if fpr is not None and threshold is None:
+                changes["threshold"] = None  # the rate that is asked for now, not the file's fixed threshold
             settings = dataclasses.replace(Settings(**header["settings"]), **changes)
             settings.check()
             backbone = Backbone.from_arrays(header["backbone"], group("backbone/"))
@@ -2724,9 +2810,45 @@ class Prior:
 
     def with_steps(self, steps: int) -> "Prior":
         """The same model with another number of DDIM inversion steps (one it is calibrated for)."""
-        settings = dataclasses.replace(self.settings, steps=steps)
-        return Prior(settings, self.backbone, self.mean, self.whitener, self.denoiser, self.calibrations, self.summary,
+        return self._with(dataclasses.replace(self.settings, steps=steps), self.calibrations, self.summary)
+
+    def _with(self, settings: Settings, calibrations: dict[int, dict], summary: dict) -> "Prior":
+        return Prior(settings, self.backbone, self.mean, self.whitener, self.denoiser, calibrations, summary,
                      self.threads, self.device, self.precision)
+
+    def calibrate(self, images, *, progress: "Progress" = lambda *_: None, **settings) -> "Prior":
+        """This model with zero and unit of score and map, p-values and thresholds read from new good images.
+
+        images: folder, or sequence of paths or uint8 arrays, that the model was not trained on; then the promise
+        is split conformal and exact. settings: `fpr`, `threshold`. Nothing is trained, and the order of
+        scores does not change. ImageError if fewer than 10 can be read.
+        """
+        if isinstance(images, (str, os.PathLike)):
+            images = find_images(images)
+        priors = {steps: self.with_steps(steps) for steps in self.calibrations}
+        z: dict[int, list] = {steps: [] for steps in priors}
+        unreadable = []
+        for i, source in enumerate(images):
+            try:
+                image = load_image(source)
+            except (ImageError, ShapeError) as e:
+                unreadable.append(str(e))
+                continue
+            for steps, prior in priors.items():
+                z[steps].append(prior.nll([image])[0])
+            progress("calibration", i + 1, len(images))
+        count = len(images) - len(unreadable)
+        if count < 10:
+            raise ImageError(f"{count} readable good images: at least 10 are needed to calibrate"
+                             + (f" (first problem: {unreadable[0]})" if unreadable else ""))
+        calibrations = {}
+        for steps, own in self.calibrations.items():
+            rows = np.array(z[steps], np.float64)
+            nll = (rows - own["location"]) / own["scale"]
+            calibrations[steps] = {"location": own["location"], "scale": own["scale"],
+                                   **_read_scores(worst_mean(rows, self.settings.worst), nll, self.settings)}
+        return self._with(dataclasses.replace(self.settings, **settings), calibrations,
+                          self.summary | {"calibrated_on": count, "unreadable": unreadable[:20]})
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -2775,7 +2897,8 @@ class Prior:
 
     def _map_weights(self) -> tuple[np.ndarray, np.ndarray]:
         """weight, offset (N,) that turn z back into nll, in the unit of the map (see `Result`)."""
-        zero, one = self.calibration["moments"][2:]
+        zero = self.calibration["moments"][2]
+        one = max(conformal_threshold(self.calibration["peaks"], self.settings.fpr).value, zero * 1.001)
         scale, location = self.calibration["scale"], self.calibration["location"]
         return 1 / (scale * (one - zero)), -(location / scale + zero) / (one - zero)
 
@@ -2986,23 +3109,32 @@ def _nll_of(x0: np.ndarray, denoiser: dict | None, timesteps, prediction: str, t
 
 
 def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
-    """From held-out good nll (n, N): per-position location and scale, moments and scores.
+    """From held-out good nll (n, N): per-position location and scale, and what scores and maps are read against.
 
     Each position's deviation is averaged (in variance) with the mean over positions: with few
-    images it is noisy, and a position that never varies must not shout.
+    images it is noisy, and a position that never varies must not shout. An image's own score is
+    standardised by the others (jackknife), as a new image's will be.
     """
+    n = len(nll)
     mean, variance = nll.mean(0), nll.var(0)
-    deviation = np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12
-    scale, location = 1 / deviation, -mean / deviation
-    z = nll * scale + location
-    raw = worst_mean(z, settings.worst)
+    away = nll - mean
+    others = np.maximum(n * variance - n / (n - 1) * away ** 2, 0) / (n - 1)  # variance without the image itself
+
+    def deviation(v):
+        return np.sqrt(.5 * v + .5 * v.mean(-1, keepdims=True)) + 1e-12
+    z = away * (n / (n - 1)) / deviation(others)
+    scale = 1 / deviation(variance)
+    return {"location": (-mean * scale).astype(np.float32), "scale": scale.astype(np.float32),
+            **_read_scores(worst_mean(z, settings.worst), nll, settings)}
+
+
+def _read_scores(raw: np.ndarray, nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
+    """raw (n,): worst means of good images; nll (n, N): moments, sorted scores and the sorted peaks of their maps."""
     grid = math.isqrt(nll.shape[1])
     smooth = map_operator(grid, grid, settings.smooth)
-    peaks = (smooth @ nll.reshape(-1, grid, grid) @ smooth.T).max((1, 2))
-    peak = conformal_threshold(peaks, settings.fpr).value
-    moments = np.array([raw.mean(), max(raw.std(ddof=1), 1e-6), mean.mean(), max(peak, mean.mean() * 1.001)])
-    return {"location": location.astype(np.float32), "scale": scale.astype(np.float32), "moments": moments,
-            "scores": np.sort((raw - moments[0]) / moments[1])}
+    moments = np.array([raw.mean(), max(raw.std(ddof=1), 1e-6), nll.mean()])
+    return {"moments": moments, "scores": np.sort((raw - moments[0]) / moments[1]),
+            "peaks": np.sort((smooth @ nll.reshape(-1, grid, grid) @ smooth.T).max((1, 2)))}
 
 
 def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,
@@ -3420,8 +3552,8 @@ _INFERNO = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [18
                      [249, 140, 10], [249, 201, 50], [252, 255, 164]], np.float64)
 
 
-def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:
-    """Blend an anomaly map into its image: uint8 (H, W, 3), (H, W) -> uint8 (H, W, 3).
+def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions: "Iterable[Region]" = ()) -> np.ndarray:
+    """Blend an anomaly map into its image and frame regions: uint8 (H, W, 3), (H, W) -> uint8 (H, W, 3).
 
     The scale is logarithmic and the same for every image: colour begins at 0.7 of the threshold and
     is full at 30 times it.
@@ -3430,7 +3562,14 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:
     at = strength * (len(_INFERNO) - 1)
     colour = np.stack([np.interp(at, np.arange(len(_INFERNO)), _INFERNO[:, c]) for c in range(3)], -1)
     alpha = np.clip(strength * 5, 0, .65)[..., None]
-    return np.rint(image * (1 - alpha) + colour * alpha).astype(np.uint8)
+    out = np.rint(image * (1 - alpha) + colour * alpha).astype(np.uint8)
+    line = max(1, min(image.shape[:2]) // 256)
+    for r in regions:
+        inside = np.zeros(image.shape[:2], bool)
+        inside[r.top:r.bottom, r.left:r.right] = True
+        inside[r.top + line:r.bottom - line, r.left + line:r.right - line] = False
+        out[inside] = 255, 255, 255
+    return out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3448,22 +3587,50 @@ class Category:
 
 
 def find_categories(root: str | os.PathLike) -> list[Category]:
-    """Categories in MVTec AD's layout: ROOT/<category>/{train/good, test/<type>, ground_truth/<type>}, or one of them."""
+    """The categories of a data set, each a folder of ROOT (or ROOT itself), in any of three layouts.
+
+    MVTec AD: train/good, test/<type>, ground_truth/<type>/<stem>_mask.png (or <stem>.png).
+    VisA: Data/Images/{Normal,Anomaly}, Data/Masks/Anomaly; split by ROOT/split_csv/1cls.csv where it is there.
+    Plain: good, bad. Without a split of its own every fifth good image (by name) is a test image.
+    """
     root = Path(root)
-    folders = [root] if (root / "train" / "good").is_dir() else sorted(
-        p for p in root.iterdir() if (p / "train" / "good").is_dir()) if root.is_dir() else []
-    if not folders:
-        raise ImageError(f"{root}: expected MVTec AD's layout (<category>/train/good and <category>/test/<type>)")
-    categories = []
-    for folder in folders:
-        test = [p for p in find_images(folder / "test")]
-        labels = np.array([p.parent.name != "good" for p in test])
-        masks = []
-        for p in test:
-            mask = folder / "ground_truth" / p.parent.name / f"{p.stem}_mask.png"
-            masks.append(mask if mask.is_file() else None)
-        categories.append(Category(folder.name, find_images(folder), test, labels, masks))
-    return categories
+    found = [c for folder in [root, *(sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else [])]
+             if (c := _read_category(folder)) is not None]
+    if not found:
+        raise ImageError(f"{root}: expected categories as MVTec AD (train/good, test/<type>), VisA (Data/Images/Normal) "
+                         "or good/ and bad/ hold them")
+    return found
+
+
+def _read_category(folder: Path) -> Category | None:
+    def paired(pairs: Iterable[tuple[Path, Path]]) -> Path | None:
+        return next((mask for mask in pairs if mask.is_file()), None)
+
+    if (folder / "train" / "good").is_dir():
+        train, test = find_images(folder), find_images(folder / "test")
+        labels = [p.parent.name != "good" for p in test]
+        masks = [paired(folder / "ground_truth" / p.parent.name / name for name in (f"{p.stem}_mask.png", f"{p.stem}.png"))
+                 for p in test]
+        return Category(folder.name, train, test, np.array(labels), masks)
+    visa = folder / "Data" / "Images"
+    good, bad = (visa / "Normal", visa / "Anomaly") if visa.is_dir() else (folder / "good", folder / "bad")
+    if not (good.is_dir() and bad.is_dir()):
+        return None
+    normal, anomalous = find_images(good), find_images(bad)
+    train = [p for i, p in enumerate(normal) if i % 5]
+    split = folder.parent / "split_csv" / "1cls.csv"
+    if visa.is_dir() and split.is_file():
+        import csv
+        with split.open(newline="") as lines:
+            rows = [r for r in csv.DictReader(lines) if r["object"] == folder.name]
+        part = {(folder.parent / r["image"]).resolve(): r["split"] for r in rows}
+        train = [p for p in normal if part.get(p.resolve()) == "train"]
+        anomalous = [p for p in anomalous if part.get(p.resolve()) == "test"]
+    chosen = set(train)
+    test_good = [p for p in normal if p not in chosen]
+    masks = [paired([folder / "Data" / "Masks" / "Anomaly" / f"{p.stem}.png"]) for p in anomalous]
+    return Category(folder.name, train, test_good + anomalous, np.arange(len(test_good) + len(anomalous)) >= len(test_good),
+                    [None] * len(test_good) + masks)
 
 
 def evaluate(prior: Prior, category: Category, progress: Progress = _quiet) -> dict[str, float]:
@@ -3476,7 +3643,7 @@ def evaluate(prior: Prior, category: Category, progress: Progress = _quiet) -> d
                                        category.masks[part], category.labels[part]):
             scores.append(result.score)
             if with_masks and (mask is not None or not label):
-                m = load_image(mask)[..., 0] > 127 if mask else np.zeros(result.anomaly_map.shape, bool)
+                m = load_image(mask).any(-1) if mask else np.zeros(result.anomaly_map.shape, bool)
                 masks.append(m)
                 maps.append(result.anomaly_map)
         progress(f"scoring {category.name}", min(start + 8, len(category.test)), len(category.test))
@@ -3494,6 +3661,7 @@ def trained(category: Category, iterations: int | None, minutes: float | None, p
     """`fit`, or the cached model of an earlier call with the same images, settings and fastprior."""
     import hashlib
     config = dataclasses.asdict(Settings(**settings))
+    del config["threshold"]  # nothing that is fitted depends on it
     key = hashlib.sha256(json.dumps([__version__, FORMAT, FIT_REVISION, config, iterations, minutes]).encode())
     if Path(config["backbone"]).is_file():
         key.update(Path(config["backbone"]).read_bytes())
@@ -3544,7 +3712,9 @@ def bench_speed(prior: Prior, input_size: int, batch: int = 16, seconds: float =
     frame = _median_ms(lambda: prior.score(image), seconds)
     batched = _median_ms(lambda: prior.score_batch([image] * batch), seconds, 5)
     report = {"size": prior.settings.size, "input_size": input_size, "steps": prior.settings.steps,
+              "threads": prior._engine()[0].threads if prior.backend == "numba" else 1,
               "frame_p50_ms": np.median(frame), "frame_p95_ms": np.percentile(frame, 95),
+              "frame_p99_ms": np.percentile(frame, 99),
               "frames_per_second": 1e3 / np.median(frame), "batch": batch,
               "batch_frames_per_second": 1e3 * batch / np.median(batched),
               "decode_png_ms": np.median(_median_ms(lambda: load_image(np.asarray(Image.open(stream).convert("RGB"))), .3))}
@@ -3554,7 +3724,69 @@ def bench_speed(prior: Prior, input_size: int, batch: int = 16, seconds: float =
         rows = [engine.image_row(image, prior.settings.size, target, prior._map_operator)]
         for name, part in _stages(prior).items():
             report[f"{name}_ms"] = np.median(_median_ms(lambda: engine.run(rows, part), seconds / 4))
+        flops, read = count_work(prior)
+        for name in flops:
+            report |= {f"{name}_gflop": flops[name] / 1e9, f"{name}_weights_mb": read[name] / 1e6,
+                       f"{name}_gflop_per_s": flops[name] / report[f"{name}_ms"] / 1e6}
     return {k: float(v) if isinstance(v, np.floating) else v for k, v in report.items()}
+
+
+def count_work(prior: Prior) -> tuple[dict[str, float], dict[str, float]]:
+    """Floating-point operations (a multiplication and an addition are two) and bytes of weights read, a frame, by stage."""
+    flops = read = 0.0
+    side = prior.settings.size // 2
+    for i, block in enumerate(prior.backbone.blocks):
+        p = block.arrays
+        weights = dict(p) | ({"stem": prior.backbone.stem_w} if i == 0 else {})
+        out = -(-side // block.stride)
+        for name, a in weights.items():
+            if name in ("stem", "expand_w"):
+                flops += 2 * a.size * side * side
+            elif name in ("dw_w", "project_w"):
+                flops += 2 * a.size * out * out
+            read += 4 * a.size
+        side = out
+    n, d = prior.grid ** 2, prior.denoiser or {}
+    a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
+    a_step += 2 * d["in_w"].shape[1] * sum(a.size for k, a in d.items() if "_token" in k) if d else 0
+    return ({"features": flops, "inversion": 2.0 * prior.whitener.size + prior.settings.steps * a_step},
+            {"features": read,
+             "inversion": prior.whitener.nbytes + prior.settings.steps * 4.0 * sum(a.size for a in d.values())})
+
+
+def measure_peaks(seconds: float = .5) -> dict[str, float]:
+    """What this machine reaches now: float32 matrix product (NumPy's BLAS, all its threads) and memory copy."""
+    a = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    out = np.empty_like(a)
+    product = _median_ms(lambda: np.dot(a, a, out=out), seconds, 5).min()
+    big = [np.zeros(1 << 25, np.float32) for _ in range(2)]
+    copy = _median_ms(lambda: np.copyto(big[1], big[0]), seconds, 5).min()
+    return {"matmul_gflop_per_s": 2 * 1024 ** 3 / product / 1e6, "copy_gb_per_s": 2 * big[0].nbytes / copy / 1e6}
+
+
+def bench_process(prior: Prior) -> dict[str, float]:
+    """Whole processes that score one PNG file, from start to exit: kernels cached, and compiled anew; peak resident memory."""
+    import subprocess
+    import tempfile
+    from PIL import Image
+    report = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model, image = Path(folder) / "model.npz", Path(folder) / "image.png"
+        prior.save(model)
+        rng = np.random.default_rng(0)
+        Image.fromarray(rng.integers(0, 256, (prior.settings.size, prior.settings.size, 3), np.uint8)).save(image)
+        for name, runs, environment in (("process", 5, {}), ("first_process", 1, {"NUMBA_CACHE_DIR": folder})):
+            times = []
+            for _ in range(runs):
+                began = time.perf_counter()
+                child = subprocess.Popen([sys.executable, __file__, "score", str(image), "-m", str(model)],
+                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | environment)
+                _, _, usage = os.wait4(child.pid, 0)
+                times.append(time.perf_counter() - began)
+                child.returncode = 0  # it has been waited for
+            report[f"{name}_s"] = float(np.median(times))
+            report[f"{name}_peak_mb"] = usage.ru_maxrss / 1e3
+    return report
 
 
 def bench_against(prior: Prior, names: Sequence[str], rounds: int = 6, calls: int = 30) -> dict[str, float]:
@@ -3662,11 +3894,22 @@ def _say(*text) -> None:
 
 
 def _promise(t: Threshold, n: int) -> str:
-    text = (f"threshold {t.value:.2f} for a false-alarm rate of {t.fpr:.1%}: {n} held-out good images promise "
-            f"{t.expected:.1%} on average, at most {t.bound:.1%} with 95 % confidence")
+    text = (f"threshold {t.value:.2f}: {n} held-out good images promise false alarms of {t.expected:.1%} on average, "
+            f"at most {t.bound:.1%} with 95 % confidence")
     if t.bound > t.fpr:
-        text += f"; to bound {t.fpr:.1%} takes {t.needed} (parametric estimate, no promise: {t.estimate:.2f})"
+        text += f"; for {t.fpr:.1%} you need {t.needed} (an estimate, no promise: threshold {t.estimate:.2f})"
     return text
+
+
+def _check_output(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise FastPriorError(f"{path}: the folder {path.absolute().parent} does not exist")
+
+
+def _write_png(path: Path, array: np.ndarray) -> str:
+    from PIL import Image
+    Image.fromarray(array).save(path)
+    return str(path)
 
 
 def _build_app():
@@ -3685,6 +3928,7 @@ def _build_app():
              debug: bool = typer.Option(False, "--debug", help="Show a traceback when something fails.")):
         pass
 
+    device_option = typer.Option("auto", help="cpu, cuda, or auto: a GPU where CuPy and one are there.")
     threads_option = typer.Option(None, "--threads", min=1, help="CPU threads (default: all, or NUMBA_NUM_THREADS).")
 
     @app.command()
@@ -3704,8 +3948,7 @@ def _build_app():
 
         Example: fastprior train photos/good -o part.npz
         """
-        if not output.absolute().parent.is_dir():
-            raise FastPriorError(f"{output}: the folder {output.absolute().parent} does not exist")
+        _check_output(output)
         with _Bars() as bars:
             prior = fit(good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, backbone=backbone,
                         size=size, steps=steps, variant=variant, calibration=calibration, fpr=fpr, seed=seed)
@@ -3724,30 +3967,36 @@ def _build_app():
               model: Path = typer.Option(None, "-m", "--model", help="Model file; default: the demo's (washers)."),
               steps: int = typer.Option(None, help="DDIM inversion steps (default: the model's)."),
               fpr: float = typer.Option(None, help="False-alarm rate to judge at (default: the model's)."),
-              map_folder: Path = typer.Option(None, "--map", help="Folder for heat-map overlays, at each image's size."),
-              as_json: bool = typer.Option(False, "--json", help="One JSON object a line."),
-              threads: int = threads_option):
+              threshold: float = typer.Option(None, help="A score to judge at instead."),
+              map_folder: Path = typer.Option(None, "--map", help="Folder for heat maps over the images, regions framed."),
+              mask_folder: Path = typer.Option(None, "--mask", help="Folder for masks (PNG, 255 inside a region)."),
+              as_json: bool = typer.Option(False, "--json", help="One JSON object a line, with regions."),
+              device: str = device_option, threads: int = threads_option):
         """Score images: path, score, p-value, verdict. Exit code 0: all good, 1: anomalies, 2: errors.
 
         The score counts standard deviations above the average held-out good image; the p-value is the
-        share of held-out good images that score as high.
+        share of held-out good images that score as high. Regions are where the map is above its own
+        threshold, set for the same false-alarm rate.
 
         Example: fastprior score examples/washers --map maps/
+
+        Example: fastprior score -m part.npz --fpr 0.05 --json 'photos/*.png'
         """
         if model is None:
             model = demo_model()
             _say(f"no --model given: using the demo model, which knows the washers of examples/ ({model})")
         files = _images_under(paths)
-        prior = Prior.load(model, threads=threads, steps=steps, fpr=fpr)
-        if map_folder:
-            map_folder.mkdir(parents=True, exist_ok=True)
+        prior = Prior.load(model, threads=threads, steps=steps, fpr=fpr, threshold=threshold, device=device)
+        for folder in filter(None, (map_folder, mask_folder)):
+            folder.mkdir(parents=True, exist_ok=True)
         names = _map_names(files)
         failed = anomalies = 0
+        scores = []
         with _Bars() as bars:
             for i, path in enumerate(files):
                 try:
                     image = load_image(path)
-                    r = prior.score(image, with_map=map_folder is not None)
+                    r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
                 except (ImageError, ShapeError) as e:
                     failed += 1
                     _say(f"error: {e}")
@@ -3755,20 +4004,60 @@ def _build_app():
                         print(json.dumps({"path": str(path), "error": str(e)}), flush=True)
                     continue
                 anomalies += r.is_anomaly
+                scores.append(r.score)
                 row = {"path": str(path), "score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
+                if as_json:
+                    row |= {"threshold": round(r.threshold, 4),
+                            "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
                 if map_folder:
-                    from PIL import Image
-                    row["map"] = str(map_folder / names[i])
-                    Image.fromarray(overlay(image, r.anomaly_map)).save(row["map"])
+                    row["map"] = _write_png(map_folder / names[i], overlay(image, r.anomaly_map, r.regions))
+                if mask_folder:
+                    row["mask"] = _write_png(mask_folder / names[i], (r.anomaly_map > 1).astype(np.uint8) * 255)
                 print(json.dumps(row) if as_json else
                       f"{row['path']}\t{r.score:.2f}\t{r.p_value:.4f}\t{r.verdict}", flush=True)
                 if len(files) > 1:
                     bars("scoring", i + 1, len(files))
+        moved = drift(scores, prior.calibration["scores"], prior.threshold.value)
+        if moved:
+            _say(f"warning: {moved}")
         raise typer.Exit(2 if failed else int(anomalies > 0))
 
     @app.command()
-    def bench(steps: str = typer.Option("2", help="Steps, or several: 1,2,3,5."),
-              data: Path = typer.Option(None, "--data", help="Also accuracy: a folder of categories in MVTec AD's layout."),
+    def calibrate(good: Path = typer.Argument(..., help="Folder of new good images, not those of training."),
+                  model: Path = typer.Option(..., "-m", "--model", help="Model file to start from."),
+                  output: Path = typer.Option(..., "-o", "--output", help="Model file to write (may be the same)."),
+                  known_bad: Path = typer.Option(None, "--known-bad", help="Folder of bad images: shows both errors."),
+                  fpr: float = typer.Option(None, help="False-alarm rate to set the threshold for (default: the model's)."),
+                  threshold: float = typer.Option(None, help="A fixed threshold instead."),
+                  device: str = device_option, threads: int = threads_option):
+        """Read zero, unit and threshold of the score anew from good images; nothing is trained.
+
+        When lamp, lens or line has changed a little. With --known-bad it prints, for several thresholds,
+        the false alarms that the good images promise and the bad images missed, and proposes one.
+
+        Example: fastprior calibrate -m part.npz photos/good_today -o today.npz --known-bad photos/bad
+        """
+        _check_output(output)
+        prior = Prior.load(model, threads=threads, device=device)
+        changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
+        with _Bars() as bars:
+            prior = prior.calibrate(good, progress=bars, **changes)
+            bad = [prior.score(load_image(p), with_map=False).score for p in find_images(known_bad)] if known_bad else []
+        prior.save(output)
+        for line in prior.summary["unreadable"]:
+            _say(f"left out: {line}")
+        _say(_promise(prior.threshold, len(prior.calibration["scores"])))
+        if known_bad:
+            print("threshold\tfalse alarms\tmissed\t")
+            for t, wrong, missed, note in trade_off(prior.calibration["scores"], np.array(bad)):
+                print(f"{t:.2f}\t{wrong:.1%}\t{missed:.1%}\t{note}".rstrip())
+            _say("to use one: fastprior score --threshold, or calibrate --threshold")
+        else:
+            print(output)
+
+    @app.command()
+    def bench(steps: str = typer.Option("2", help="Steps, or several: 1,2,3,5,10."),
+              data: Path = typer.Option(None, "--data", help="Also accuracy: categories as in MVTec AD or VisA, or good/bad."),
               model: Path = typer.Option(None, "-m", "--model", help="Time this model instead of untrained ones."),
               backbone: list[str] = typer.Option(["lite0"], help="May be given several times."),
               variants: str = typer.Option("full", help="Of gaussian, plain, full; several with commas."),
@@ -3776,47 +4065,59 @@ def _build_app():
               input_size: int = typer.Option(None, help="Side of the image that is timed (default: --size)."),
               batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),
               iterations: int = typer.Option(None, min=1, help="At most this many training steps."),
-              against: str = typer.Option(None, help="Also time the bare backbone in onnxruntime, torch (with commas)."),
+              calibration: str = typer.Option(Settings.calibration, help="cross or holdout."),
               seeds: str = typer.Option("0", help="Seeds, comma-separated; each trains its own models."),
+              against: str = typer.Option(None, help="Also time the bare backbone in onnxruntime, torch (with commas)."),
+              processes: bool = typer.Option(False, "--processes", help="Also time whole processes, compilation included."),
+              report: Path = typer.Option(None, help="Folder for the trade-off: table.md, tradeoff.png, tradeoff.svg."),
               as_json: bool = typer.Option(False, "--json", help="One JSON object a row."),
-              threads: int = threads_option):
+              device: str = typer.Option("cpu", help="cpu or cuda."), threads: int = threads_option):
         """Measure speed on this machine and, with --data, accuracy. Trained models are cached.
 
         Example: fastprior bench --steps 2
 
-        Example: fastprior bench --data mvtec --variants gaussian,plain,full --steps 2,3,5
+        Example: fastprior bench --data mvtec --variants gaussian,plain,full --steps 2,3,5 --report results
         """
-        _say(" ".join(f"{k}={v}" for k, v in machine().items()), f"fastprior={__version__} dtype=float32")
+        peaks = measure_peaks() if device == "cpu" else {}
+        _say(" ".join(f"{k}={v}" for k, v in machine().items()), f"fastprior={__version__} dtype=float32",
+             *(f"{k}={v:.0f}" for k, v in peaks.items()))
         counts = _numbers(steps, "steps")
-        speed_rows, rows = [], []
+        if report and not data:
+            raise FastPriorError("--report shows speed against accuracy: give --data too")
+        points = []  # a configuration each
         with _Bars() as bars:
-            for name in ([] if model else backbone):
-                for variant in variants.split(","):
-                    for seed in _numbers(seeds, "seeds") if data else [0]:
-                        options = _variant(variant, iterations) | {"backbone": name, "size": size, "seed": seed}
-                        for category in find_categories(data) if data else []:
-                            prior = trained(category, options.pop("iterations"), None, bars, threads, **options)
-                            options = _variant(variant, iterations) | {"backbone": name, "size": size, "seed": seed}
-                            for count in counts:
-                                prior = prior.with_steps(count)
-                                rows.append({"backbone": Path(name).stem, "variant": variant, "steps": count, "seed": seed,
-                                             "category": category.name, **evaluate(prior, category, bars)})
-                                if as_json:
-                                    print(json.dumps(rows[-1]), flush=True)
-                if not data:
-                    prior = untrained(name, size, threads)
-                for count in counts:
-                    prior = prior.with_steps(count)
-                    speed_rows.append((Path(name).stem, not data, bench_speed(prior, input_size or size, batch)
-                                       | (bench_against(prior, against.split(",")) if against else {})))
             if model:
+                made = [(model.stem, "as trained", Prior.load(model, threads=threads, device=device), [])]
+            elif not data:
+                made = [(Path(name).stem, "untrained", untrained(name, size, threads, device), []) for name in backbone]
+            else:
+                made = _train_all(find_categories(data), backbone, variants.split(","), _numbers(seeds, "seeds"), iterations,
+                                  bars, threads, size=size, calibration=calibration)
+            for name, variant, prior, pairs in made:
                 for count in counts:
-                    prior = Prior.load(model, threads=threads, steps=count)
-                    speed_rows.append((model.name, False, bench_speed(prior, input_size or prior.settings.size, batch)))
-        for name, bare, report in speed_rows:
-            print(json.dumps({"model": name, "untrained": bare} | report) if as_json else _speed_text(name, bare, report))
-        if rows and not as_json:
-            print(_accuracy_table(rows))
+                    rows = []
+                    for own, category, seed in pairs:
+                        rows.append({"backbone": name, "variant": variant, "steps": count, "seed": seed, "category":
+                                     category.name, **evaluate(own.with_steps(count), category, bars)})
+                        if as_json:
+                            print(json.dumps(rows[-1]), flush=True)
+                    prior = prior.with_steps(count)
+                    if prior.device == "cuda":
+                        speed = bench_cuda(prior._cuda, pixels=input_size or prior.settings.size)
+                    else:
+                        speed = bench_speed(prior, input_size or prior.settings.size, batch) | peaks
+                    if against:
+                        speed |= bench_against(prior, against.split(","))
+                    if processes:
+                        speed |= bench_process(prior)
+                    points.append({"backbone": name, "variant": variant, "steps": count, "rows": rows, **_means(rows), **speed})
+                    print(json.dumps({k: v for k, v in points[-1].items() if k != "rows"}) if as_json
+                          else _speed_text(points[-1]), flush=True)
+        if data and not as_json:
+            print("\n" + _accuracy_table(points))
+        if report:
+            for file in write_report(points, report):
+                _say(file)
 
     @app.command()
     def info(model: Path = typer.Argument(None, help="Model file; without one, this installation."),
@@ -3831,6 +4132,11 @@ def _build_app():
             facts |= {"backend": "numba (cpu)", "threads": numba.config.NUMBA_NUM_THREADS}
         else:
             facts |= {"backend": "numpy (slow: pip install numba)", "threads": 1}
+        try:
+            cupy = _import_cupy()
+            facts["cuda"] = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() + f", CuPy {cupy.__version__}"
+        except BackendUnavailable as e:
+            facts["cuda"] = f"no: {e}"
         if model:
             prior = Prior.load(model)
             facts |= {"model": str(model), "backbone": prior.backbone.name, "grid": f"{prior.grid}x{prior.grid}",
@@ -3860,7 +4166,7 @@ def _variant(name: str, iterations: int | None) -> dict:
     return known[name]
 
 
-def untrained(backbone: str, size: int, threads: int | None = None) -> Prior:
+def untrained(backbone: str, size: int, threads: int | None = None, device: str = "cpu") -> Prior:
     """A prior of random numbers with the shapes of a trained one: for timing only."""
     settings = Settings(backbone=backbone, size=size)
     settings.check()
@@ -3868,45 +4174,105 @@ def untrained(backbone: str, size: int, threads: int | None = None) -> Prior:
     n, c = (size // 16) ** 2, sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // _PANEL)
     denoiser = initial_denoiser(n, c, settings)
-    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32), "moments": np.array([0., 1., 0., 1.]),
-                   "scores": np.arange(100.)}
+    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32), "moments": np.array([0., 1., 0.]),
+                   "scores": np.arange(100.), "peaks": np.arange(100.)}
     whitener = (rng.standard_normal((n, panels * (panels + 1) // 2, _PANEL, _PANEL), np.float32) * .01).astype(np.float16)
     return Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
-                 {k: calibration for k in range(1, 21)}, {}, threads)
+                 {k: calibration for k in range(1, 51)}, {}, threads, device)
 
 
-def _speed_text(name: str, bare: bool, r: dict) -> str:
-    text = (f"{name} {r['size']} px, steps {r['steps']}{', untrained' if bare else ''}: frame p50 {r['frame_p50_ms']:.2f} ms, "
-            f"p95 {r['frame_p95_ms']:.2f} ms, {r['frames_per_second']:.0f} frames/s; batch {r['batch']}: "
-            f"{r['batch_frames_per_second']:.0f} frames/s; decode (PNG, {r['input_size']} px) {r['decode_png_ms']:.2f} ms")
-    stages = [f"{k[:-3]} {r[k]:.2f}" for k in ("resize_ms", "features_ms", "inversion_ms", "map_ms") if k in r]
-    text += f"\n  of which, ms: {', '.join(stages)}" if stages else ""
+def _train_all(categories: list[Category], backbones, variants, seeds, iterations, progress: Progress, threads, **settings):
+    """backbone, variant, a prior to time, and (prior, category, seed) of all its models, for each backbone and variant."""
+    for name in backbones:
+        for variant in variants:
+            options = _variant(variant, iterations)
+            pairs = [(trained(category, options.get("iterations"), None, progress, threads, backbone=name, seed=seed,
+                              **{k: v for k, v in options.items() if k != "iterations"}, **settings), category, seed)
+                     for seed in seeds for category in categories]
+            yield Path(name).stem, variant, pairs[0][0], pairs
+
+
+def _means(rows: list[dict]) -> dict[str, float]:
+    """Mean over categories and seeds of every metric that all rows have."""
+    metrics = [k for k in (rows[0] if rows else {}) if all(isinstance(r.get(k), float) for r in rows)]
+    return {k: float(np.mean([r[k] for r in rows])) for k in metrics}
+
+
+def _speed_text(r: dict) -> str:
+    quality = f"image AUROC {r['image_auroc']:.4f}" if "image_auroc" in r else r["variant"]
+    head = f"{r['backbone']} {r['variant']}, steps {r['steps']} ({quality})"
+    if "batches" in r:
+        lines = [f"{head}, {r['gpu']}, {r['precision']}"]
+        lines += [f"  batch {n}: p50 {b['p50_ms']:.3f} ms, p95 {b['p95_ms']:.3f} ms, {b['images_per_s']:.0f} images/s"
+                  for n, b in r["batches"].items()]
+        lines += ["  of which, ms: " + ", ".join(f"{k} {v:.3f}" for k, v in r["stages_p50_ms"].items()),
+                  f"  rotation and density {r['rotate_density_gb_per_s']:.0f} GB/s, "
+                  f"{r['rotate_share_of_copy']:.0%} of a device copy"]
+    else:
+        lines = [f"{head}, {r['size']} px, {r['threads']} threads: frame p50 {r['frame_p50_ms']:.2f} "
+                 f"p95 {r['frame_p95_ms']:.2f} p99 {r['frame_p99_ms']:.2f} ms, {r['frames_per_second']:.0f} frames/s; batch {r['batch']}: "
+                 f"{r['batch_frames_per_second']:.0f} frames/s; decode (PNG, {r['input_size']} px) {r['decode_png_ms']:.2f} ms"]
+        stages = [f"{k} {r[k + '_ms']:.2f}" for k in ("resize", "features", "inversion", "map") if k + "_ms" in r]
+        lines += ["  of which, ms: " + ", ".join(stages)] if stages else []
+        lines += [f"  {k}: {r[k + '_gflop']:.2f} GFLOP, {r[k + '_gflop_per_s']:.0f} GFLOP/s, "
+                  f"{r[k + '_gflop_per_s'] / r['matmul_gflop_per_s']:.0%} of a matrix product; "
+                  f"{r[k + '_weights_mb']:.1f} MB of weights, {r[k + '_weights_mb'] / r[k + '_ms'] / r['copy_gb_per_s']:.0%} of a copy's bandwidth"
+                  for k in ("features", "inversion") if k + "_gflop" in r and "copy_gb_per_s" in r]
+    if "process_s" in r:
+        lines.append(f"  process that scores one image: {r['process_s']:.2f} s, peak {r['process_peak_mb']:.0f} MB; "
+                     f"the first ever, compiling: {r['first_process_s']:.1f} s")
     for key in r:
         if key.startswith("ratio_"):
             other = key[len("ratio_"):]
-            text += (f"\n  in turn: whole frame {r['fastprior_ms']:.2f} ms, {other} backbone alone {r[other + '_ms']:.2f} ms, "
-                     f"ratio {r[key]:.2f}")
-    return text
+            lines.append(f"  in turn: whole frame {r['fastprior_ms']:.2f} ms, "
+                         f"{other} backbone alone {r[other + '_ms']:.2f} ms, ratio {r[key]:.2f}")
+    return "\n".join(lines)
 
 
-def _accuracy_table(rows: list[dict]) -> str:
-    """Markdown: a row for backbone x variant x steps, image AUROC per category, means over seeds."""
-    names = sorted({r["category"] for r in rows})
-    seeds = len({r["seed"] for r in rows})
-    lines = ["| backbone | variant | steps | " + " | ".join(names) + " | mean | pixel AUROC | AUPRO |",
-             "|---" * (len(names) + 6) + "|"]
-    groups: dict[tuple, list[dict]] = {}
-    for r in rows:
-        groups.setdefault((r["backbone"], r["variant"], r["steps"]), []).append(r)
+def _accuracy_table(points: list[dict]) -> str:
+    """Markdown: a row for backbone x variant x steps, image AUROC per category, means over seeds, speed."""
+    names = list(dict.fromkeys(r["category"] for r in points[0]["rows"]))
+    seeds = sorted({r["seed"] for r in points[0]["rows"]})
+    lines = ["| backbone | variant | steps | " + " | ".join(names) + " | mean | pixel AUROC | AUPRO | ms a frame | frames/s |",
+             "|---" * (len(names) + 8) + "|"]
+    for p in points:
+        each = [[r["image_auroc"] for r in p["rows"] if r["category"] == n] for n in names]
+        cells = [f"{np.mean(v):.4f}" + (f" ± {np.std(v):.4f}" if len(v) > 1 else "") for v in each]
+        pixel = [f"{p[k]:.4f}" if k in p else "–" for k in ("pixel_auroc", "aupro")]
+        batch = p.get("batches", {}).get(1, {})
+        ms = p.get("frame_p50_ms", batch.get("p50_ms", math.nan))
+        lines.append("| " + " | ".join([p["backbone"], p["variant"], str(p["steps"]), *cells, f"{p['image_auroc']:.4f}", *pixel,
+                                        f"{ms:.2f}", f"{1e3 / ms:.0f}"]) + " |")
+    spread = " (mean ± deviation)" if len(seeds) > 1 else ""
+    return "\n".join([*lines, f"\nImage AUROC; seeds {', '.join(map(str, seeds))}{spread}; speed at batch 1, uint8 array to score and map."])
 
-    def mean(group, key):
-        values = [r[key] for r in group if key in r]
-        return f"{np.mean(values):.4f}" if values else "–"
-    for key, group in groups.items():
-        cells = [mean([r for r in group if r["category"] == n], "image_auroc") for n in names]
-        lines.append("| " + " | ".join([*map(str, key), *cells, mean(group, "image_auroc"), mean(group, "pixel_auroc"),
-                                        mean(group, "aupro")]) + " |")
-    return "\n".join(lines + ([f"\nmeans over {seeds} seeds"] if seeds > 1 else []))
+
+def write_report(points: list[dict], folder: Path) -> list[Path]:
+    """table.md and the trade-off of speed and image AUROC as PNG and SVG; needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise BackendUnavailable("--report needs matplotlib: pip install 'fastprior[report]'") from e
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[tuple, list[dict]] = {}
+    for p in points:
+        lines.setdefault((p["backbone"], p["variant"]), []).append(p)
+    for (name, variant), own in lines.items():
+        x = [1e3 / p["batches"][1]["p50_ms"] if "batches" in p else p["frames_per_second"] for p in own]
+        axes.plot(x, [p["image_auroc"] for p in own], "o-", label=f"{name}, {variant}")
+        for p, at in zip(own, x):
+            axes.annotate(str(p["steps"]), (at, p["image_auroc"]), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axes.set(xlabel="frames a second, batch 1 (numbers: DDIM inversion steps)", ylabel="image AUROC, mean of categories",
+             xscale="log")
+    axes.grid(alpha=.3, which="both")
+    axes.legend()
+    files = [folder / name for name in ("tradeoff.png", "tradeoff.svg", "table.md")]
+    for file in files[:2]:
+        figure.savefig(file, dpi=150)
+    files[2].write_text(_accuracy_table(points) + "\n")
+    return files
 
 
 def _map_names(files: list[Path]) -> list[str]:

@@ -67,7 +67,7 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
         weights["out_b"] = (rng.standard_normal(c) / 20).astype(np.float32)
         weights["gain_w"] = (rng.standard_normal(weights["gain_w"].shape) / 20).astype(np.float32)
     flat = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32),
-            "moments": np.array([0, 1, 0, 1.0]), "scores": np.sort(rng.standard_normal(50))}
+            "moments": np.array([0, 1, 0.0]), "scores": np.sort(rng.standard_normal(50)), "peaks": np.linspace(90, 100, 50)}
     make = lambda calibration, **k: fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {}, **k)
     raw = make(flat).nll(images(seed=9))
     calibration = flat | {"location": -raw.mean(0) / raw.std(), "scale": np.full(n, 1 / raw.std(), np.float32)}
@@ -230,7 +230,8 @@ def test_torch_tensors_run_on_torchs_stream(cuda, monkeypatch):
     assert gpu._cuda.stream_of([Tensor()]).ptr == 0
 
 
-@pytest.mark.parametrize("bad", [np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3), np.float32), np.zeros((4, 40, 3), np.uint8)])
+@pytest.mark.parametrize("bad", [np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3), np.float32),
+                                 np.zeros((4, 40, 3), np.uint8)])
 def test_a_wrong_array_on_the_gpu_is_a_shape_error(cuda, bad):
     gpu, cpu = model(device="cuda")
     with pytest.raises(fp.ShapeError, match="expected uint8"):
