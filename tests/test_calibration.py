@@ -1,0 +1,304 @@
+"""What a score promises: jackknife, false-alarm rates on real good images, re-calibration, regions, drift, data layouts."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage, stats
+from typer.testing import CliRunner
+
+import fastprior as fp
+
+BOTTLES = Path(__file__).resolve().parents[2] / "shared" / "data" / "mvtec" / "bottle" / "train" / "good"
+
+
+def washers(folder: Path, count: int, seed: int = 0, tone: float = 1.0) -> list[Path]:
+    """Discs with a hole and noise, cheap to draw; `tone` darkens the lamp."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:64, :64] - 31.5
+    paths = []
+    for i in range(count):
+        r = np.hypot(x - rng.normal(0, .7), y - rng.normal(0, .7))
+        base = np.where((r < 24) & (r > 9), 170, 40) + rng.normal(0, 6, (64, 64)) + rng.normal(0, 5)
+        paths.append(folder / f"{i:03}.png")
+        Image.fromarray(np.clip(base * tone, 0, 255).astype(np.uint8)).save(paths[-1])
+    return paths
+
+
+def scratched(path: Path, target: Path) -> Path:
+    a = np.array(Image.open(path))
+    a[28:34, 12:26] = 255
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(a).save(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return washers(tmp_path_factory.mktemp("good"), 40)
+
+
+@pytest.fixture(scope="module")
+def prior(good):
+    return fp.fit(good, iterations=0, size=64, copies=1)
+
+
+def test_every_calibration_score_is_standardised_by_the_other_images():
+    nll = np.random.default_rng(0).gamma(3, 1, (12, 16))
+    settings = fp.Settings(size=64, worst=.2)
+    got = fp._calibrate(nll, settings)
+    raw = []
+    for i in range(len(nll)):
+        others = np.delete(nll, i, 0)
+        deviation = np.sqrt(.5 * others.var(0) + .5 * others.var(0).mean())
+        raw.append(fp.worst_mean((nll[i] - others.mean(0)) / deviation, settings.worst))
+    raw = np.array(raw)
+    np.testing.assert_allclose(got["scores"], np.sort((raw - raw.mean()) / raw.std(ddof=1)), rtol=1e-9)
+    np.testing.assert_allclose(got["peaks"], np.sort(nll.max(1)), rtol=1e-12)
+
+
+@pytest.mark.skipif(not BOTTLES.is_dir(), reason=f"no real images at {BOTTLES}")
+def test_false_alarms_on_real_good_images_are_as_promised():
+    files = fp.find_images(BOTTLES)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(files))
+    model = fp.fit([files[i] for i in order[:60]], iterations=0, size=64, copies=0)
+    scores = np.array([r.score for r in model.score_batch([files[i] for i in order[60:]], with_map=False)])
+    for fpr in (.05, .1, .2):
+        alarms = []
+        for _ in range(200):
+            rng.shuffle(scores)
+            threshold = fp.conformal_threshold(scores[:79], fpr)
+            alarms.append(np.mean(scores[79:] > threshold.value))
+        # 200 splits of the same 149 scores: the mean is known to far better than the error of one split of 70
+        error = np.sqrt(fpr * (1 - fpr) / 70)
+        assert abs(np.mean(alarms) - threshold.expected) < error, fpr
+        # alarms in 70 images of one draw with the calibration's 79: beta-binomial
+        most = stats.betabinom(70, 80 - threshold.rank, threshold.rank).ppf(.95)
+        assert np.mean(np.round(70 * np.array(alarms)) > most) < .05 + 3 * np.sqrt(.05 * .95 / 200)
+
+
+@pytest.mark.skipif(not BOTTLES.is_dir(), reason=f"no real images at {BOTTLES}")
+@pytest.mark.parametrize("calibration", ["cross", "holdout"])
+def test_false_alarms_of_refitted_models_stay_below_the_promise(calibration, monkeypatch):
+    files = fp.find_images(BOTTLES)
+    settings = fp.Settings(size=64, copies=0)
+    features, owner, _ = fp.extract_features(files, settings, fp.load_backbone("lite0"))
+    monkeypatch.setattr(fp, "extract_features",
+                        lambda images, *_: (features[images], np.arange(len(images)), []))
+    rng = np.random.default_rng(0)
+    alarms, count = 0, 0
+    for seed in range(12):
+        order = rng.permutation(len(files))
+        model = fp.fit(list(order[:150]), iterations=0, size=64, copies=0, calibration=calibration, seed=seed, fpr=.1)
+        x0 = fp._apply_whitener(features[order[150:]], model.mean, fp.unpack_lower(model.whitener, features.shape[2]))
+        nll = fp._nll_of(x0, None, model.timesteps, model.prediction)
+        scores = model._image_scores(nll * model.calibration["scale"] + model.calibration["location"])
+        alarms += int(np.sum(scores > model.threshold.value))
+        count += len(scores)
+    # thresholds vary between the models: three errors of the beta-binomial, not of the binomial
+    promised = model.threshold.expected
+    n = model.threshold.count
+    error = np.sqrt(promised * (1 - promised) * (1 / count + 1 / (12 * n)))
+    assert alarms / count < promised + 3 * error
+    assert alarms > 0  # a threshold that never fires promises nothing
+
+
+def test_recalibration_keeps_the_order_and_restores_the_promise(prior, good, tmp_path):
+    dark = washers(tmp_path / "dark", 40, seed=5, tone=.5)
+    bad = [scratched(p, tmp_path / "bad" / p.name) for p in washers(tmp_path / "more", 10, seed=6, tone=.5)]
+    again = prior.calibrate(tmp_path / "dark", fpr=.1)
+    probe = [*washers(tmp_path / "test", 30, seed=7, tone=.5), *bad]
+    before, after = (np.array([r.score for r in p.score_batch(probe)]) for p in (prior, again))
+    assert (np.argsort(before, kind="stable") == np.argsort(after, kind="stable")).all()
+    assert len(np.unique(after)) == len(np.unique(before))
+    assert np.median(before[:30]) > 1 and abs(np.median(after[:30])) < .5  # the lamp has aged
+    assert np.mean(after[:30] > again.threshold.value) < .4
+    assert again.summary["calibrated_on"] == len(dark)
+    np.testing.assert_allclose(np.sort([r.score for r in again.score_batch(dark)]), again.calibration["scores"], atol=1e-4)
+    for steps in prior.calibrations:  # all step counts, not only the current one
+        assert abs(again.calibrations[steps]["scores"].mean()) < 1e-9
+    path = tmp_path / "m.npz"
+    again.save(path)
+    assert fp.Prior.load(path).score(probe[0]).score == again.score(probe[0]).score
+
+
+def test_recalibration_needs_ten_images(prior, good, tmp_path):
+    with pytest.raises(fp.ImageError, match="9 readable good images: at least 10"):
+        prior.calibrate(good[:9])
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(fp.ImageError, match="broken.png"):
+        prior.calibrate([*good[:9], broken])
+    assert prior.calibrate([*good[:10], broken]).summary["unreadable"]
+
+
+def test_rate_and_threshold_when_loading(prior, good, tmp_path):
+    path = tmp_path / "m.npz"
+    prior.save(path)
+    loose, tight = (fp.Prior.load(path, fpr=f) for f in (.5, .01))
+    assert loose.threshold.value < tight.threshold.value
+    image = fp.load_image(scratched(good[0], tmp_path / "bad.png"))
+    assert loose.score(image).score == tight.score(image).score
+    # the map is read against the same rate: a lower threshold is a smaller unit
+    assert loose.score(image).anomaly_map.max() > tight.score(image).anomaly_map.max()
+    fixed = fp.Prior.load(path, threshold=1.5)
+    assert fixed.threshold.value == fixed.score(image).threshold == 1.5
+    assert fixed.threshold.rank == np.sum(prior.calibration["scores"] <= 1.5)
+    fixed.save(path)
+    assert fp.Prior.load(path).threshold.value == 1.5
+    assert fp.Prior.load(path, fpr=.5).threshold.value == loose.threshold.value
+    with pytest.raises(fp.ShapeError, match="threshold"):
+        fp.Prior.load(path, threshold=float("nan"))
+
+
+def test_a_fixed_threshold_below_all_scores_promises_nothing():
+    t = fp.conformal_threshold(np.arange(20.), .1, value=-1.)
+    assert t.rank == 0 and t.expected == 1 and t.bound == 1
+
+
+def test_regions_are_the_connected_parts_above_one():
+    m = np.zeros((9, 12), np.float32)
+    m[0:2, 0:3] = 2  # touches the corner
+    m[2, 3] = 5  # joined over the diagonal
+    m[8, 11] = 1.5
+    m[4, 6] = 1  # not above
+    assert fp.find_regions(m) == [fp.Region(0, 0, 4, 3, 7, 5.0), fp.Region(11, 8, 12, 9, 1, 1.5)]
+    assert fp.find_regions(np.ones((4, 4))) == []
+    noise = np.random.default_rng(0).uniform(0, 2, (40, 50))
+    labels, count = ndimage.label(noise > 1, np.ones((3, 3)))
+    got = fp.find_regions(noise)
+    assert len(got) == count and sum(r.pixels for r in got) == (labels > 0).sum()
+    with pytest.raises(fp.ShapeError, match="with_map=True"):
+        fp.find_regions(None)
+
+
+def test_a_region_lies_on_the_scratch(prior, good, tmp_path):
+    result = prior.score(scratched(good[0], tmp_path / "bad.png"))
+    assert result.is_anomaly
+    region = result.regions[0]
+    assert region.left <= 19 < region.right and region.top <= 31 < region.bottom
+    drawn = fp.overlay(fp.load_image(good[0]), np.zeros((64, 64), np.float32), [region])
+    assert (drawn[region.top, region.left:region.right] == 255).all()
+    assert (drawn != fp.load_image(good[0])).any(-1).sum() <= 2 * (region.right - region.left + region.bottom - region.top)
+
+
+def test_drift_is_seen_and_not_invented():
+    rng = np.random.default_rng(0)
+    calibration = np.sort(rng.standard_normal(200))
+    threshold = fp.conformal_threshold(calibration, .01).value
+    invented = sum(bool(fp.drift(rng.standard_normal(60), calibration, threshold)) for _ in range(300))
+    assert invented <= stats.binom.ppf(.999, 300, .001)
+    anomalies = np.r_[rng.standard_normal(60), rng.normal(12, 3, 40)]
+    assert fp.drift(anomalies, calibration, threshold) == ""  # bad parts are no drift
+    assert "drifted" in fp.drift(rng.normal(.9, 1, 60), calibration, threshold)
+    assert "80 of 100 images" in fp.drift(np.r_[rng.standard_normal(20) * .1, np.full(80, 50.)], calibration, threshold)
+    assert fp.drift(np.full(19, 50.), calibration, threshold) == ""
+
+
+def test_the_proposed_threshold_has_the_smallest_sum_of_errors():
+    good, bad = np.arange(10.), np.array([8.5, 20., 30.])
+    rows = fp.trade_off(good, bad)
+    t, wrong, missed, note = next(r for r in rows if r[3])
+    assert note == "proposed" and 9 < t < 20 and missed == 1 / 3 or (8 <= t < 8.5 and missed == 0)
+    every = [(1 + np.sum(good > v)) / 11 + np.mean(bad <= v) for v in np.arange(-1, 31, .25)]
+    assert wrong + missed == pytest.approx(min(every))
+
+
+def test_layouts(tmp_path):
+    def touch(*parts, value=0):
+        path = tmp_path.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(path)
+        return path
+    for i in range(10):
+        touch("plain", "one", "good", f"{i}.png")
+        touch("visa", "candle", "Data", "Images", "Normal", f"{i}.png")
+    touch("plain", "one", "bad", "x.png")
+    for i in range(2):
+        touch("visa", "candle", "Data", "Images", "Anomaly", f"{i}.png")
+        mask = touch("visa", "candle", "Data", "Masks", "Anomaly", f"{i}.png", value=1)
+    touch("mvtec", "m", "train", "good", "0.png")
+    touch("mvtec", "m", "test", "good", "0.png")
+    for i in range(2):
+        touch("mvtec", "m", "test", "hole", f"{i}.png")
+    first = touch("mvtec", "m", "ground_truth", "hole", "0_mask.png")
+    second = touch("mvtec", "m", "ground_truth", "hole", "1.png")
+
+    one, = fp.find_categories(tmp_path / "plain")
+    assert (one.name, len(one.train), one.labels.tolist(), one.masks) == ("one", 8, [False] * 2 + [True], [None] * 3)
+    assert fp.find_categories(tmp_path / "plain" / "one")[0].test == one.test
+    assert not set(one.train) & set(one.test)
+
+    candle, = fp.find_categories(tmp_path / "visa")
+    assert len(candle.train) == 8 and candle.masks[-1] == mask and candle.labels.sum() == 2
+    split = tmp_path / "visa" / "split_csv" / "1cls.csv"
+    split.parent.mkdir()
+    rows = [f"candle,{'train' if i < 4 else 'test'},normal,candle/Data/Images/Normal/{i}.png," for i in range(10)]
+    rows += [f"candle,test,anomaly,candle/Data/Images/Anomaly/{i}.png,candle/Data/Masks/Anomaly/{i}.png" for i in range(2)]
+    split.write_text("\n".join(["object,split,label,image,mask", *rows]))
+    candle, = fp.find_categories(tmp_path / "visa")
+    assert [p.stem for p in candle.train] == list("0123") and len(candle.test) == 8
+
+    m, = fp.find_categories(tmp_path / "mvtec")
+    assert m.masks == [None, first, second] and m.labels.tolist() == [False, True, True]
+    with pytest.raises(fp.ImageError, match="expected categories"):
+        fp.find_categories(tmp_path / "visa" / "split_csv")
+
+
+@pytest.fixture
+def data(good, tmp_path):
+    root = tmp_path / "data"
+    washers(root / "disc" / "good", 20)
+    for p in fp.find_images(root / "disc" / "good")[:6]:
+        scratched(p, root / "disc" / "bad" / p.name)
+    return root
+
+
+def test_bench_reports_and_takes_a_second_run_from_the_cache(data, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra `report`")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = ["bench", "--data", str(data), "--variants", "gaussian", "--steps", "1,2", "--size", "64", "--batch", "2",
+               "--report", str(tmp_path / "report")]
+    first = CliRunner().invoke(fp._build_app(), command)
+    assert first.exit_code == 0, first.output
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert "| lite0 | gaussian | 2 | 1.0000 |" in table and table.strip() in first.stdout
+    with Image.open(tmp_path / "report" / "tradeoff.png") as picture:
+        assert picture.size[0] > 400
+    assert "<svg" in (tmp_path / "report" / "tradeoff.svg").read_text()
+
+    def refuse(*_, **__):
+        raise AssertionError("trained again")
+    monkeypatch.setattr(fp, "fit", refuse)
+    second = CliRunner().invoke(fp._build_app(), [*command, "--json"])
+    assert second.exit_code == 0, second.output
+    rows = [json.loads(line) for line in second.stdout.splitlines()]
+    assert {"image_auroc", "category", "seed"} <= set(rows[0]) and {"frames_per_second", "image_auroc"} <= set(rows[-1])
+    assert rows[0]["image_auroc"] == rows[-1]["image_auroc"] == 1
+
+
+def test_calibrate_command(data, tmp_path):
+    model, new = tmp_path / "m.npz", tmp_path / "new.npz"
+    run = lambda *a: CliRunner().invoke(fp._build_app(), [str(x) for x in a])  # noqa: E731
+    assert run("train", data / "disc" / "good", "-o", model, "--iterations", 0, "--size", 64).exit_code == 0
+    washers(tmp_path / "today", 20, seed=9)
+    done = run("calibrate", tmp_path / "today", "-m", model, "-o", new, "--known-bad", data / "disc" / "bad", "--fpr", .1)
+    assert done.exit_code == 0, done.output
+    assert "20 held-out good images promise" in done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split("\t")[:3] == ["threshold", "false alarms", "missed"] and "proposed" in done.stdout
+    assert fp.Prior.load(new).settings.fpr == .1
+    scored = run("score", "-m", new, "--json", "--mask", tmp_path / "masks", data / "disc" / "bad")
+    assert scored.exit_code == 1, scored.output
+    rows = [json.loads(line) for line in scored.stdout.splitlines()]
+    assert all(r["regions"] and r["verdict"] == "anomaly" for r in rows)
+    mask = np.asarray(Image.open(rows[0]["mask"]))
+    assert mask.shape == (64, 64) and set(np.unique(mask)) == {0, 255}
+    dark = washers(tmp_path / "dark", 24, seed=3, tone=.5)
+    warned = run("score", "-m", new, *dark)
+    assert "warning:" in warned.stderr and "warning" not in warned.stdout
+
+
