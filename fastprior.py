@@ -52,7 +52,8 @@ import numpy as np
 
 __version__ = "0.1.0"
 __all__ = [
-    "Prior", "Result", "Region", "find_regions", "FastPriorError", "ShapeError", "ImageError", "ModelError",
+    "Prior", "MultiPrior", "fit_many", "Result", "Region", "find_regions",
+    "FastPriorError", "ShapeError", "ImageError", "ModelError",
     "BackendUnavailable", "alpha_bar", "select_timesteps", "rotation", "ddim_invert",
     "gaussian_log_prob", "conformal_p_value", "conformal_threshold", "auroc",
     "average_precision", "f1_max", "aupro", "pixel_metrics", "OPS",
@@ -1531,6 +1532,11 @@ class _CpuEngine:
         return [image.ctypes.data, *image.shape[:2], *addresses[:6], 0 if target is None else target.ctypes.data,
                 *addresses[6:]]
 
+    @staticmethod
+    def without_map(row: list[int]) -> list[int]:
+        """`image_row` with no place for a map."""
+        return [*row[:9], 0, *row[10:]]
+
     def run(self, rows: list[list[int]], operations: slice = slice(None)) -> np.ndarray:
         """Run the program (or a part of it) for the images in `rows`; returns their states."""
         batch = len(rows)
@@ -2685,6 +2691,7 @@ class Result:
     is_anomaly: bool
     threshold: float
     anomaly_map: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    product: str = ""  # of a model of several products: the one this image was taken for
 
     @property
     def verdict(self) -> str:
@@ -2765,17 +2772,21 @@ class Prior:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one self-contained .npz; atomically."""
-        arrays = {f"backbone/{k}": v for k, v in self.backbone.to_arrays().items()}
-        arrays |= {"mean": self.mean, "whitener": self.whitener}
+        header, arrays = self._own()
+        arrays |= {f"backbone/{k}": v for k, v in self.backbone.to_arrays().items()}
+        _write_npz(path, {"kind": "prior", "fastprior": __version__, "backbone": self.backbone.header()} | header, arrays)
+
+    def _own(self) -> tuple[dict, dict[str, np.ndarray]]:
+        """Header and arrays of all but the backbone."""
+        arrays = {"mean": self.mean, "whitener": self.whitener}
         arrays |= {f"calibration/{steps}/{k}": v for steps, own in self.calibrations.items() for k, v in own.items()}
         arrays |= {f"denoiser/{k}": v for k, v in (self.denoiser or {}).items()}
-        _write_npz(path, {"kind": "prior", "fastprior": __version__, "settings": dataclasses.asdict(self.settings),
-                          "backbone": self.backbone.header(), "summary": self.summary}, arrays)
+        return {"settings": dataclasses.asdict(self.settings), "summary": self.summary}, arrays
 
     @staticmethod
     def load(path: str | os.PathLike, *, threads: int | None = None, steps: int | None = None,
              fpr: float | None = None, threshold: float | None = None, device: str = "cpu",
-             precision: str = "float32") -> "Prior":
+             precision: str = "float32") -> "Prior | MultiPrior":
         """Read a model; `steps`, `fpr` and `threshold` override its own. ModelError if it is none.
 
         device: "cpu"; "cuda" (BackendUnavailable says what is missing); or "auto", the GPU where it works.
@@ -2783,25 +2794,30 @@ class Prior:
         "float16" (half the memory traffic; scores differ in the third digit).
         """
         header, arrays = _read_npz(path)
+        changes = {k: v for k, v in {"steps": steps, "fpr": fpr, "threshold": threshold}.items() if v is not None}
+        if fpr is not None and threshold is None:
+            changes["threshold"] = None  # the rate that is asked for now, not the file's fixed threshold
 
-        def group(prefix):
-            return {k[len(prefix):]: v for k, v in arrays.items() if k.startswith(prefix)}
-        try:
-            if header["kind"] != "prior":
-                raise ModelError(f"{path}: holds a {header['kind']}, not a trained model")
-            changes = {k: v for k, v in {"steps": steps, "fpr": fpr, "threshold": threshold}.items() if v is not None}
-            if fpr is not None and threshold is None:
-                changes["threshold"] = None  # the rate that is asked for now, not the file's fixed threshold
+        def group(prefix: str, of: dict) -> dict:
+            return {k[len(prefix):]: v for k, v in of.items() if k.startswith(prefix)}
+
+        def own(header: dict, arrays: dict) -> Prior:
             settings = dataclasses.replace(Settings(**header["settings"]), **changes)
             settings.check()
-            backbone = Backbone.from_arrays(header["backbone"], group("backbone/"))
             calibrations: dict[int, dict] = {}
-            for name, a in group("calibration/").items():
+            for name, a in group("calibration/", arrays).items():
                 number, field = name.split("/")
                 calibrations.setdefault(int(number), {})[field] = a
-            return Prior(settings, backbone, arrays["mean"], arrays["whitener"], group("denoiser/") or None,
+            return Prior(settings, backbone, arrays["mean"], arrays["whitener"], group("denoiser/", arrays) or None,
                          calibrations, header["summary"], threads, device, precision)
-        except (KeyError, TypeError) as e:
+        try:
+            if header["kind"] not in ("prior", "priors"):
+                raise ModelError(f"{path}: holds a {header['kind']}, not a trained model")
+            backbone = Backbone.from_arrays(header["backbone"], group("backbone/", arrays))
+            if header["kind"] == "prior":
+                return own(header, arrays)
+            return MultiPrior({name: own(part, group(f"{i}/", arrays)) for i, (name, part) in enumerate(header["products"])})
+        except (KeyError, TypeError, AttributeError) as e:
             raise ModelError(f"{path}: incomplete model ({e})") from e
         except ValueError as e:
             if isinstance(e, FastPriorError):
@@ -2982,6 +2998,103 @@ def _emit_denoiser(e: _CpuEngine, x: int, n: int, c: int, denoiser: dict | None,
         u, m = e.linear(u, n, d, p[f"mix{i}_w1"], p[f"mix{i}_b1"], SILU)
         h, _ = e.linear(u, n, m, p[f"mix{i}_w2"], p[f"mix{i}_b2"], NONE, h)
     return e.layer_norm(h, n, d, p["norm_gain"], p["norm_bias"]), d, p["out_w"], p["out_b"]
+
+
+class MultiPrior:
+    """Several products in one model. The one under which an image as a whole is likeliest scores it.
+
+    An image's features are computed once and read under every product (on a GPU, and without numba, each
+    product is a frame of its own). Build with `fit_many` or `Prior.load`.
+    """
+
+    def __init__(self, priors: dict[str, Prior]):
+        kinds = {(p.backbone.name, p.settings.size, p.settings.steps) for p in priors.values()}
+        if len(kinds) != 1:
+            raise ModelError(f"products of one model need one backbone, size and number of steps, got {sorted(kinds)}")
+        self.priors = priors
+        first = next(iter(priors.values()))
+        self.backbone, self.device, self.backend, self.grid = first.backbone, first.device, first.backend, first.grid
+        self._lock = threading.Lock()
+        self._built = None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one self-contained .npz; atomically."""
+        parts = {name: prior._own() for name, prior in self.priors.items()}
+        arrays = {f"backbone/{k}": v for k, v in self.backbone.to_arrays().items()}
+        for i, (_, own) in enumerate(parts.values()):
+            arrays |= {f"{i}/{k}": v for k, v in own.items()}
+        _write_npz(path, {"kind": "priors", "fastprior": __version__, "backbone": self.backbone.header(),
+                          "products": [(name, header) for name, (header, _) in parts.items()]}, arrays)
+
+    def with_steps(self, steps: int) -> "MultiPrior":
+        return MultiPrior({name: prior.with_steps(steps) for name, prior in self.priors.items()})
+
+    def score(self, image, *, with_map: bool = True) -> Result:
+        """As `Prior.score`; the result names the product."""
+        return self.score_batch([image], with_map=with_map)[0]
+
+    def score_batch(self, images: Sequence, *, with_map: bool = True, chunk: int = 16) -> list[Result]:
+        """As `Prior.score_batch`."""
+        results = []
+        for start in range(0, len(images), chunk):
+            arrays = [load_image(image) for image in images[start:start + chunk]]
+            maps = [np.empty(a.shape[:2], np.float32) if with_map else None for a in arrays]
+            z, chosen = self._nll(arrays, maps)
+            for i, (k, m) in enumerate(zip(chosen, maps)):
+                name, prior = list(self.priors.items())[k]
+                score = prior._image_scores(z[k, i])
+                results.append(Result(float(score), float(conformal_p_value(score, prior.calibration["scores"])),
+                                      bool(score > prior.threshold.value), prior.threshold.value, m, name))
+        return results
+
+    def _nll(self, images: list[np.ndarray], maps: list[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
+        """z (K, B, N) under every product and the index of the likeliest; fills its map."""
+        if self.backend != "numba":
+            z = np.stack([prior.nll(images) for prior in self.priors.values()])
+            chosen = z.mean(-1).argmin(0)
+            for image, m, k in zip(images, maps, chosen):
+                if m is not None:
+                    list(self.priors.values())[k].nll([image], [m])
+            return z, chosen
+        with self._lock:
+            engine, features, parts = self._engine()
+            first = next(iter(self.priors.values()))
+            rows = [engine.image_row(a, first.settings.size, m, first._map_operator) for a, m in zip(images, maps)]
+            states = engine.run(rows, features)
+            z = []
+            for inversion, _, at in parts:
+                engine.run(rows, inversion)
+                z.append(states[:, at:at + self.grid ** 2].copy())
+            chosen = np.array(z).mean(-1).argmin(0)
+            for k, (_, last, _) in enumerate(parts):
+                if (chosen == k).any():  # a row without a target draws no map
+                    engine.run([r if c == k else engine.without_map(r) for r, c in zip(rows, chosen)], last)
+            return np.array(z), chosen
+
+    def _engine(self):
+        """One program: features, then for each product inversion and map; built at first use."""
+        if self._built is None:
+            priors = list(self.priors.values())
+            e = _CpuEngine(priors[0].threads)
+            f, n, c = e.features(self.backbone, priors[0].settings.size)
+            features, parts = slice(0, len(e.program)), []
+            shared = top = e.floats
+            centred = np.zeros((), np.float32)  # `whiten` centres the features in place: from one mean to the next
+            for p in priors:
+                e.floats = shared  # products take their turns in the same workspace
+                begin = len(e.program)
+                x = e.whiten(f, n, c, p.mean - centred, p.whitener)
+                centred = p.mean
+                at = _emit_inversion(e, x, n, c, p.denoiser, p.timesteps, p.prediction, p.calibration["scale"],
+                                     p.calibration["location"])
+                end = len(e.program)
+                e.emit(_map, at, p.grid, *map(e.constant, p._map_weights()))
+                parts.append((slice(begin, end), slice(end, end + 1), at))
+                top = max(top, e.floats)
+            e.floats = top
+            e.finish()
+            self._built = e, features, parts
+        return self._built
 
 
 def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
@@ -3215,6 +3328,17 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
 
 
 Prior.fit = staticmethod(fit)
+
+
+def fit_many(root: str | os.PathLike, *, progress: Progress = _quiet, **options) -> MultiPrior:
+    """`fit` for every product of ROOT (a folder each: of good images, or a category in MVTec AD's layout), in one model."""
+    root = Path(root)
+    folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    if not folders:
+        raise ImageError(f"{root}: expected a folder of good images for each product")
+    options = {"backbone": load_backbone(options.pop("backbone", Settings.backbone))} | options
+    return MultiPrior({folder.name: fit(folder, progress=lambda what, done, of, name=folder.name:
+                                        progress(f"{name}: {what}", done, of), **options) for folder in folders})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3711,14 +3835,15 @@ def bench_speed(prior: Prior, input_size: int, batch: int = 16, seconds: float =
     Image.fromarray(image).save(stream, "PNG")
     frame = _median_ms(lambda: prior.score(image), seconds)
     batched = _median_ms(lambda: prior.score_batch([image] * batch), seconds, 5)
-    report = {"size": prior.settings.size, "input_size": input_size, "steps": prior.settings.steps,
+    first = next(iter(_products(prior).values()))
+    report = {"size": first.settings.size, "input_size": input_size, "steps": first.settings.steps,
               "threads": prior._engine()[0].threads if prior.backend == "numba" else 1,
               "frame_p50_ms": np.median(frame), "frame_p95_ms": np.percentile(frame, 95),
               "frame_p99_ms": np.percentile(frame, 99),
               "frames_per_second": 1e3 / np.median(frame), "batch": batch,
               "batch_frames_per_second": 1e3 * batch / np.median(batched),
               "decode_png_ms": np.median(_median_ms(lambda: load_image(np.asarray(Image.open(stream).convert("RGB"))), .3))}
-    if prior.backend == "numba":
+    if prior.backend == "numba" and isinstance(prior, Prior):
         engine, _ = prior._engine()
         target = np.empty(image.shape[:2], np.float32)
         rows = [engine.image_row(image, prior.settings.size, target, prior._map_operator)]
@@ -3793,7 +3918,8 @@ def bench_against(prior: Prior, names: Sequence[str], rounds: int = 6, calls: in
     """Whole frames of ours against the bare backbone in other runtimes, in turn, in one process.
 
     Ours: uint8 (S, S, 3) array -> score and map. Theirs: the truncated backbone alone, its input already
-    resized and normalised. Medians in ms and the ratio ours/theirs; same threads, batch 1, float32.
+    resized and normalised. Medians in ms and the ratio ours/theirs; same threads, batch 1, float32. On a GPU
+    (torch only, eager and as a CUDA graph) the arrays are there already, and every call waits for its result.
     """
     import importlib.util
     path = Path(__file__).resolve().parent / "tests" / "other_runtimes.py"
@@ -3804,12 +3930,18 @@ def bench_against(prior: Prior, names: Sequence[str], rounds: int = 6, calls: in
     spec.loader.exec_module(module)
     size = prior.settings.size
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    runs = {"fastprior": lambda: prior.score(image)}
+    on_gpu = prior.device == "cuda"
+    if on_gpu:
+        pixels = prior._cuda.cupy.asarray(image)
+        runs = {"fastprior": lambda: prior._cuda.run([pixels]).stream.synchronize()}
+    else:
+        runs = {"fastprior": lambda: prior.score(image)}
     for name in names:
-        if name not in ("onnxruntime", "torch"):
-            raise ShapeError(f"--against: expected onnxruntime or torch, got {name!r}")
+        if name not in (("torch",) if on_gpu else ("onnxruntime", "torch")):
+            raise ShapeError(f"--against: expected torch{'' if on_gpu else ' or onnxruntime'}, got {name!r}")
         try:
-            runs[name] = getattr(module, name)(prior.backbone, size, prior._engine()[0].threads)
+            runs |= module.torch_cuda(prior.backbone, size) if on_gpu else {
+                name: getattr(module, name)(prior.backbone, size, prior._engine()[0].threads)}
         except ImportError as e:
             raise BackendUnavailable(f"--against {name}: {e.name} is not installed") from e
     times: dict[str, list] = {name: [] for name in runs}
@@ -3818,7 +3950,7 @@ def bench_against(prior: Prior, names: Sequence[str], rounds: int = 6, calls: in
             time.sleep(.2)  # let the other runtime's threads go to sleep
             times[name].append(_median_ms(call, 0, calls))
     medians = {f"{name}_ms": float(np.median(t)) for name, t in times.items()}
-    return medians | {f"ratio_{name}": medians["fastprior_ms"] / medians[f"{name}_ms"] for name in names}
+    return medians | {f"ratio_{name}": medians["fastprior_ms"] / medians[f"{name}_ms"] for name in runs if name != "fastprior"}
 
 
 def machine() -> dict[str, str | int]:
@@ -3901,6 +4033,10 @@ def _promise(t: Threshold, n: int) -> str:
     return text
 
 
+def _products(model: Prior | MultiPrior) -> dict[str, Prior]:
+    return model.priors if isinstance(model, MultiPrior) else {"": model}
+
+
 def _check_output(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise FastPriorError(f"{path}: the folder {path.absolute().parent} does not exist")
@@ -3943,23 +4079,30 @@ def _build_app():
               calibration: str = typer.Option(Settings.calibration, help="cross (uses every image) or holdout (exact)."),
               fpr: float = typer.Option(Settings.fpr, help="False-alarm rate to set the threshold for."),
               seed: int = typer.Option(Settings.seed, help="Seed of everything random."),
+              multi: bool = typer.Option(False, "--multi", help="GOOD holds a folder for each product; one model for all."),
               threads: int = threads_option):
         """Train a model on good images.
 
         Example: fastprior train photos/good -o part.npz
+
+        Example: fastprior train --multi products -o all.npz
         """
         _check_output(output)
         with _Bars() as bars:
-            prior = fit(good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, backbone=backbone,
-                        size=size, steps=steps, variant=variant, calibration=calibration, fpr=fpr, seed=seed)
-        prior.save(output)
-        s = prior.summary
-        for line in s["unreadable"]:
-            _say(f"left out: {line}")
-        _say(f"{s['images']} images, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
-             f"{s['iterations']} training steps" + (f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else "")
-             + f"; {s['seconds']:.0f} s")
-        _say(_promise(prior.threshold, len(prior.calibration["scores"])))
+            made = (fit_many if multi else fit)(
+                good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, backbone=backbone,
+                size=size, steps=steps, variant=variant, calibration=calibration, fpr=fpr, seed=seed)
+        made.save(output)
+        for name, prior in _products(made).items():
+            s = prior.summary
+            if name:
+                _say(f"{name}:")
+            for line in s["unreadable"]:
+                _say(f"left out: {line}")
+            loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
+            _say(f"{s['images']} images, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
+                 f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
+            _say(_promise(prior.threshold, len(prior.calibration["scores"])))
         print(output)
 
     @app.command()
@@ -3991,7 +4134,7 @@ def _build_app():
             folder.mkdir(parents=True, exist_ok=True)
         names = _map_names(files)
         failed = anomalies = 0
-        scores = []
+        scores: dict[str, list] = {}
         with _Bars() as bars:
             for i, path in enumerate(files):
                 try:
@@ -4004,8 +4147,10 @@ def _build_app():
                         print(json.dumps({"path": str(path), "error": str(e)}), flush=True)
                     continue
                 anomalies += r.is_anomaly
-                scores.append(r.score)
+                product = getattr(r, "product", "")
+                scores.setdefault(product, []).append(r.score)
                 row = {"path": str(path), "score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
+                row |= {"product": product} if product else {}
                 if as_json:
                     row |= {"threshold": round(r.threshold, 4),
                             "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
@@ -4013,13 +4158,15 @@ def _build_app():
                     row["map"] = _write_png(map_folder / names[i], overlay(image, r.anomaly_map, r.regions))
                 if mask_folder:
                     row["mask"] = _write_png(mask_folder / names[i], (r.anomaly_map > 1).astype(np.uint8) * 255)
-                print(json.dumps(row) if as_json else
-                      f"{row['path']}\t{r.score:.2f}\t{r.p_value:.4f}\t{r.verdict}", flush=True)
+                cells = [str(path), f"{r.score:.2f}", f"{r.p_value:.4f}", r.verdict, *filter(None, [product])]
+                print(json.dumps(row) if as_json else "\t".join(cells), flush=True)
                 if len(files) > 1:
                     bars("scoring", i + 1, len(files))
-        moved = drift(scores, prior.calibration["scores"], prior.threshold.value)
-        if moved:
-            _say(f"warning: {moved}")
+        for product, own in scores.items():
+            known = _products(prior)[product]
+            moved = drift(own, known.calibration["scores"], known.threshold.value)
+            if moved:
+                _say("warning: " + f"{product}: " * bool(product) + moved)
         raise typer.Exit(2 if failed else int(anomalies > 0))
 
     @app.command()
@@ -4039,6 +4186,8 @@ def _build_app():
         """
         _check_output(output)
         prior = Prior.load(model, threads=threads, device=device)
+        if isinstance(prior, MultiPrior):
+            raise FastPriorError(f"{model}: holds {len(prior.priors)} products; calibrate takes a model of one")
         changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
         with _Bars() as bars:
             prior = prior.calibrate(good, progress=bars, **changes)
@@ -4068,6 +4217,7 @@ def _build_app():
               calibration: str = typer.Option(Settings.calibration, help="cross or holdout."),
               seeds: str = typer.Option("0", help="Seeds, comma-separated; each trains its own models."),
               against: str = typer.Option(None, help="Also time the bare backbone in onnxruntime, torch (with commas)."),
+              multi: bool = typer.Option(False, "--multi", help="Also one model for all categories, the category not given."),
               processes: bool = typer.Option(False, "--processes", help="Also time whole processes, compilation included."),
               report: Path = typer.Option(None, help="Folder for the trade-off: table.md, tradeoff.png, tradeoff.svg."),
               as_json: bool = typer.Option(False, "--json", help="One JSON object a row."),
@@ -4088,11 +4238,12 @@ def _build_app():
         with _Bars() as bars:
             if model:
                 made = [(model.stem, "as trained", Prior.load(model, threads=threads, device=device), [])]
+                size = next(iter(_products(made[0][2]).values())).settings.size
             elif not data:
                 made = [(Path(name).stem, "untrained", untrained(name, size, threads, device), []) for name in backbone]
             else:
                 made = _train_all(find_categories(data), backbone, variants.split(","), _numbers(seeds, "seeds"), iterations,
-                                  bars, threads, size=size, calibration=calibration)
+                                  bars, threads, multi, size=size, calibration=calibration)
             for name, variant, prior, pairs in made:
                 for count in counts:
                     rows = []
@@ -4103,9 +4254,9 @@ def _build_app():
                             print(json.dumps(rows[-1]), flush=True)
                     prior = prior.with_steps(count)
                     if prior.device == "cuda":
-                        speed = bench_cuda(prior._cuda, pixels=input_size or prior.settings.size)
+                        speed = bench_cuda(prior._cuda, pixels=input_size or size)
                     else:
-                        speed = bench_speed(prior, input_size or prior.settings.size, batch) | peaks
+                        speed = bench_speed(prior, input_size or size, batch) | peaks
                     if against:
                         speed |= bench_against(prior, against.split(","))
                     if processes:
@@ -4138,13 +4289,16 @@ def _build_app():
         except BackendUnavailable as e:
             facts["cuda"] = f"no: {e}"
         if model:
-            prior = Prior.load(model)
-            facts |= {"model": str(model), "backbone": prior.backbone.name, "grid": f"{prior.grid}x{prior.grid}",
-                      "channels": sum(prior.backbone.channels), **dataclasses.asdict(prior.settings),
-                      "timesteps": prior.timesteps.tolist(), "calibrated_steps": sorted(prior.calibrations),
-                      "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()),
-                      "megabytes": round(model.stat().st_size / 1e6, 1), **prior.summary,
-                      "promise": _promise(prior.threshold, len(prior.calibration["scores"]))}
+            made = Prior.load(model)
+            facts |= {"model": str(model), "megabytes": round(model.stat().st_size / 1e6, 1),
+                      "backbone": made.backbone.name, "grid": f"{made.grid}x{made.grid}",
+                      "channels": sum(made.backbone.channels)}
+            for name, prior in _products(made).items():
+                own = {**dataclasses.asdict(prior.settings),
+                       "timesteps": prior.timesteps.tolist(), "calibrated_steps": sorted(prior.calibrations),
+                       "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()), **prior.summary,
+                       "promise": _promise(prior.threshold, len(prior.calibration["scores"]))}
+                facts |= {f"{name}: {k}": v for k, v in own.items()} if name else own
         print(json.dumps(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
 
     return app
@@ -4181,7 +4335,8 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
                  {k: calibration for k in range(1, 51)}, {}, threads, device)
 
 
-def _train_all(categories: list[Category], backbones, variants, seeds, iterations, progress: Progress, threads, **settings):
+def _train_all(categories: list[Category], backbones, variants, seeds, iterations, progress: Progress, threads, multi,
+               **settings):
     """backbone, variant, a prior to time, and (prior, category, seed) of all its models, for each backbone and variant."""
     for name in backbones:
         for variant in variants:
@@ -4190,6 +4345,9 @@ def _train_all(categories: list[Category], backbones, variants, seeds, iteration
                               **{k: v for k, v in options.items() if k != "iterations"}, **settings), category, seed)
                      for seed in seeds for category in categories]
             yield Path(name).stem, variant, pairs[0][0], pairs
+            if multi:
+                joint = {seed: MultiPrior({c.name: p for p, c, s in pairs if s == seed}) for seed in seeds}
+                yield Path(name).stem, f"{variant}, one model", joint[seeds[0]], [(joint[s], c, s) for _, c, s in pairs]
 
 
 def _means(rows: list[dict]) -> dict[str, float]:
@@ -4210,14 +4368,16 @@ def _speed_text(r: dict) -> str:
                   f"{r['rotate_share_of_copy']:.0%} of a device copy"]
     else:
         lines = [f"{head}, {r['size']} px, {r['threads']} threads: frame p50 {r['frame_p50_ms']:.2f} "
-                 f"p95 {r['frame_p95_ms']:.2f} p99 {r['frame_p99_ms']:.2f} ms, {r['frames_per_second']:.0f} frames/s; batch {r['batch']}: "
-                 f"{r['batch_frames_per_second']:.0f} frames/s; decode (PNG, {r['input_size']} px) {r['decode_png_ms']:.2f} ms"]
+                 f"p95 {r['frame_p95_ms']:.2f} p99 {r['frame_p99_ms']:.2f} ms, {r['frames_per_second']:.0f} frames/s; "
+                 f"batch {r['batch']}: {r['batch_frames_per_second']:.0f} frames/s; "
+                 f"decode (PNG, {r['input_size']} px) {r['decode_png_ms']:.2f} ms"]
         stages = [f"{k} {r[k + '_ms']:.2f}" for k in ("resize", "features", "inversion", "map") if k + "_ms" in r]
         lines += ["  of which, ms: " + ", ".join(stages)] if stages else []
-        lines += [f"  {k}: {r[k + '_gflop']:.2f} GFLOP, {r[k + '_gflop_per_s']:.0f} GFLOP/s, "
-                  f"{r[k + '_gflop_per_s'] / r['matmul_gflop_per_s']:.0%} of a matrix product; "
-                  f"{r[k + '_weights_mb']:.1f} MB of weights, {r[k + '_weights_mb'] / r[k + '_ms'] / r['copy_gb_per_s']:.0%} of a copy's bandwidth"
-                  for k in ("features", "inversion") if k + "_gflop" in r and "copy_gb_per_s" in r]
+        for k in ("features", "inversion") if "features_gflop" in r and "copy_gb_per_s" in r else ():
+            rate, weights = r[f"{k}_gflop_per_s"], r[f"{k}_weights_mb"]
+            lines.append(f"  {k}: {r[f'{k}_gflop']:.2f} GFLOP, {rate:.0f} GFLOP/s, {rate / r['matmul_gflop_per_s']:.0%} of a "
+                         f"matrix product; {weights:.1f} MB of weights, "
+                         f"{weights / r[f'{k}_ms'] / r['copy_gb_per_s']:.0%} of a copy's bandwidth")
     if "process_s" in r:
         lines.append(f"  process that scores one image: {r['process_s']:.2f} s, peak {r['process_peak_mb']:.0f} MB; "
                      f"the first ever, compiling: {r['first_process_s']:.1f} s")
@@ -4244,7 +4404,8 @@ def _accuracy_table(points: list[dict]) -> str:
         lines.append("| " + " | ".join([p["backbone"], p["variant"], str(p["steps"]), *cells, f"{p['image_auroc']:.4f}", *pixel,
                                         f"{ms:.2f}", f"{1e3 / ms:.0f}"]) + " |")
     spread = " (mean ± deviation)" if len(seeds) > 1 else ""
-    return "\n".join([*lines, f"\nImage AUROC; seeds {', '.join(map(str, seeds))}{spread}; speed at batch 1, uint8 array to score and map."])
+    return "\n".join([*lines, f"\nImage AUROC; seeds {', '.join(map(str, seeds))}{spread}; "
+                      "speed at batch 1, uint8 array to score and map."])
 
 
 def write_report(points: list[dict], folder: Path) -> list[Path]:

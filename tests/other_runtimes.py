@@ -18,14 +18,14 @@ def onnxruntime(backbone: fp.Backbone, size: int, threads: int):
     return lambda: session.run(None, {"image": x})
 
 
-def torch(backbone: fp.Backbone, size: int, threads: int):
+def torch(backbone: fp.Backbone, size: int, threads: int, device: str = "cpu"):
     """Eager mode, channels-last memory."""
     import torch
     from torch.nn import functional
     torch.set_num_threads(threads)
 
     def tensor(a):
-        return torch.from_numpy(np.ascontiguousarray(a, np.float32))
+        return torch.from_numpy(np.ascontiguousarray(a, np.float32)).to(device)
 
     def conv(w, b, stride=1, group=1):  # w (out, in, k, k)
         w, b = tensor(w).to(memory_format=torch.channels_last), tensor(b)
@@ -65,6 +65,21 @@ def torch(backbone: fp.Backbone, size: int, threads: int):
         return stages
     x = tensor(np.random.default_rng(0).standard_normal((1, 3, size, size))).to(memory_format=torch.channels_last)
     return lambda: run(x)
+
+
+def torch_cuda(backbone: fp.Backbone, size: int) -> dict:
+    """Eager and as one CUDA graph, each with the wait for its result; cuDNN may use TF32."""
+    import torch as runtime
+    eager = torch(backbone, size, 1, "cuda")
+    with runtime.cuda.stream(runtime.cuda.Stream()):  # a capture needs calls before it, on a stream of their own
+        for _ in range(3):
+            eager()
+    runtime.cuda.synchronize()
+    graph = runtime.cuda.CUDAGraph()
+    with runtime.cuda.graph(graph):
+        eager()
+    return {"torch": lambda: (eager(), runtime.cuda.synchronize()),
+            "torch_graph": lambda: (graph.replay(), runtime.cuda.synchronize())}
 
 
 def to_onnx(backbone: fp.Backbone, size: int):

@@ -302,3 +302,47 @@ def test_calibrate_command(data, tmp_path):
     assert "warning:" in warned.stderr and "warning" not in warned.stdout
 
 
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory):
+    """Two kinds of part, a folder each."""
+    root = tmp_path_factory.mktemp("products")
+    washers(root / "washer", 12)
+    for p in washers(root / "plate", 12, seed=4):
+        Image.fromarray(255 - np.array(Image.open(p))).save(p)
+    return root
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+def test_a_model_of_several_products_knows_which_it_sees(products, backend, tmp_path, monkeypatch):
+    joint = fp.fit_many(products, iterations=0, size=64, copies=1)
+    single = {name: fp.fit(products / name, iterations=0, size=64, copies=1) for name in ("plate", "washer")}
+    assert list(joint.priors) == list(single)
+    joint.save(tmp_path / "all.npz")
+    if backend == "numpy":
+        monkeypatch.setattr(fp, "_has_numba", lambda: False)
+    again = fp.Prior.load(tmp_path / "all.npz")
+    images = [fp.find_images(products / name)[i] for i in (0, 1) for name in single]
+    images.append(scratched(images[-1], tmp_path / "bad.png"))
+    for image, result, name in zip(images, again.score_batch(images), ["plate", "washer"] * 2 + ["washer"]):
+        alone = single[name].score(image)
+        assert result.product == name
+        # features are centred from one mean to the next, which rounds anew
+        assert result.score == pytest.approx(alone.score, rel=1e-4, abs=1e-4)
+        np.testing.assert_allclose(result.anomaly_map, alone.anomaly_map, rtol=1e-3, atol=1e-3)
+        assert result.is_anomaly == alone.is_anomaly == ("bad" in image.name)
+        assert again.score(image).score == result.score
+    assert again.with_steps(3).score(images[0]).product == "plate"
+
+
+def test_several_products_on_the_command_line(products, tmp_path):
+    run = lambda *a: CliRunner().invoke(fp._build_app(), [str(x) for x in a])  # noqa: E731
+    model = tmp_path / "all.npz"
+    trained = run("train", "--multi", products, "-o", model, "--iterations", 0, "--size", 64)
+    assert trained.exit_code == 0 and "plate:" in trained.stderr, trained.output
+    scored = run("score", "-m", model, products)
+    assert [line.split("\t")[4] for line in scored.stdout.splitlines()] == ["plate"] * 12 + ["washer"] * 12
+    assert "washer: calibrated_steps" in run("info", model).stdout
+    refused = run("calibrate", products / "plate", "-m", model, "-o", model)
+    assert isinstance(refused.exception, fp.FastPriorError) and "2 products" in str(refused.exception)
