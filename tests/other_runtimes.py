@@ -1,11 +1,20 @@
 """The same truncated backbone in other runtimes: what `fastprior bench --against` is timed with.
 
 Each function returns a callable without arguments that runs the backbone alone, batch 1, float32, on
-an input that is already resized and normalised, up to the stage outputs.
+an input that is already resized and normalised, up to the stage outputs. As a program,
+
+    python tests/other_runtimes.py {onnxruntime,torch} BACKBONE.npz SIZE THREADS
+
+answers every line on stdin, a number of calls, with their median in ms.
 """
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 
-import fastprior as fp
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import fastprior as fp  # noqa: E402
 
 
 def onnxruntime(backbone: fp.Backbone, size: int, threads: int):
@@ -125,3 +134,18 @@ def to_onnx(backbone: fp.Backbone, size: int):
         nodes, backbone.name, [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, size, size])],
         [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+if __name__ == "__main__":
+    name, path, size, threads = sys.argv[1:]
+    call = {"onnxruntime": onnxruntime, "torch": torch}[name](
+        fp.Backbone.from_arrays(*fp._read_npz(path)), int(size), int(threads))
+    for _ in range(5):
+        call()
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+        print(1e3 * float(np.median(times)), flush=True)
