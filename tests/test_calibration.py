@@ -1,4 +1,5 @@
 """What a score promises: jackknife, false-alarm rates on real good images, re-calibration, regions, drift, data layouts."""
+import functools
 import json
 from pathlib import Path
 
@@ -260,6 +261,7 @@ def data(good, tmp_path):
 def test_bench_reports_and_takes_a_second_run_from_the_cache(data, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is in the extra `report`")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fp, "bench_speed", functools.partial(fp.bench_speed, seconds=.1))
     command = ["bench", "--data", str(data), "--variants", "gaussian", "--steps", "1,2", "--size", "64", "--batch", "2",
                "--report", str(tmp_path / "report")]
     first = CliRunner().invoke(fp._build_app(), command)

@@ -3,6 +3,7 @@
 Odd shapes, several blocks, several block sizes, both storage types, three schedules of the threads; and
 planted errors (wrong index, wrong stride, missing barrier) that the very same checks must catch.
 """
+import faulthandler
 import os
 
 import numpy as np
@@ -374,6 +375,7 @@ def test_a_planted_error_is_caught(name, text, broken):
 
     child = os.fork()  # a wild write may take the process with it: that counts as caught
     if child == 0:
+        faulthandler.disable()
         try:
             for options, schedule in cases:
                 run(bench(name, dtype, schedule, edit=(text, broken), **options), **options)
