@@ -1,0 +1,137 @@
+"""Every operation of `OPS`: the Numba twin against the float64 reference over odd shapes, NaNs, threads."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastprior as fp
+
+# Relative to the largest value of the reference: float32 sums of some hundred products, and for whitening
+# a matrix that is stored in float16 (the reference is given the rounded one).
+TOLERANCE = 2e-6
+KERNELS = Path(fp.__file__).resolve().parent / "kernels"
+
+
+def block(rng, c_in, mid, c_out, kernel, stride, act, squeeze=0, expand=True, skip=False):
+    w = lambda *shape: rng.standard_normal(shape).astype(np.float32) / np.sqrt(shape[0])  # noqa: E731
+    p = {"dw_w": w(kernel, kernel, mid), "dw_b": w(mid), "project_w": w(mid, c_out), "project_b": w(c_out)}
+    if expand:
+        p |= {"expand_w": w(c_in, mid), "expand_b": w(mid)}
+    if squeeze:
+        p |= {"se_reduce_w": w(mid, squeeze), "se_reduce_b": w(squeeze), "se_expand_w": w(squeeze, mid), "se_expand_b": w(mid)}
+    return fp.Block(p, stride, act, skip)
+
+
+def blocks():
+    """Every kind of inverted residual; hidden channels that do and do not fill whole vectors."""
+    for kernel in (3, 5):
+        for stride in (1, 2):
+            for act in (fp.RELU6, fp.SILU):
+                for squeeze in (0, 3):
+                    yield 10, 28, 21, kernel, stride, act, squeeze, True, False
+    yield 16, 96, 24, 3, 2, fp.RELU6, 0, True, False
+    yield 24, 144, 24, 5, 1, fp.SILU, 6, True, True
+    yield 14, 28, 14, 3, 1, fp.RELU6, 0, True, True
+    yield 20, 20, 13, 3, 1, fp.SILU, 4, False, False
+    yield 17, 17, 17, 5, 1, fp.RELU6, 0, False, True
+    yield 7, 50, 70, 3, 1, fp.RELU6, 0, True, False  # five vectors of output: panels of three and two
+
+
+def lower(rng, n, c):
+    return np.tril(rng.standard_normal((n, c, c)) / np.sqrt(c)).astype(np.float16).astype(np.float64)
+
+
+def cases(name, rng):
+    """Argument tuples; floats come first where there is a choice, so that NaN can be planted in argument 0."""
+    a = lambda *shape: rng.standard_normal(shape)  # noqa: E731
+    if name == "resize_normalize":
+        for h, w, size, shift in ((37, 51, 64, (0, 0)), (237, 151, 64, (.02, -.03)), (64, 64, 64, (0, 0)), (8, 300, 96, (0, 0)),
+                                  (513, 9, 32, (-.01, .01))):
+            yield rng.integers(0, 256, (h, w, 3), np.uint8), size, (.485, .456, .406), (.229, .224, .225), shift
+    elif name == "stem_mbconv":
+        for side, act in ((32, fp.RELU6), (50, fp.SILU)):
+            yield a(side, side, 3), block(rng, 12, 12, 10, 3, 1, act, 3 * (act == fp.SILU), False), a(3, 3, 3, 12), a(12)
+    elif name == "mbconv":
+        for spec in blocks():
+            for h, w in ((17, 13), (1, 1), (6, 64), (70, 3)):
+                yield a(h, w, spec[0]), block(rng, *spec)
+    elif name == "pool":
+        yield from ((a(12, 12, 5), 4), (a(9, 9, 33), 9), (a(32, 32, 17), 2))
+    elif name == "whiten":
+        for n, c in ((3, 1), (6, 45), (5, 32), (9, 100)):
+            yield a(n, c), a(n, c), lower(rng, n, c)
+            yield a(n, c), a(n, c), a(n, c)
+    elif name == "linear":
+        for n, k, m in ((1, 1, 1), (3, 5, 7), (8, 16, 48), (13, 33, 65), (9, 0, 20), (40, 7, 112)):
+            for act in (fp.NONE, fp.RELU6, fp.SILU):
+                yield a(n, k), a(k, m), a(m), act, a(n, m)
+            yield a(n, k), a(k, m), a(n, m), fp.NONE  # a bias a row
+    elif name == "mix":
+        for n, d, m in ((9, 24, 5), (1, 16, 3), (36, 48, 64)):
+            yield a(n, d), a(m, n), fp.SILU, a(m, d)
+            yield a(n, d), a(m, n)
+    elif name == "layer_norm":
+        for n, d in ((9, 24), (1, 16), (33, 96)):
+            yield a(n, d), a(d), a(d)
+    elif name == "rotate_density":
+        for n, d, c in ((9, 16, 40), (1, 48, 32), (37, 96, 272), (5, 0, 33)):
+            yield a(n, d), a(d, c), a(c), a(n, c), (.8, .6)
+    elif name == "anomaly_map":
+        for grid, h, w, sigma in ((4, 33, 21, .5), (16, 256, 256, 0), (7, 8, 1000, 1)):
+            yield a(grid, grid), fp.map_operator(grid, h, sigma), fp.map_operator(grid, w, sigma)
+    else:
+        raise AssertionError(f"no test case for {name}")
+
+
+TWINS = [name for name, op in fp.OPS.items() if op.numba]
+
+
+def both(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.fixture(autouse=True)
+def dirty_memory():
+    """NaN in what the allocator hands out next: a read past an array shows."""
+    junk = [np.full(n, np.nan, np.float32) for n in (100, 1000, 30000, 1000000) for _ in range(4)]
+    del junk
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_numba_twin_equals_the_reference(name):
+    for i, args in enumerate(cases(name, np.random.default_rng(0))):
+        want, got = both(fp.OPS[name].reference(*args)), both(fp.OPS[name].numba(*args))
+        for w, g in zip(want, got, strict=True):
+            assert g.shape == w.shape and g.dtype == np.float32, (name, i)
+            assert np.abs(g - w).max() <= TOLERANCE * max(np.abs(w).max(), 1), (name, i)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_result_does_not_depend_on_threads(name):
+    for args in cases(name, np.random.default_rng(1)):
+        one, two = (both(fp.OPS[name].numba(*args, threads=t)) for t in (1, 2))
+        for a, b in zip(one, two):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", [n for n in TWINS if n != "resize_normalize"])
+def test_nan_comes_out_where_the_reference_has_it(name):
+    for i, args in enumerate(cases(name, np.random.default_rng(2))):
+        x = np.array(args[0], copy=True)
+        if x.size == 0:
+            continue
+        x.flat[x.size // 2] = np.nan
+        want, got = (both(f(x, *args[1:])) for f in (fp.OPS[name].reference, fp.OPS[name].numba))
+        for w, g in zip(want, got):
+            assert np.isnan(w).any()
+            # by rows: the dense reference of whitening multiplies a NaN by the zeros above the diagonal too
+            np.testing.assert_array_equal(np.isnan(g).any(-1), np.isnan(w).any(-1), err_msg=f"{name} {i}")
+
+
+def test_the_table_is_whole():
+    for name, op in fp.OPS.items():
+        assert op.numba or op.cuda or name == "mbconv", name
+        assert op.cuda is None or (KERNELS / f"{op.cuda}.cu").is_file(), name
+    named = {op.cuda for op in fp.OPS.values()}
+    # worst_mean is the score's reduction, which the CPU leaves to NumPy
+    assert {p.stem for p in KERNELS.glob("*.cu")} - named == {"worst_mean"}
