@@ -1096,11 +1096,11 @@ class Backbone:
                 block = Block(own, int(spec["stride"]), int(spec["act"]), bool(spec["skip"]))
                 _check_block(block, i)
                 blocks.append(block)
-            if not blocks or any(not 0 <= i < len(blocks) for i in header["stages"]):
-                raise ModelError("backbone: header and blocks do not belong together")
-            return Backbone(str(header["name"]), tuple(header["mean"]), tuple(header["std"]), int(header["act"]),
-                            arrays["stem_w"].astype(np.float32), arrays["stem_b"].astype(np.float32),
-                            tuple(blocks), tuple(header["stages"]))
+            made = Backbone(str(header["name"]), tuple(map(float, header["mean"])), tuple(map(float, header["std"])),
+                            int(header["act"]), arrays["stem_w"].astype(np.float32), arrays["stem_b"].astype(np.float32),
+                            tuple(blocks), tuple(map(int, header["stages"])))
+            _check_backbone(made)
+            return made
         except (KeyError, TypeError, ValueError, IndexError) as e:
             if isinstance(e, ModelError):
                 raise
@@ -1121,6 +1121,22 @@ def _check_block(block: Block, i: int) -> None:
             raise ModelError(f"backbone: block {i} {name}: expected shape {shape}, got {p[name].shape}")
     if p["dw_w"].shape[0] not in (3, 5) or block.stride not in (1, 2):
         raise ModelError(f"backbone: block {i}: only 3x3 and 5x5 kernels with stride 1 or 2 are known")
+
+
+def _check_backbone(b: Backbone) -> None:
+    """ModelError unless stem, blocks and stages fit one another: the kernels take it for granted."""
+    channels, stride = b.stem_w.shape[-1], 2
+    good = b.stem_w.shape == (3, 3, 3, channels) and b.stem_b.shape == (channels,) and len(b.mean) == len(b.std) == 3
+    for i, block in enumerate(b.blocks):
+        c_in, _, c_out = block.channels
+        good &= c_in == channels and block.act in (RELU6, SILU) and (i > 0 or "expand_w" not in block.arrays)
+        good &= not block.skip or block.stride == 1 and c_in == c_out
+        channels, stride = c_out, stride * block.stride
+    stages = list(b.stages)
+    good &= bool(stages) and stages == sorted(set(stages)) and stages[0] >= 0 and stages[-1] == len(b.blocks) - 1
+    arrays = [b.stem_w, b.stem_b, *(a for block in b.blocks for a in block.arrays.values())]
+    if not (good and stride == 16 and b.act in (RELU6, SILU) and min(b.std) > 0 and all(np.isfinite(a).all() for a in arrays)):
+        raise ModelError("backbone: stem, blocks and stages do not fit together")
 
 
 # The two naming schemes: timm's, and that of the EfficientNet-PyTorch family (underscores).

@@ -27,8 +27,8 @@ def onnxruntime(backbone: fp.Backbone, size: int, threads: int):
     return lambda: session.run(None, {"image": x})
 
 
-def torch(backbone: fp.Backbone, size: int, threads: int, device: str = "cpu"):
-    """Eager mode, channels-last memory."""
+def torch(backbone: fp.Backbone, size: int, threads: int, device: str = "cpu", x: np.ndarray | None = None):
+    """Eager mode, channels-last memory; x (size, size, 3) in place of noise."""
     import torch
     from torch.nn import functional
     torch.set_num_threads(threads)
@@ -72,8 +72,9 @@ def torch(backbone: fp.Backbone, size: int, threads: int, device: str = "cpu"):
                 if i in backbone.stages:
                     stages.append(x)
         return stages
-    x = tensor(np.random.default_rng(0).standard_normal((1, 3, size, size))).to(memory_format=torch.channels_last)
-    return lambda: run(x)
+    noise = np.random.default_rng(0).standard_normal((1, 3, size, size))
+    image = tensor(noise if x is None else x.transpose(2, 0, 1)[None]).to(memory_format=torch.channels_last)
+    return lambda: run(image)
 
 
 def torch_cuda(backbone: fp.Backbone, size: int) -> dict:

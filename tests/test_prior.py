@@ -1,0 +1,319 @@
+"""`Prior`: the same scores whatever the company, the thread or the file; every image format; every kind of bad input."""
+import subprocess
+import sys
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+import fastprior as fp
+from conftest import ROOT
+
+
+def assert_same(a, b):
+    assert (a.score, a.p_value, a.is_anomaly) == (b.score, b.p_value, b.is_anomaly)
+    np.testing.assert_array_equal(a.anomaly_map, b.anomaly_map)
+
+
+def one_line(error):
+    assert "\n" not in str(error.value) and len(str(error.value)) > 20
+
+
+# -- determinism ---------------------------------------------------------------------------------
+
+def test_save_and_load_keep_every_bit(trained, model_file, pictures):
+    loaded = fp.Prior.load(model_file)
+    assert loaded.settings == trained.settings and loaded.summary == trained.summary
+    for image in pictures:
+        assert_same(loaded.score(image), trained.score(image))
+
+
+def test_score_does_not_depend_on_company_batch_or_chunk(trained, pictures):
+    alone = [trained.score(p) for p in pictures]
+    for batch, chunk in ((pictures, 16), (pictures, 2), (pictures[::-1], 3), (pictures * 5, 16)):
+        results = trained.score_batch(batch, chunk=chunk)
+        for image, result in zip(batch, results):
+            assert_same(result, alone[next(i for i, p in enumerate(pictures) if p is image)])
+    assert trained.score_batch([]) == []
+    for a, b in zip(alone, trained.score_batch(pictures, with_map=False)):
+        assert b.anomaly_map is None and a.score == b.score
+
+
+def test_score_does_not_depend_on_threads(model_file, pictures):
+    one, two = (fp.Prior.load(model_file, threads=t).score_batch(pictures) for t in (1, 2))
+    for a, b in zip(one, two):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10])
+def test_numpy_scores_as_numba_does(model_file, pictures, monkeypatch, steps):
+    numba = fp.Prior.load(model_file, steps=steps)
+    want = numba.score_batch(pictures)
+    monkeypatch.setattr(fp, "_has_numba", lambda: False)
+    plain = fp.Prior.load(model_file, steps=steps)
+    assert (numba.backend, plain.backend) == ("numpy", "numpy")  # both see the patch now
+    for a, b in zip(want, plain.score_batch(pictures)):
+        assert b.score == pytest.approx(a.score, rel=1e-4, abs=1e-4)
+        np.testing.assert_allclose(b.anomaly_map, a.anomaly_map, rtol=1e-3, atol=1e-4)
+
+
+def test_priors_in_several_python_threads(model_file, pictures):
+    shared, own = fp.Prior.load(model_file), [fp.Prior.load(model_file) for _ in range(2)]
+    want = [shared.score(p).score for p in pictures]
+    wrong = []
+
+    def work(prior):
+        for _ in range(10):
+            wrong.extend(k for k, p in enumerate(pictures) if prior.score(p).score != want[k])
+    threads = [threading.Thread(target=work, args=(p,)) for p in (shared, shared, *own)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_thread_settings_of_the_host_program_stay(trained, pictures):
+    import numba
+    before = numba.get_num_threads()
+    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser, trained.calibrations,
+                     {}, threads=1)
+    prior.score(pictures[0])
+    assert numba.get_num_threads() == before
+
+
+def test_the_scores_make_sense(trained, washers):
+    good = [trained.score(p).score for p in fp.find_images(washers / "test" / "good")]
+    bad = [trained.score(p).score for kind in ("scratch", "stain") for p in fp.find_images(washers / "test" / kind)]
+    assert min(bad) > max(good)
+
+
+# -- images --------------------------------------------------------------------------------------
+
+def test_every_format_gives_the_image_it_shows(tmp_path, trained, pictures):
+    rgb = pictures[0]
+    grey = rgb[..., 0]
+
+    def written(name, image, **how):
+        image.save(tmp_path / name, **how)
+        return fp.load_image(tmp_path / name)
+    same = np.repeat(grey[..., None], 3, 2)
+    np.testing.assert_array_equal(written("rgb.png", Image.fromarray(rgb)), rgb)
+    np.testing.assert_array_equal(written("grey.png", Image.fromarray(grey)), same)
+    np.testing.assert_array_equal(written("rgba.png", Image.fromarray(np.dstack([rgb, grey // 2]))), rgb)
+    np.testing.assert_array_equal(written("deep.png", Image.fromarray(grey.astype(np.uint16) * 257)), same)
+    np.testing.assert_array_equal(written("deep.tif", Image.fromarray(grey.astype(np.uint16) * 256 + 7)), same)
+    palette = Image.fromarray(rgb // 64 * 64).quantize(64)
+    np.testing.assert_array_equal(written("palette.png", palette), np.asarray(palette.convert("RGB")))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right to show
+    turned = written("turned.png", Image.fromarray(rgb[:80, :50]), exif=exif)
+    np.testing.assert_array_equal(turned, np.rot90(rgb[:80, :50], -1))
+    for array in (rgb, grey, grey[..., None], np.dstack([rgb, grey]), grey.astype(np.uint16) * 256, rgb[::-1, ::2]):
+        assert fp.load_image(array).flags.c_contiguous
+    tall = trained.score(rgb[:, :40])
+    assert tall.anomaly_map.shape == (96, 40) and np.isfinite(tall.score)
+    assert trained.score(grey).score == trained.score(np.repeat(grey[..., None], 3, 2)).score
+
+
+@pytest.mark.parametrize("bad, match", [
+    (np.zeros((4, 40, 40, 3), np.uint8), "got shape"), (np.zeros((40, 40, 2), np.uint8), "got shape"),
+    (np.zeros((0, 40, 3), np.uint8), "8 to 32768"), (np.zeros((40, 7, 3), np.uint8), "8 to 32768"),
+    (np.zeros((40, 40, 3)), "float64"), (np.full((40, 40, 3), np.nan, np.float32), "float32"),
+    (np.array([["a"] * 9] * 9, object), "object"), (np.zeros((40, 40, 3), np.int16), "int16"), (7, "got shape")])
+def test_arrays_that_are_no_images(trained, bad, match):
+    with pytest.raises(fp.ShapeError, match=match) as e:
+        trained.score(bad)
+    one_line(e)
+
+
+def test_files_that_are_no_images(tmp_path, pictures):
+    Image.fromarray(pictures[0]).save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    for name, content in (("cut.png", data[:len(data) // 2]), ("empty.png", b""), ("text.png", b"hello"), ("head.png", data[:20])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(fp.ImageError, match=name) as e:
+            fp.load_image(tmp_path / name)
+        one_line(e)
+    with pytest.raises(fp.ImageError, match="no such file"):
+        fp.load_image(tmp_path / "none.png")
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+def rewritten(source, target, change):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.namelist():
+            data = change(entry, old.read(entry))
+            if data is not None:
+                new.writestr(entry, data)
+    return target
+
+
+def test_damaged_models_are_named_and_refused(model_file, tmp_path):
+    data = model_file.read_bytes()
+    bad = tmp_path / "bad.npz"
+    variants = [data[:cut] for cut in (0, 1, 100, len(data) // 3, len(data) - 10)] + [b"PK\3\4 no zip", b"\x93NUMPY"]
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 255
+    for content in (*variants, bytes(flipped)):
+        bad.write_bytes(content)
+        with pytest.raises(fp.ModelError, match="bad.npz") as e:
+            fp.Prior.load(bad)
+        one_line(e)
+    np.savez(bad, a=np.zeros(3))
+    with pytest.raises(fp.ModelError, match="not a fastprior model"):
+        fp.Prior.load(bad)
+    np.savez(bad, header=np.array([{"evil": 1}], object), allow_pickle=True)
+    with pytest.raises(fp.ModelError, match="bad.npz"):
+        fp.Prior.load(bad)
+    with pytest.raises(fp.ModelError, match="no such model"):
+        fp.Prior.load(tmp_path / "none.npz")
+    with pytest.raises(fp.ModelError, match="not a trained model|incomplete"):
+        fp.Prior.load(ROOT / "weights" / "lite0.npz")
+
+
+def npy(array):
+    import io
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda k, d: npy(np.zeros((3, 3), np.float32)) if k == "mean.npy" else d, "do not fit"),
+    (lambda k, d: None if k == "whitener.npy" else d, "incomplete"),
+    (lambda k, d: None if k == "denoiser/in_w.npy" else d, "denoiser: incomplete"),
+    (lambda k, d: None if k == "calibration/2/peaks.npy" else d, "peaks"),
+    (lambda k, d: npy(np.full(36, np.nan, np.float32)) if k == "calibration/2/scale.npy" else d, "not finite"),
+    (lambda k, d: d.replace(b'"format": 1', b'"format": 9') if k == "header.npy" else d, "this version reads format 1"),
+    (lambda k, d: d.replace(b'"size": 96', b'"size": 95') if k == "header.npy" else d, "multiple of 32"),
+    (lambda k, d: d.replace(b'"steps"', b'"stops"') if k == "header.npy" else d, "stops"),
+    (lambda k, d: npy(np.zeros((3, 3, 3, 31), np.float16)) if k == "backbone/stem_w.npy" else d, "backbone|inconsistent|fit"),
+], ids=["shape", "whitener", "denoiser", "calibration", "nan", "format", "size", "setting", "backbone"])
+def test_inconsistent_models_are_refused(model_file, tmp_path, change, match):
+    bad = rewritten(model_file, tmp_path / "bad.npz", change)
+    with pytest.raises(fp.FastPriorError, match=match) as e:
+        fp.Prior.load(bad)
+    one_line(e)
+
+
+def test_saving_is_all_or_nothing(trained, model_file, tmp_path, monkeypatch):
+    target = tmp_path / "m.npz"
+    trained.save(target)
+    before = target.read_bytes()
+
+    def full(f, **arrays):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(fp.FastPriorError, match="No space left"):
+        trained.save(target)
+    assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.npz"]
+    with pytest.raises(fp.FastPriorError, match="cannot be written"):
+        trained.save(tmp_path / "no folder" / "m.npz")
+
+
+# -- training ------------------------------------------------------------------------------------
+
+def test_too_few_images(pictures, washers, tmp_path):
+    with pytest.raises(fp.ImageError, match="4 good images: at least 5"):
+        fp.fit(pictures[:4], iterations=0, size=64)
+    paths = []
+    for i in range(5):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(pictures[0]).save(paths[-1])
+    paths[0].write_bytes(b"no")
+    with pytest.raises(fp.ImageError, match="4 readable good images.*0.png"):
+        fp.fit(paths, iterations=0, size=64)
+    with pytest.raises(fp.ImageError, match="no such"):
+        fp.fit(tmp_path / "none")
+    made = fp.fit([paths[0], *fp.find_images(washers)], iterations=0, size=64, copies=0)
+    assert len(made.summary["unreadable"]) == 1 and made.summary["images"] == 24
+
+
+@pytest.mark.parametrize("setting, match", [
+    ({"size": 100}, "multiple of 32"), ({"steps": 0}, "num_steps"), ({"fpr": 0}, "between 0 and 1"), ({"variant": "x"}, "whitened"),
+    ({"calibration": "x"}, "holdout"), ({"copies": -1}, "copies"), ({"width": 10}, "multiple of 16")])
+def test_settings_are_checked_before_the_work(setting, match, washers):
+    with pytest.raises(fp.ShapeError, match=match):
+        fp.fit(washers, iterations=0, **setting)
+
+
+@pytest.mark.parametrize("setting", [{"variant": "plain", "iterations": 5}, {"calibration": "holdout", "iterations": 5},
+                                     {"iterations": 0}, {"variant": "plain", "iterations": 0}, {"minutes": .02}],
+                         ids=["plain", "holdout", "gaussian", "plain-gaussian", "minutes"])
+def test_every_way_to_train(washers, setting, tmp_path):
+    prior = fp.fit(washers, size=64, copies=1, **setting)
+    prior.save(tmp_path / "m.npz")
+    again = fp.Prior.load(tmp_path / "m.npz")
+    image = fp.find_images(washers)[0]
+    assert again.score(image).score == prior.score(image).score
+    assert (prior.denoiser is None) == (setting.get("iterations") == 0)
+    assert len(prior.calibration["scores"]) == (5 if setting.get("calibration") == "holdout" else 24)
+
+
+def test_images_that_are_all_alike_are_named(pictures):
+    with pytest.raises(fp.ShapeError, match="are all images alike"):
+        fp.fit([pictures[0]] * 6, iterations=0, size=64, copies=0)
+
+
+def test_an_untrained_prior_needs_no_torch(washers, tmp_path):
+    code = ("import sys; sys.modules['torch'] = None; import fastprior as fp; "
+            f"fp.fit({str(washers)!r}, iterations=0, size=64, copies=0).save({str(tmp_path / 'm.npz')!r})\n"
+            f"try: fp.fit({str(washers)!r}, size=64)\nexcept fp.BackendUnavailable as e: print(e)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "pip install" in done.stdout and "torch" in done.stdout
+    assert fp.Prior.load(tmp_path / "m.npz").denoiser is None
+
+
+def test_an_interrupted_training_leaves_nothing_or_a_whole_model(washers, tmp_path):
+    def interrupt(what, done, total):
+        if what == "features" and done > 3:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fp.fit(washers, iterations=0, size=64, progress=interrupt)
+
+    def later(what, done, total):
+        if what == "training" and done == 12:
+            raise KeyboardInterrupt
+    prior = fp.fit(washers, iterations=50, size=64, copies=0, progress=later)
+    assert prior.summary["iterations_run"] == 12 and np.isfinite(prior.score(fp.find_images(washers)[0]).score)
+
+
+# -- conformal calibration -----------------------------------------------------------------------
+
+def test_p_values_and_threshold_agree():
+    scores = np.sort(np.random.default_rng(0).standard_normal(50))
+    for fpr in (.02, .05, .1, .5):
+        t = fp.conformal_threshold(scores, fpr)
+        above = scores > t.value
+        assert above.sum() == t.count - t.rank and t.expected <= fpr + 1e-12
+        assert fp.conformal_p_value(np.nextafter(t.value, 9), scores) == pytest.approx(t.expected)
+        assert t.bound == pytest.approx(stats.beta(51 - t.rank, t.rank).ppf(.95))
+    beyond = fp.conformal_threshold(scores, .001)  # 50 images cannot promise this: the best they can
+    assert beyond.value == scores[-1] and beyond.expected == pytest.approx(1 / 51) and beyond.needed == 2995
+    for bad in (0, 1, -1):
+        with pytest.raises(fp.ShapeError):
+            fp.conformal_threshold(scores, bad)
+    with pytest.raises(fp.ShapeError, match="at least two"):
+        fp.conformal_threshold(scores[:1], .1)
+
+
+def test_the_promise_holds_in_simulation():
+    rng = np.random.default_rng(0)
+    alarms, bounded, p_values = [], [], []
+    for _ in range(2000):
+        t = fp.conformal_threshold(scores := rng.gumbel(size=60), .05)
+        rate = 1 - stats.gumbel_r.cdf(t.value)
+        alarms.append(rate)
+        bounded.append(rate <= t.bound)
+        p_values.append(fp.conformal_p_value(rng.gumbel(), scores))
+    assert abs(np.mean(alarms) - t.expected) < 4 * np.std(alarms) / np.sqrt(2000)
+    assert abs(np.mean(bounded) - .95) < 4 * np.sqrt(.05 * .95 / 2000)
+    for level in (.05, .2, .5):
+        share = np.mean(np.array(p_values) <= level)
+        assert share <= level + 4 * np.sqrt(level * (1 - level) / 2000) and share > .6 * level
