@@ -1,0 +1,106 @@
+"""One file and a model, in an empty folder, with everything optional made unimportable."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastprior as fp
+from conftest import ROOT
+
+OPTIONAL = ("torch", "cupy", "typer", "rich", "PIL", "timm", "sklearn", "matplotlib", "onnxruntime")
+
+SCORE = """
+import json, sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+import numpy as np
+import fastprior as fp
+prior = fp.Prior.load("model.npz")
+images = np.load("images.npy")
+results = prior.score_batch(list(images))
+print(json.dumps([fp.__file__, prior.backend, [r.score for r in results], [float(r.anomaly_map.max()) for r in results]]))
+"""
+
+
+@pytest.fixture
+def alone(tmp_path, model_file, pictures):
+    folder = tmp_path / "tool"
+    folder.mkdir()
+    shutil.copy(ROOT / "fastprior.py", folder)
+    shutil.copy(model_file, folder / "model.npz")
+    np.save(folder / "images.npy", np.stack([pictures[0], pictures[2], pictures[4]]))
+    return folder
+
+
+def python(folder, code, *args, **environment):
+    done = subprocess.run([sys.executable, "-P", "-c", "import sys; sys.path.insert(0, '.')\n" + code, *args], cwd=folder,
+                          capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("without", [(), ("numba",), ("scipy", "numba")], ids=["numba", "no-numba", "numpy-alone"])
+def test_a_copied_file_scores(alone, without, trained, pictures):
+    text = python(alone, SCORE, ",".join(OPTIONAL + without))
+    file, backend, scores, peaks = json.loads(text)
+    assert file == str(alone / "fastprior.py") and backend == ("numpy" if "numba" in without else "numba")
+    for image, score, peak in zip((pictures[0], pictures[2], pictures[4]), scores, peaks):
+        want = trained.score(image)
+        assert score == pytest.approx(want.score, rel=1e-4, abs=1e-4)
+        assert peak == pytest.approx(float(want.anomaly_map.max()), rel=1e-3)
+
+
+def test_kernels_are_compiled_once_and_cached(alone, tmp_path):
+    timed = "import time, numba, sys, fastprior as fp; fp._CpuEngine(); print(numba.core.event.__name__)\n"
+    cache = tmp_path / "cache"
+    python(alone, timed, NUMBA_CACHE_DIR=str(cache))
+    files = {p: p.stat().st_mtime_ns for p in cache.rglob("*.nb?")}
+    assert files
+    python(alone, timed, NUMBA_CACHE_DIR=str(cache))
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.nb?")} == files
+
+
+def test_no_writable_place_for_the_cache_is_no_obstacle(alone, tmp_path):
+    # as root nothing is read-only, so the cache's places are made impossible: below a file
+    (tmp_path / "file").write_text("")
+    text = python(alone, "import numba.core.caching as c\n"
+                  "for k in vars(c).values():\n"
+                  "    if isinstance(k, type) and hasattr(k, 'ensure_cache_path'):\n"
+                  "        def no(self): raise OSError('read-only')\n"
+                  "        k.ensure_cache_path = no\n" + SCORE, ",".join(OPTIONAL))
+    assert json.loads(text)[1] == "numba"
+
+
+def test_import_is_light():
+    text = python(ROOT, "import fastprior; print(sorted({m.split('.')[0] for m in sys.modules}))")
+    loaded = set(eval(text))
+    assert not loaded & {*OPTIONAL, "numba", "llvmlite", "scipy"}
+
+
+def test_scoring_imports_neither_torch_nor_the_rest(alone):
+    text = python(alone, SCORE.replace("print(", "print(sorted({m.split('.')[0] for m in sys.modules})); print("), "none")
+    assert set(eval(text.splitlines()[0])) & set(OPTIONAL) == set()  # Numba imports scipy where there is one
+
+
+def test_what_is_missing_is_named(alone, model_file):
+    code = SCORE.replace('prior.score_batch(list(images))', 'None\ntry: prior.score("x.png")\nexcept fp.FastPriorError as e: print(e)')
+    assert "pip install pillow" in python(alone, code.replace("print(json", "0 and print(json"), ",".join(OPTIONAL))
+    code = "import fastprior as fp\ntry: fp.load_backbone('lite0')\nexcept fp.FastPriorError as e: print(e)"
+    assert "copy the folder weights/" in python(alone, code)
+    code = "import fastprior as fp\ntry: fp._kernel_source('product')\nexcept fp.FastPriorError as e: print(e)"
+    assert "copy the folder kernels/" in python(alone, code)
+
+
+def test_without_typer_the_command_says_so(alone):
+    done = subprocess.run([sys.executable, "-c", "import sys; sys.modules['typer'] = None; import fastprior; fastprior.main()"],
+                          cwd=alone, capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install typer" in done.stderr
+
+
+def test_every_threshold_is_the_same_in_the_copy(alone, trained):
+    code = "import fastprior as fp; print(fp.Prior.load('model.npz').threshold.value)"
+    assert float(python(alone, code)) == fp.conformal_threshold(trained.calibration["scores"], .01).value
