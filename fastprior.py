@@ -3700,10 +3700,10 @@ _INFERNO = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [18
 def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions: "Iterable[Region]" = ()) -> np.ndarray:
     """Blend an anomaly map into its image and frame regions: uint8 (H, W, 3), (H, W) -> uint8 (H, W, 3).
 
-    The scale is logarithmic and the same for every image: colour begins at 0.7 of the threshold and
-    is full at 30 times it.
+    The scale is logarithmic and the same for every image: colour begins at 0.3 of the threshold,
+    about what a good image reaches somewhere, and is full at 10 times it.
     """
-    strength = np.clip(np.log(np.maximum(anomaly_map, 1e-6) / .7) / math.log(30 / .7), 0, 1)
+    strength = np.clip(np.log(np.maximum(anomaly_map, 1e-6) / .3) / math.log(10 / .3), 0, 1)
     at = strength * (len(_INFERNO) - 1)
     colour = np.stack([np.interp(at, np.arange(len(_INFERNO)), _INFERNO[:, c]) for c in range(3)], -1)
     alpha = np.clip(strength * 5, 0, .65)[..., None]
