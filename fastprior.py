@@ -317,6 +317,11 @@ def whiten(f: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
     return w * d if w.ndim == 2 else np.einsum("nij,nj->ni", w, d)
 
 
+def remove_factors(x: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """x - V^T V x: shrinks the directions in which places vary together; x (N, C), v (K, N, C), see `fit_factors`."""
+    return x - np.tensordot(np.tensordot(v, x, 2), v, 1)
+
+
 def layer_norm(x: np.ndarray, gain: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """Zero mean and unit variance over the last axis, tiny = 1e-5 (Ba et al. 2016), then gain and bias."""
     d = x - x.mean(-1, keepdims=True)
@@ -847,6 +852,26 @@ def _pool(p, band, bands, ws, state, image, batch, state_stride):
                 to[c] *= share
 
 
+@_kernel()
+def _half_product(a, w, k, c, res, half, batch, state_stride):
+    """c = a @ w + res for all images: a (k,), w (k, _PANEL) in 16 bits or 32; same bits whatever the batch."""
+    b, tall = 0, _TILE // 2
+    while b < batch:
+        u, y, r = a + 4 * b * state_stride, c + 4 * b * state_stride, res + 4 * b * state_stride if res != 0 else 0
+        if batch - b >= tall:
+            if half:
+                _panel_half(u, state_stride, w, _PANEL, k, 0, 0, r, state_stride, y, state_stride, NONE)
+            else:
+                _panel_full(u, state_stride, w, _PANEL, k, 0, 0, r, state_stride, y, state_stride, NONE)
+            b += tall
+        else:
+            if half:
+                _panel_half_row(u, state_stride, w, _PANEL, k, 0, 0, r, state_stride, y, state_stride, NONE)
+            else:
+                _panel_full_row(u, state_stride, w, _PANEL, k, 0, 0, r, state_stride, y, state_stride, NONE)
+            b += 1
+
+
 @_kernel(entry=True)
 def _whiten(p, band, bands, ws, state, image, batch, state_stride):
     """WHITEN: x0 = W (f - mean) for a band of positions and all images, W read once."""
@@ -869,26 +894,31 @@ def _whiten(p, band, bands, ws, state, image, batch, state_stride):
                 for j in range(c):
                     to[j] = scale[j] * row[j]
             continue
-        tall = _TILE // 2
         for q in range(panels):
             at = w + width * _PANEL * _PANEL * (i * (panels * (panels + 1) // 2) + q * (q + 1) // 2)
-            k = (q + 1) * _PANEL
-            b = 0
-            while b < batch:
-                u = first_f + 4 * b * state_stride
-                y = first_x + 4 * (b * state_stride + q * _PANEL)
-                if batch - b >= tall:
-                    if width == 2:
-                        _panel_half(u, state_stride, at, _PANEL, k, 0, 0, 0, 0, y, state_stride, NONE)
-                    else:
-                        _panel_full(u, state_stride, at, _PANEL, k, 0, 0, 0, 0, y, state_stride, NONE)
-                    b += tall
-                else:
-                    if width == 2:
-                        _panel_half_row(u, state_stride, at, _PANEL, k, 0, 0, 0, 0, y, state_stride, NONE)
-                    else:
-                        _panel_full_row(u, state_stride, at, _PANEL, k, 0, 0, 0, 0, y, state_stride, NONE)
-                    b += 1
+            _half_product(first_f, at, (q + 1) * _PANEL, first_x + 4 * q * _PANEL, 0, width == 2, batch, state_stride)
+
+
+@_kernel(entry=True)
+def _project_factors(p, band, bands, ws, state, image, batch, state_stride):
+    """PROJECT_FACTORS: V x of all images, a band of the factors, V read once."""
+    p = _ints(p)
+    x, size, v, panels, out = p[1], p[2], p[3], p[4], p[5]
+    width = 2 if _NATIVE_HALF else 4
+    for q in range(band * panels // bands, (band + 1) * panels // bands):
+        _half_product(state + 4 * x, v + width * q * size * _PANEL, size, state + 4 * (out + q * _PANEL), 0, _NATIVE_HALF,
+                      batch, state_stride)
+
+
+@_kernel(entry=True)
+def _remove_factors(p, band, bands, ws, state, image, batch, state_stride):
+    """REMOVE_FACTORS: x + (-V)^T (V x) of all images, a band of places, V read once."""
+    p = _ints(p)
+    x, size, v, k, projected, out = p[1], p[2], p[3], p[4], p[5], p[6]
+    width, panels = 2 if _NATIVE_HALF else 4, size // _PANEL
+    for q in range(band * panels // bands, (band + 1) * panels // bands):
+        _half_product(state + 4 * projected, v + width * q * k * _PANEL, k, state + 4 * (out + q * _PANEL),
+                      state + 4 * (x + q * _PANEL), _NATIVE_HALF, batch, state_stride)
 
 
 @_kernel(entry=True)
@@ -1496,6 +1526,17 @@ class _CpuEngine:
         self.emit(_whiten, f, x, n, c, self.padded(mean, c), address, kind)
         return x
 
+    def remove_factors(self, x: int, n: int, c: int, factors: np.ndarray) -> int:
+        """factors (K, N, C unpadded). Kept twice, each order as it is read: by factors, and negated by places."""
+        k = _round_up(len(factors), _PANEL)
+        v = _padded_to(factors, k, n, c).reshape(k, n * c)
+        dtype = np.float16 if _NATIVE_HALF else np.float32
+        projected, out = self.state(k), self.state(n, c)
+        self.emit(_project_factors, x, n * c, self.constant(v.reshape(-1, _PANEL, n * c).transpose(0, 2, 1), dtype), k // _PANEL,
+                  projected)
+        self.emit(_remove_factors, x, n * c, self.constant(-v.reshape(k, -1, _PANEL).transpose(1, 0, 2), dtype), k, projected, out)
+        return out
+
     def linear(self, x: int, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE, residual: int = -1,
                lda: int | None = None, from_state: bool = False) -> tuple[int, int]:
         address, m = self.packed(w)
@@ -1563,8 +1604,9 @@ class _CpuEngine:
         batch = len(rows)
         states = self.prepare(batch)
         program = self.program[operations]
-        whiten = [i for i, row in enumerate(program) if row[0] == _whiten.address]
-        first, last = (whiten[0], whiten[0] + 1) if whiten else (len(program), len(program))
+        together = {_whiten.address, _project_factors.address, _remove_factors.address}
+        whole = [i for i, row in enumerate(program) if row[0] in together]
+        first, last = (whole[0], whole[-1] + 1) if whole else (len(program), len(program))
         _run(program, np.array([r + [0] * (_FIELDS - len(r)) for r in rows], np.int64), first, last, self.threads,
              self.slabs.ctypes.data, self.floats, states.ctypes.data, states.shape[1])
         return states
@@ -1829,6 +1871,20 @@ class _CudaEngine:
         self.stage = "denoiser"
         return x
 
+    def remove_factors(self, x: _Buffer, n: int, c: int, factors: np.ndarray) -> _Buffer:
+        """factors (K, N, C unpadded), K at most 64; in place."""
+        self.stage = "whiten"
+        k, size = _round_up(len(factors), 8), n * c
+        v = self.constant(_padded_to(factors, k, n, c).reshape(k, size).T, np.float16)
+        parts = -(-size // 1024)
+        sums = self.buffer(parts, k, dtype=np.float32)
+        self.emit(lambda batch: _Launch(self.kernel("remove_factors", "project_factors"), (parts, 1, batch), (128,),
+                                        (x, v, sums, size, k)))
+        self.emit(lambda batch: _Launch(self.kernel("remove_factors"), (-(-size // 256), 1, batch), (256,),
+                                        (x, v, sums, size, k, parts)))
+        self.stage = "denoiser"
+        return x
+
     def linear(self, x: _Buffer, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE, residual=-1,
                lda: int | None = None, from_state: bool = False) -> tuple[_Buffer, int]:
         m = _round_up(w.shape[1], 8)
@@ -2069,7 +2125,7 @@ def _build_cuda_engine(prior: "Prior", precision: str) -> _CudaEngine:
     """One frame of a model as launches."""
     e = _CudaEngine(precision)
     f, n, c = e.features(prior.backbone, prior.settings.size)
-    x = e.whiten(f, n, c, prior.mean, prior.whitener)
+    x = _emit_preconditioning(e, f, n, c, prior, prior.mean)
     z = _emit_inversion(e, x, n, c, prior.denoiser, prior.timesteps, prior.prediction, prior.calibration["scale"],
                         prior.calibration["location"])
     e.score(z, prior)
@@ -2224,6 +2280,16 @@ def _numba_whiten(f, mean, w, *, threads=None):
     return _alone(build, threads)
 
 
+def _numba_remove_factors(x, v, *, threads=None):
+    def build(e):
+        padded = _columns_padded(x, _PANEL)
+        at = e.state(*padded.shape)
+        out = e.remove_factors(at, *padded.shape, v)
+        return [(at, padded, True)], lambda ws, state: (
+            state[out:out + padded.size].reshape(padded.shape)[:, :x.shape[1]].copy())
+    return _alone(build, threads)
+
+
 def _numba_linear(x, w, b, act=NONE, residual=None, *, threads=None):
     def build(e):
         (n, k), m = x.shape, w.shape[1]
@@ -2294,6 +2360,7 @@ OPS: dict[str, Op] = {
     "squeeze_excite": Op(squeeze_excite, None, "squeeze_excite"),
     "pool": Op(pool, _numba_pool, "pool"),
     "whiten": Op(whiten, _numba_whiten, "whiten"),
+    "remove_factors": Op(remove_factors, _numba_remove_factors, "remove_factors"),
     "linear": Op(linear, _numba_linear, "product"),
     "layer_norm": Op(layer_norm, _numba_layer_norm, "layer_norm"),
     "mix": Op(mix, _numba_mix, "product"),
@@ -2407,6 +2474,49 @@ def inverse_cholesky(cov: np.ndarray) -> np.ndarray:
             raise ShapeError(f"covariance of position {i} is not positive definite: are all images alike?")
         out[i] = lapack.dtrtri(lower, lower=1)[0]
     return out
+
+
+def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int, cross: bool) -> np.ndarray:
+    """What places vary in together (pose, light), as factors of the whitened features; taken out of x0 in place.
+
+    Whitening knows each place alone. Here good images are a Gaussian over all places at once, of covariance
+    I + U (diag(lambda) - I) U^T: U are the first `count` principal directions of the images, lambda (at least 1)
+    the variance along them of images that did not give them. Its symmetric whitening is I - V^T V with
+    v_k = sqrt(1 - lambda_k^-1/2) u_k. Probabilistic PCA: Tipping and Bishop 1999.
+
+    x0 (M, N, C) float16; fold (M,). With `cross`, each fold loses the factors of the others, and all images give the
+    result; else fold 0 gives nothing, and all lose the result. Returns V, float16 (K, N, C).
+    """
+    from scipy.linalg import eigh
+    m, n, c = x0.shape
+    gram = np.zeros((m, m), np.float32)
+    for i in range(n):
+        x = x0[:, i].astype(np.float32)
+        gram += x @ x.T
+
+    def directions(rows: np.ndarray) -> np.ndarray:
+        variance, w = eigh(gram[np.ix_(rows, rows)].astype(np.float64), subset_by_index=[len(rows) - count, len(rows) - 1])
+        w = (w / np.sqrt(np.maximum(variance, 1e-6))).astype(np.float32).T[::-1]
+        return np.stack([w @ x0[rows, i].astype(np.float32) for i in range(n)], 1)
+
+    def project(u: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return sum(x0[rows, i].astype(np.float32) @ u[:, i].T for i in range(n))
+
+    def remove(v: np.ndarray, along: np.ndarray, rows: np.ndarray) -> None:
+        for i in range(n):
+            x0[rows, i] = x0[rows, i] - along @ v[:, i]
+    used = np.arange(m) if cross else np.flatnonzero(fold)
+    parts = [np.flatnonzero(fold == k) for k in np.unique(fold[used])]
+    bases = [directions(np.setdiff1d(used, rows)) for rows in parts]
+    along = [project(u, rows) for u, rows in zip(bases, parts)]
+    gain = 1 - 1 / np.sqrt(np.maximum(np.concatenate(along).var(0), 1))
+    factors = directions(used) * np.sqrt(gain)[:, None, None]
+    if cross:
+        for u, a, rows in zip(bases, along, parts):
+            remove(u, a * gain, rows)
+    else:
+        remove(factors, project(factors, np.arange(m)), np.arange(m))
+    return factors.astype(np.float16)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2598,6 +2708,7 @@ def jitter(image: np.ndarray, rng: np.random.Generator, light: float = .15,
 # ------------------------------------------------------------------------------------------------
 
 FORMAT = 1
+_MOST_FACTORS = 64  # that kernels/remove_factors.cu takes
 _MAX_BYTES = 4 << 30
 
 
@@ -2667,6 +2778,7 @@ class Settings:
     variant: str = "whitened"
     shrink: float = .1  # of each covariance toward the average over positions
     floor: float = .01  # of the average variance, added to every variance
+    factors: int = 64  # directions in which places vary together (at most half as many as images)
     copies: int = 4  # jittered copies of a training image
     worst: float = .02  # share of the grid whose mean is the image's score
     smooth: float = 0.0  # Gaussian smoothing of the map, in grid cells
@@ -2688,6 +2800,7 @@ class Settings:
             "copies": (0 <= self.copies <= 64, "0 to 64"),
             "shrink": (0 <= self.shrink <= 1, "0 to 1"),
             "floor": (0 < self.floor <= 1, "a share in (0, 1]"),
+            "factors": (0 <= self.factors <= _MOST_FACTORS, f"0 to {_MOST_FACTORS}"),
             "width": (self.width % 48 == 0 or self.width % 16 == 0, "a multiple of 16"),
         }
         for name, (good, expected) in checks.items():
@@ -2757,8 +2870,9 @@ class Prior:
 
     def __init__(self, settings: Settings, backbone: Backbone, mean: np.ndarray, whitener: np.ndarray,
                  denoiser: dict[str, np.ndarray] | None, calibrations: dict[int, dict[str, np.ndarray]], summary: dict,
-                 threads: int | None = None, device: str = "cpu", precision: str = "float32"):
-        self.settings, self.backbone, self.mean, self.whitener = settings, backbone, mean, whitener
+                 threads: int | None = None, device: str = "cpu", precision: str = "float32",
+                 factors: np.ndarray | None = None):
+        self.settings, self.backbone, self.mean, self.whitener, self.factors = settings, backbone, mean, whitener, factors
         self.denoiser, self.calibrations, self.summary, self.threads = denoiser, calibrations, summary, threads
         if settings.steps not in calibrations:
             raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, got {settings.steps}")
@@ -2779,13 +2893,16 @@ class Prior:
         if self.mean.shape != (n, c) or self.whitener.shape not in shapes:
             raise ModelError(f"mean {self.mean.shape} and whitener {self.whitener.shape} do not fit {n} positions "
                              f"of {c} channels")
+        factors = np.empty((0, n, c)) if self.factors is None else self.factors
+        if factors.ndim != 3 or factors.shape[1:] != (n, c) or len(factors) > _MOST_FACTORS:
+            raise ModelError(f"factors {factors.shape} do not fit {n} positions of {c} channels")
         if self.denoiser is not None:
             _check_denoiser(self.denoiser, n, c)
         shape_of_scores = self.calibration.get("scores", np.empty(0)).shape
         for name, shape in {"location": (n,), "scale": (n,), "moments": (3,), "peaks": shape_of_scores}.items():
             if self.calibration.get(name, np.empty(0)).shape != shape:
                 raise ModelError(f"calibration: {name} should have shape {shape}")
-        for name, a in {"mean": self.mean, "whitener": self.whitener, **self.calibration, **(self.denoiser or {})}.items():
+        for name, a in {"mean": self.mean, "whitener": self.whitener, "factors": factors, **self.calibration, **(self.denoiser or {})}.items():
             if not np.isfinite(a).all():
                 raise ModelError(f"{name} holds values that are not finite")
 
@@ -2800,6 +2917,7 @@ class Prior:
     def _own(self) -> tuple[dict, dict[str, np.ndarray]]:
         """Header and arrays of all but the backbone."""
         arrays = {"mean": self.mean, "whitener": self.whitener}
+        arrays |= {} if self.factors is None else {"factors": self.factors}
         arrays |= {f"calibration/{steps}/{k}": v for steps, own in self.calibrations.items() for k, v in own.items()}
         arrays |= {f"denoiser/{k}": v for k, v in (self.denoiser or {}).items()}
         return {"settings": dataclasses.asdict(self.settings), "summary": self.summary}, arrays
@@ -2830,7 +2948,7 @@ class Prior:
                 number, field = name.split("/")
                 calibrations.setdefault(int(number), {})[field] = a
             return Prior(settings, backbone, arrays["mean"], arrays["whitener"], group("denoiser/", arrays) or None,
-                         calibrations, header["summary"], threads, device, precision)
+                         calibrations, header["summary"], threads, device, precision, arrays.get("factors"))
         try:
             if header["kind"] not in ("prior", "priors"):
                 raise ModelError(f"{path}: holds a {header['kind']}, not a trained model")
@@ -2851,7 +2969,7 @@ class Prior:
 
     def _with(self, settings: Settings, calibrations: dict[int, dict], summary: dict) -> "Prior":
         return Prior(settings, self.backbone, self.mean, self.whitener, self.denoiser, calibrations, summary,
-                     self.threads, self.device, self.precision)
+                     self.threads, self.device, self.precision, self.factors)
 
     def calibrate(self, images, *, progress: "Progress" = lambda *_: None, **settings) -> "Prior":
         """This model with zero and unit of score and map, p-values and thresholds read from new good images.
@@ -2963,6 +3081,8 @@ class Prior:
         c = features.shape[1]
         whitener = self.whitener if self.whitener.ndim == 2 else unpack_lower(self.whitener, c)
         x0 = whiten(features, self.mean, whitener)
+        if self.factors is not None:
+            x0 = remove_factors(x0, self.factors.astype(x0.dtype))
         f = (lambda x, t: denoise(self.denoiser, x, t)) if self.denoiser else (lambda x, t: np.zeros_like(x))
         return ddim_invert(x0, f, self.timesteps, self.prediction)
 
@@ -2984,13 +3104,19 @@ class Prior:
         if self._built is None:
             e = _CpuEngine(self.threads)
             f, n, c = e.features(self.backbone, self.settings.size)
-            x = e.whiten(f, n, c, self.mean, self.whitener)
+            x = _emit_preconditioning(e, f, n, c, self, self.mean)
             nll = _emit_inversion(e, x, n, c, self.denoiser, self.timesteps, self.prediction,
                                   self.calibration["scale"], self.calibration["location"])
             e.emit(_map, nll, self.grid, *map(e.constant, self._map_weights()))
             e.finish()
             self._built = e, nll
         return self._built
+
+
+def _emit_preconditioning(e, f, n: int, c: int, prior: Prior, mean: np.ndarray):
+    """Features -> x0."""
+    x = e.whiten(f, n, c, mean, prior.whitener)
+    return x if prior.factors is None else e.remove_factors(x, n, c, prior.factors)
 
 
 def _emit_inversion(e: _CpuEngine, x: int, n: int, c: int, denoiser: dict | None, timesteps, prediction: str,
@@ -3104,7 +3230,7 @@ class MultiPrior:
             for p in priors:
                 e.floats = shared  # products take their turns in the same workspace
                 begin = len(e.program)
-                x = e.whiten(f, n, c, p.mean - centred, p.whitener)
+                x = _emit_preconditioning(e, f, n, c, p, p.mean - centred)
                 centred = p.mean
                 at = _emit_inversion(e, x, n, c, p.denoiser, p.timesteps, p.prediction, p.calibration["scale"],
                                      p.calibration["location"])
@@ -3129,7 +3255,7 @@ def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 MIN_IMAGES = 5
-FIT_REVISION = 1  # raised whenever the same images and settings give another model: cached models are then trained anew
+FIT_REVISION = 2  # raised whenever the same images and settings give another model: cached models are then trained anew
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -3271,6 +3397,80 @@ def _read_scores(raw: np.ndarray, nll: np.ndarray, settings: Settings) -> dict[s
             "peaks": np.sort((smooth @ nll.reshape(-1, grid, grid) @ smooth.T).max((1, 2)))}
 
 
+def _to_unit_variance(x0: np.ndarray, whitener: np.ndarray) -> None:
+    """Scale both, in place, so that images that were not fitted on have unit variance: then F = 0 is the right start."""
+    scale = np.float16(1 / math.sqrt(np.mean([np.mean(np.square(x, dtype=np.float32)) for x in x0])))
+    x0 *= scale
+    whitener *= scale
+
+
+@dataclasses.dataclass
+class _Whitened:
+    """Good images in the coordinates of the Gaussians, from which any denoiser can be trained."""
+    x0: np.ndarray  # (M, N, C) float16, a row an image or a jittered copy
+    fold: np.ndarray  # (M,)
+    held_out: np.ndarray  # (M,) bool, the rows that calibrate
+    mean: np.ndarray
+    whitener: np.ndarray
+    images: int
+    unreadable: list[str]
+
+
+def _whiten_features(features: np.ndarray, owner: np.ndarray, unreadable: list[str], config: Settings,
+                     progress: Progress = _quiet) -> _Whitened:
+    """The Gaussian of each place, from what `extract_features` returns."""
+    used = np.unique(owner)
+    if len(used) < MIN_IMAGES:
+        raise ImageError(f"{len(used)} readable good images: at least {MIN_IMAGES} are needed"
+                         + (f" (first problem: {unreadable[0]})" if unreadable else ""))
+
+    fold_of = np.full(owner.max() + 1, -1)
+    fold_of[np.random.default_rng(config.seed).permutation(used)] = np.arange(len(used)) % _FOLDS
+    fold = fold_of[owner]
+    clean = np.r_[True, owner[1:] != owner[:-1]]
+    gaussians = _Gaussians.of(features, fold, _FOLDS, config.variant == "plain")
+    cross = config.calibration == "cross"
+    if cross:  # whiten each fold by the Gaussian of the others: what a new image will look like
+        x0 = np.empty(features.shape, np.float16)
+        for k in range(_FOLDS):
+            x0[fold == k] = _apply_whitener(features[fold == k], *gaussians.without(k, config))
+            progress("whitening", k + 1, _FOLDS)
+        mean, whitener = gaussians.without(None, config)
+        held_out = clean
+    else:
+        mean, whitener = gaussians.without(0, config)
+        x0 = _apply_whitener(features, mean, whitener)
+        progress("whitening", 1, 1)
+        held_out = clean & (fold == 0)
+    return _Whitened(x0, fold, held_out, mean, whitener, len(used), unreadable)
+
+
+def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations: int | None, minutes: float | None = None,
+                  threads: int | None = None, progress: Progress = _quiet) -> Prior:
+    """Factors, denoiser and calibration; works in w.x0 and w.whitener."""
+    x0, fold, held_out, whitener, factors = w.x0, w.fold, w.held_out, w.whitener, None
+    if whitener.ndim == 3:
+        _to_unit_variance(x0, whitener)
+        count = min(config.factors, w.images // 2)
+        if count:
+            factors = fit_factors(x0, fold, count, config.calibration == "cross")
+            progress("factors", 1, 1)
+            _to_unit_variance(x0, whitener)
+    prediction = "v" if config.variant == "whitened" else "eps"
+    denoiser, trained = None, {"iterations": 0}
+    if iterations is None or iterations > 0:
+        denoiser, trained = train_denoiser(x0, fold == 0, config, iterations or 900, minutes, prediction, progress)
+    calibrations = {}
+    for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
+        grid = select_timesteps(steps, config.first, config.last)
+        calibrations[steps] = _calibrate(_nll_of(x0[held_out], denoiser, grid, prediction, threads), config)
+        progress("calibration", len(calibrations), len({config.steps, *_CALIBRATED_STEPS}))
+    if whitener.ndim == 3:
+        whitener = pack_lower(whitener)
+    summary = {"images": w.images, "held_out": int(held_out.sum()), "unreadable": w.unreadable[:20], **trained}
+    return Prior(config, backbone, w.mean.astype(np.float32), whitener, denoiser, calibrations, summary, threads, factors=factors)
+
+
 def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,
         progress: Progress = _quiet, **settings) -> Prior:
     """Train a prior on good images. See `Settings` for the keywords; `Prior.fit` is this function.
@@ -3302,50 +3502,10 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or more are better")
     backbone = load_backbone(config.backbone)
     config = dataclasses.replace(config, backbone=backbone.name)
-    features, owner, unreadable = extract_features(images, config, backbone, threads, progress)
-    used = np.unique(owner)
-    if len(used) < MIN_IMAGES:
-        raise ImageError(f"{len(used)} readable good images: at least {MIN_IMAGES} are needed"
-                         + (f" (first problem: {unreadable[0]})" if unreadable else ""))
-
-    fold_of = np.full(len(images), -1)
-    fold_of[np.random.default_rng(config.seed).permutation(used)] = np.arange(len(used)) % _FOLDS
-    fold = fold_of[owner]
-    clean = np.r_[True, owner[1:] != owner[:-1]]
-    gaussians = _Gaussians.of(features, fold, _FOLDS, config.variant == "plain")
-    cross = config.calibration == "cross"
-    if cross:  # whiten each fold by the Gaussian of the others: what a new image will look like
-        x0 = np.empty(features.shape, np.float16)
-        for k in range(_FOLDS):
-            x0[fold == k] = _apply_whitener(features[fold == k], *gaussians.without(k, config))
-            progress("whitening", k + 1, _FOLDS)
-        mean, whitener = gaussians.without(None, config)
-        held_out = clean
-    else:
-        mean, whitener = gaussians.without(0, config)
-        x0 = _apply_whitener(features, mean, whitener)
-        progress("whitening", 1, 1)
-        held_out = clean & (fold == 0)
-    del features, gaussians
-    if whitener.ndim == 3:  # unit variance for images that were not fitted on: then F = 0 is the right start
-        scale = np.float32(1 / math.sqrt(np.mean([np.mean(np.square(x, dtype=np.float32)) for x in x0])))
-        x0 *= np.float16(scale)
-        whitener *= np.float16(scale)
-
-    prediction = "v" if config.variant == "whitened" else "eps"
-    denoiser, trained = None, {"iterations": 0}
-    if iterations is None or iterations > 0:
-        denoiser, trained = train_denoiser(x0, fold == 0, config, iterations or 900, minutes, prediction, progress)
-    calibrations = {}
-    for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
-        grid = select_timesteps(steps, config.first, config.last)
-        calibrations[steps] = _calibrate(_nll_of(x0[held_out], denoiser, grid, prediction, threads), config)
-        progress("calibration", len(calibrations), len({config.steps, *_CALIBRATED_STEPS}))
-    if whitener.ndim == 3:
-        whitener = pack_lower(whitener)
-    summary = {"images": len(used), "held_out": int(held_out.sum()), "unreadable": unreadable[:20],
-               "seconds": round(time.perf_counter() - began, 1), **trained}
-    return Prior(config, backbone, mean.astype(np.float32), whitener, denoiser, calibrations, summary, threads)
+    whitened = _whiten_features(*extract_features(images, config, backbone, threads, progress), config, progress)
+    prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress)
+    prior.summary["seconds"] = round(time.perf_counter() - began, 1)
+    return prior
 
 
 Prior.fit = staticmethod(fit)
@@ -3895,9 +4055,10 @@ def count_work(prior: Prior) -> tuple[dict[str, float], dict[str, float]]:
     n, d = prior.grid ** 2, prior.denoiser or {}
     a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
     a_step += 2 * d["in_w"].shape[1] * sum(a.size for k, a in d.items() if "_token" in k) if d else 0
-    return ({"features": flops, "inversion": 2.0 * prior.whitener.size + prior.settings.steps * a_step},
+    factors = np.empty(0, np.float16) if prior.factors is None else prior.factors
+    return ({"features": flops, "inversion": 2.0 * prior.whitener.size + 4.0 * factors.size + prior.settings.steps * a_step},
             {"features": read,
-             "inversion": prior.whitener.nbytes + prior.settings.steps * 4.0 * sum(a.size for a in d.values())})
+             "inversion": prior.whitener.nbytes + 2.0 * factors.nbytes + prior.settings.steps * 4.0 * sum(a.size for a in d.values())})
 
 
 def measure_peaks(seconds: float = .5) -> dict[str, float]:
@@ -4353,7 +4514,7 @@ def _numbers(text: str, name: str) -> list[int]:
 
 def _variant(name: str, iterations: int | None) -> dict:
     """What the names in the tables mean."""
-    known = {"gaussian": {"iterations": 0}, "full": {"iterations": iterations},
+    known = {"gaussian": {"iterations": 0, "factors": 0}, "joint": {"iterations": 0}, "full": {"iterations": iterations},
              "plain": {"iterations": iterations, "variant": "plain"}}
     if name not in known:
         raise ShapeError(f"--variants: expected some of {', '.join(known)}, got {name!r}")
@@ -4372,7 +4533,8 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
                    "scores": np.arange(100.), "peaks": np.arange(100.)}
     whitener = (rng.standard_normal((n, panels * (panels + 1) // 2, _PANEL, _PANEL), np.float32) * .01).astype(np.float16)
     return Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
-                 {k: calibration for k in range(1, 51)}, {}, threads, device)
+                 {k: calibration for k in range(1, 51)}, {}, threads, device,
+                 factors=(rng.standard_normal((settings.factors, n, c), np.float32) * .001).astype(np.float16))
 
 
 def _train_all(categories: list[Category], backbones, variants, seeds, iterations, progress: Progress, threads, multi,

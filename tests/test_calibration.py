@@ -95,6 +95,7 @@ def test_false_alarms_of_refitted_models_stay_below_the_promise(calibration, mon
         order = rng.permutation(len(files))
         model = fp.fit(list(order[:150]), iterations=0, size=64, copies=0, calibration=calibration, seed=seed, fpr=.1)
         x0 = fp._apply_whitener(features[order[150:]], model.mean, fp.unpack_lower(model.whitener, features.shape[2]))
+        x0 = np.stack([fp.remove_factors(x.astype(np.float32), model.factors.astype(np.float32)) for x in x0])
         nll = fp._nll_of(x0, None, model.timesteps, model.prediction)
         scores = model._image_scores(nll * model.calibration["scale"] + model.calibration["location"])
         alarms += int(np.sum(scores > model.threshold.value))

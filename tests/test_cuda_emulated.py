@@ -185,6 +185,19 @@ def whiten_diagonal(b, block=64):
     b.check(x, np.stack([fp.whiten(i, mean64, w64) for i in f64]))
 
 
+def remove_factors(b, block=64, second=64, n=45, c=32, k=24):
+    size, batch = n * c, 2
+    x, x64 = b.random(batch, n, c)
+    v64 = (b.rng.standard_normal((k, n, c)) / np.sqrt(size)).astype(np.float16).astype(np.float64)
+    v = b.cuda.asarray(np.ascontiguousarray(v64.reshape(k, size).T.astype(np.float16)))
+    parts = -(-size // 1024)
+    sums = b.empty(batch, parts, k, dtype=F)
+    b.launch("project_factors", (parts, 1, batch), (block,), x, v, sums, I(size), I(k))
+    b.check(b.cuda.asarray(sums.get().sum(1)), np.einsum("bnc,knc->bk", x64, v64))
+    b.launch("remove_factors", (-(-size // second), 1, batch), (second,), x, v, sums, I(size), I(k), I(parts))
+    b.check(x, np.stack([fp.remove_factors(i, v64) for i in x64]))
+
+
 def layer_norm(b, block=64, rows=7, d=272):
     x, x64 = b.random(rows, d)
     (gain, gain64), (bias, bias64) = b.random(d, dtype=F), b.random(d, dtype=F)
@@ -255,6 +268,7 @@ OPERATIONS = {
     "pool": (pool, [{}, {"block": 256}]),
     "whiten": (whiten, [{}, {"block": 128}, {"block": 32, "batch": 1}, {"batch": 8, "c": 32, "block": 256}]),
     "whiten_diagonal": (whiten_diagonal, [{}, {"block": 1000}]),
+    "remove_factors": (remove_factors, [{}, {"block": 256, "k": 64, "second": 32}, {"n": 1, "k": 8}, {"block": 32, "second": 1024}]),
     "layer_norm": (layer_norm, [{}, {"block": 32, "d": 16}, {"block": 128, "rows": 1}]),
     "rotate_density": (rotate_density, [{}, {"block": 128}, {"c": 32, "block": 32}]),
     "worst_mean": (worst_mean, [{}, {"block": 256}, {"n": 1, "count": 1}, {"count": 100}]),
@@ -348,6 +362,11 @@ MUTANTS = [
     ("whiten", "panel * (panel + 1) / 2)", "panel * (panel - 1) / 2)"),
     ("whiten", "column < (panel + 1) * PANEL", "column < panel * PANEL"),
     ("whiten_diagonal", "if (i < n * c) put", "if (i <= n * c) put"),
+    ("remove_factors", "    part[warp][2 * lane + 1] = high;\n    __syncthreads();", "    part[warp][2 * lane + 1] = high;"),
+    ("remove_factors", "        along[t] = y;\n    }\n    __syncthreads();", "        along[t] = y;\n    }"),
+    ("remove_factors", "min(size, first + ROWS)", "first + ROWS"),
+    ("remove_factors", "if (i >= size) return;", "if (i > size) return;"),
+    ("remove_factors", "sums += (long long)blockIdx.z * parts * k;", ""),
     ("layer_norm", "if (row >= rows) return;", "if (row > rows) return;"),
     ("layer_norm", "lane > 0; lane /= 2", "lane > 1; lane /= 2"),
     ("rotate_density", "scale[row % n]", "scale[row / n]"),

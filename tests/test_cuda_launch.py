@@ -60,6 +60,9 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
         whitener = rng.uniform(.5, 2, (n, c)).astype(np.float32)
     else:
         whitener = fp.pack_lower(np.tril(rng.standard_normal((n, c, c)) / np.sqrt(c)) + np.eye(c))
+    factors = None
+    if variant != "plain":
+        factors = (rng.standard_normal((10, n, c)) * .3 / np.sqrt(n * c)).astype(np.float16)
     weights = None
     if denoiser:
         weights = fp.initial_denoiser(n, c, settings)
@@ -68,7 +71,8 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
         weights["gain_w"] = (rng.standard_normal(weights["gain_w"].shape) / 20).astype(np.float32)
     flat = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32),
             "moments": np.array([0, 1, 0.0]), "scores": np.sort(rng.standard_normal(50)), "peaks": np.linspace(90, 100, 50)}
-    make = lambda calibration, **k: fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {}, **k)
+    make = lambda calibration, **k: fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {},
+                                               factors=factors, **k)
     raw = make(flat).nll(images(seed=9))
     calibration = flat | {"location": -raw.mean(0) / raw.std(), "scale": np.full(n, 1 / raw.std(), np.float32)}
     return make(calibration, **where), make(calibration)
@@ -149,7 +153,7 @@ def test_a_frame_is_launched_as_the_kernels_expect(cuda):
               *[["product", "depthwise_51", "squeeze_excite", "product", "pool"]] * 2]
     step = ["product", "layer_norm", "product", "product", "layer_norm", "product", "product", "layer_norm", "product",
             "rotate_density"]
-    assert names == ["resize_normalize", "stem", *sum(blocks, []), "whiten", *step, *step, "worst_mean", "anomaly_map"]
+    assert names == ["resize_normalize", "stem", *sum(blocks, []), "whiten", "project_factors", "remove_factors", *step, *step, "worst_mean", "anomaly_map"]
     rotations = [args for name, _, _, args in cuda.launches if name == "rotate_density"][:2]
     assert (rotations[0][4] != 0, rotations[1][4] != 0) == (True, False)  # at the last step x' goes nowhere
     assert (rotations[0][7] != 0, rotations[1][7] != 0) == (False, True)  # and z only there

@@ -166,6 +166,31 @@ def test_shrinkage():
                                np.stack([average + .5 * np.trace(average) / 4 * np.eye(4)] * 3))
 
 
+@pytest.mark.parametrize("cross", [True, False])
+def test_factors_are_the_directions_in_which_places_vary_together(cross):
+    rng = np.random.default_rng(0)
+    m, n, c = 600, 6, 5
+    u = np.linalg.qr(rng.standard_normal((n * c, 2)))[0].T
+    x = rng.standard_normal((m, n * c)) + (rng.standard_normal((m, 2)) * [9, 5]) @ u  # covariance I + u^T diag(81, 25) u
+    x = x.reshape(m, n, c).astype(np.float16)
+    fold = np.arange(m) % 5
+    left = x.copy()
+    v = fp.fit_factors(left, fold, 2, cross)
+    assert v.dtype == np.float16 and v.shape == (2, n, c)
+    flat = v.reshape(2, -1).astype(float)
+    gain = np.linalg.norm(flat, axis=1) ** 2
+    np.testing.assert_allclose(gain, 1 - np.array([82, 26]) ** -.5, atol=.02)
+    np.testing.assert_allclose(np.abs(flat @ u.T) / np.sqrt(gain), np.eye(2), atol=.06)
+    joint = np.eye(n * c) + u.T @ np.diag([81, 25]) @ u  # its symmetric inverse root whitens all places at once
+    whole = np.stack([fp.remove_factors(i, v.astype(float)) for i in x.astype(float)]).reshape(m, -1)
+    np.testing.assert_allclose(whole, x.reshape(m, -1).astype(float) @ linalg.fractional_matrix_power(joint, -.5), atol=.8)
+    np.testing.assert_allclose(np.cov(left.reshape(m, -1).astype(float).T), np.eye(n * c), atol=.35)
+    if not cross:  # what is held out decides nothing
+        np.testing.assert_allclose(left.reshape(m, -1), whole, atol=.02)
+        changed = np.where((fold == 0)[:, None, None], 0, x).astype(np.float16)
+        np.testing.assert_array_equal(fp.fit_factors(changed, fold, 2, cross), v)
+
+
 def test_denoiser_in_torch_numpy_and_numba_agree(trained):
     p = {k: v.astype(np.float64) for k, v in trained.denoiser.items()}
     n, c = trained.mean.shape

@@ -61,6 +61,9 @@ def cases(name, rng):
         for n, c in ((3, 1), (6, 45), (5, 32), (9, 100)):
             yield a(n, c), a(n, c), lower(rng, n, c)
             yield a(n, c), a(n, c), a(n, c)
+    elif name == "remove_factors":
+        for n, c, k in ((3, 5, 2), (1, 32, 1), (9, 45, 33), (36, 100, 64)):
+            yield a(n, c), (a(k, n, c) / np.sqrt(n * c)).astype(np.float16).astype(np.float64)
     elif name == "linear":
         for n, k, m in ((1, 1, 1), (3, 5, 7), (8, 16, 48), (13, 33, 65), (9, 0, 20), (40, 7, 112)):
             for act in (fp.NONE, fp.RELU6, fp.SILU):

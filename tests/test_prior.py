@@ -80,7 +80,7 @@ def test_thread_settings_of_the_host_program_stay(trained, pictures):
     import numba
     before = numba.get_num_threads()
     prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser, trained.calibrations,
-                     {}, threads=1)
+                     {}, threads=1, factors=trained.factors)
     prior.score(pictures[0])
     assert numba.get_num_threads() == before
 
@@ -187,13 +187,14 @@ def npy(array):
     (lambda k, d: npy(np.zeros((3, 3), np.float32)) if k == "mean.npy" else d, "do not fit"),
     (lambda k, d: None if k == "whitener.npy" else d, "incomplete"),
     (lambda k, d: None if k == "denoiser/in_w.npy" else d, "denoiser: incomplete"),
+    (lambda k, d: npy(np.zeros((3, 36, 5), np.float16)) if k == "factors.npy" else d, "factors .* do not fit"),
     (lambda k, d: None if k == "calibration/2/peaks.npy" else d, "peaks"),
     (lambda k, d: npy(np.full(36, np.nan, np.float32)) if k == "calibration/2/scale.npy" else d, "not finite"),
     (lambda k, d: d.replace(b'"format": 1', b'"format": 9') if k == "header.npy" else d, "this version reads format 1"),
     (lambda k, d: d.replace(b'"size": 96', b'"size": 95') if k == "header.npy" else d, "multiple of 32"),
     (lambda k, d: d.replace(b'"steps"', b'"stops"') if k == "header.npy" else d, "stops"),
     (lambda k, d: npy(np.zeros((3, 3, 3, 31), np.float16)) if k == "backbone/stem_w.npy" else d, "backbone|inconsistent|fit"),
-], ids=["shape", "whitener", "denoiser", "calibration", "nan", "format", "size", "setting", "backbone"])
+], ids=["shape", "whitener", "denoiser", "factors", "calibration", "nan", "format", "size", "setting", "backbone"])
 def test_inconsistent_models_are_refused(model_file, tmp_path, change, match):
     bad = rewritten(model_file, tmp_path / "bad.npz", change)
     with pytest.raises(fp.FastPriorError, match=match) as e:
