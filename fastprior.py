@@ -25,7 +25,7 @@ so a part that lies anywhere in the frame needs alignment or many good images.
 
 References: DDIM: Song, Meng, Ermon 2021 (arXiv:2010.02502). v-prediction: Salimans, Ho 2022
 (arXiv:2202.00512). Inversion as anomaly score: InvAD, Sakai et al. (arXiv:2504.05662). Per-position
-Gaussian: PaDiM (arXiv:2011.08785). EfficientNet: Tan, Le 2019 (arXiv:1905.11946).
+Gaussian: PaDiM (arXiv:2011.08785). Factors: Tipping, Bishop 1999 (probabilistic PCA). EfficientNet: Tan, Le 2019 (arXiv:1905.11946).
 Conformal p-values: Vovk et al. 2005; Bates et al. 2023 (arXiv:2104.08279).
 
 Licence: MIT (see LICENSE). Source of truth: this file; tests walk `OPS`, the table of operations.
@@ -3479,7 +3479,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     ----------
     images : folder, or sequence of paths or uint8 arrays.
     iterations : at most this many training steps (default 900; the held-out loss may stop it earlier).
-        0: no denoiser and no torch, the density is that of the Gaussian alone.
+        0: no denoiser and no torch, the density is that of the joint Gaussian (places and shared factors).
     minutes : at most this long in the denoiser's training.
 
     Raises
@@ -4410,7 +4410,7 @@ def _build_app():
               data: Path = typer.Option(None, "--data", help="Also accuracy: categories as in MVTec AD or VisA, or good/bad."),
               model: Path = typer.Option(None, "-m", "--model", help="Time this model instead of untrained ones."),
               backbone: list[str] = typer.Option(["lite0"], help="May be given several times."),
-              variants: str = typer.Option("full", help="Of gaussian, plain, full; several with commas."),
+              variants: str = typer.Option("full", help="Of gaussian, joint, full, plain; several with commas."),
               size: int = typer.Option(Settings.size, help="Side the image is resized to."),
               input_size: int = typer.Option(None, help="Side of the image that is timed (default: --size)."),
               batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),
@@ -4427,7 +4427,7 @@ def _build_app():
 
         Example: fastprior bench --steps 2
 
-        Example: fastprior bench --data mvtec --variants gaussian,plain,full --steps 2,3,5 --report results
+        Example: fastprior bench --data mvtec --variants gaussian,joint,full --steps 2,3,5 --report results
         """
         peaks = measure_peaks() if device == "cpu" else {}
         _say(" ".join(f"{k}={v}" for k, v in machine().items()), f"fastprior={__version__} dtype=float32",
@@ -4513,7 +4513,7 @@ def _numbers(text: str, name: str) -> list[int]:
 
 
 def _variant(name: str, iterations: int | None) -> dict:
-    """What the names in the tables mean."""
+    """gaussian: each place alone; joint: and the factors that places share; full: and the denoiser; plain: the paper's."""
     known = {"gaussian": {"iterations": 0, "factors": 0}, "joint": {"iterations": 0}, "full": {"iterations": iterations},
              "plain": {"iterations": iterations, "variant": "plain"}}
     if name not in known:
