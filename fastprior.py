@@ -2894,8 +2894,8 @@ class Prior:
             raise ModelError(f"mean {self.mean.shape} and whitener {self.whitener.shape} do not fit {n} positions "
                              f"of {c} channels")
         factors = np.empty((0, n, c)) if self.factors is None else self.factors
-        if factors.ndim != 3 or factors.shape[1:] != (n, c) or len(factors) > _MOST_FACTORS:
-            raise ModelError(f"factors {factors.shape} do not fit {n} positions of {c} channels")
+        if factors.shape != (self.settings.factors, n, c):
+            raise ModelError(f"factors {factors.shape} do not fit {self.settings.factors} factors, {n} positions, {c} channels")
         if self.denoiser is not None:
             _check_denoiser(self.denoiser, n, c)
         shape_of_scores = self.calibration.get("scores", np.empty(0)).shape
@@ -2941,7 +2941,8 @@ class Prior:
             return {k[len(prefix):]: v for k, v in of.items() if k.startswith(prefix)}
 
         def own(header: dict, arrays: dict) -> Prior:
-            settings = dataclasses.replace(Settings(**header["settings"]), **changes)
+            # models from before the factors do not name them, and have none
+            settings = dataclasses.replace(Settings(**{"factors": 0} | header["settings"]), **changes)
             settings.check()
             calibrations: dict[int, dict] = {}
             for name, a in group("calibration/", arrays).items():
@@ -3449,11 +3450,11 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
                   threads: int | None = None, progress: Progress = _quiet) -> Prior:
     """Factors, denoiser and calibration; works in w.x0 and w.whitener."""
     x0, fold, held_out, whitener, factors = w.x0, w.fold, w.held_out, w.whitener, None
+    config = dataclasses.replace(config, factors=min(config.factors, w.images // 2) if whitener.ndim == 3 else 0)
     if whitener.ndim == 3:
         _to_unit_variance(x0, whitener)
-        count = min(config.factors, w.images // 2)
-        if count:
-            factors = fit_factors(x0, fold, count, config.calibration == "cross")
+        if config.factors:
+            factors = fit_factors(x0, fold, config.factors, config.calibration == "cross")
             progress("factors", 1, 1)
             _to_unit_variance(x0, whitener)
     prediction = "v" if config.variant == "whitened" else "eps"

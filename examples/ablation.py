@@ -24,7 +24,7 @@ VARIANTS = {"gaussian": ({"factors": 0}, 0), "joint": ({}, 0), "full": ({}, None
 
 def cached_features(category, settings, backbone):
     """`extract_features`, kept in the cache folder under everything that decides it."""
-    key = hashlib.sha256(repr((backbone.name, settings.size, settings.copies, settings.seed)).encode())
+    key = hashlib.sha256(repr((fp.__version__, fp.FIT_REVISION, backbone.name, settings.size, settings.copies, settings.seed)).encode())
     for array in backbone.to_arrays().values():
         key.update(array.tobytes())
     for path in category.train:
@@ -33,9 +33,9 @@ def cached_features(category, settings, backbone):
     if not file.is_file():
         features, owner, _ = fp.extract_features(category.train, settings, backbone)
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, features=features, owner=owner)
-    with np.load(file) as kept:
-        return kept["features"], kept["owner"], []
+        fp._write_npz(file, {}, {"features": features, "owner": owner})
+    kept = fp._read_npz(file)[1]
+    return kept["features"], kept["owner"], []
 
 
 def main():

@@ -283,6 +283,26 @@ def test_bench_reports_and_takes_a_second_run_from_the_cache(data, tmp_path, mon
     assert rows[0]["image_auroc"] == rows[-1]["image_auroc"] == 1
 
 
+def test_ablation_gives_a_row_for_each_variant_and_step_and_keeps_features(data, tmp_path, monkeypatch, capsys):
+    import runpy
+    import sys
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    script = Path(fp.__file__).resolve().parent / "examples" / "ablation.py"
+    monkeypatch.setattr(sys, "argv", ["ablation.py", str(data), "--size", "64", "--variants", "gaussian,joint", "--steps", "1,2",
+                                      "--images", "12"])
+    runpy.run_path(str(script), run_name="__main__")
+    first = capsys.readouterr().out
+    rows = [json.loads(line) for line in first.splitlines()]
+    assert [(r["variant"], r["steps"]) for r in rows] == [("gaussian", 1), ("gaussian", 2), ("joint", 1), ("joint", 2)]
+    assert all(r["images"] == 12 and 0 <= r["image_auroc"] <= 1 for r in rows)
+
+    def refuse(*_, **__):
+        raise AssertionError("extracted again")
+    monkeypatch.setattr(fp, "extract_features", refuse)
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out == first
+
+
 def test_calibrate_command(data, tmp_path):
     model, new = tmp_path / "m.npz", tmp_path / "new.npz"
     run = lambda *a: CliRunner().invoke(fp._build_app(), [str(x) for x in a])  # noqa: E731

@@ -54,7 +54,8 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
     rng = np.random.default_rng(seed)
     backbone = small_backbone(rng) if backbone == "small" else fp.load_backbone(backbone)
     n, c = (size // 16) ** 2, sum(backbone.channels)
-    settings = fp.Settings(backbone=backbone.name, size=size, steps=steps, variant=variant, width=48, worst=.1)
+    settings = fp.Settings(backbone=backbone.name, size=size, steps=steps, variant=variant, width=48, worst=.1,
+                           factors=0 if variant == "plain" else 10)
     mean = rng.standard_normal((n, c)).astype(np.float32)
     if variant == "plain":
         whitener = rng.uniform(.5, 2, (n, c)).astype(np.float32)
