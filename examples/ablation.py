@@ -45,7 +45,7 @@ def main():
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--categories", default="", help="comma-separated; default: all")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--steps", default="2", help="DDIM inversion steps; maps are judged at the first")
+    parser.add_argument("--steps", default="2", help="DDIM inversion steps, comma-separated")
     parser.add_argument("--variants", default="gaussian,joint,full")
     parser.add_argument("--images", default="", help="numbers of good images to train on; default: all")
     args = parser.parse_args()
@@ -55,7 +55,6 @@ def main():
     for category in fp.find_categories(args.root):
         if args.categories and category.name not in args.categories.split(","):
             continue
-        without_masks = dataclasses.replace(category, masks=[None] * len(category.masks))
         for seed in map(int, args.seeds.split(",")):
             settings = fp.Settings(backbone=backbone.name, size=args.size, seed=seed, steps=max(steps))
             kept = cached_features(category, settings, backbone)
@@ -71,7 +70,7 @@ def main():
                     for n in steps:
                         row = {"backbone": backbone.name, "size": args.size, "category": category.name, "seed": seed,
                                "images": count, "variant": variant, "steps": n, "iterations": prior.summary["iterations"],
-                               **fp.evaluate(prior.with_steps(n), category if n == steps[0] else without_masks)}
+                               **fp.evaluate(prior.with_steps(n), category)}
                         print(json.dumps(row), flush=True)
                         results.setdefault((count, variant, n), {}).setdefault(category.name, []).append(row)
     for (count, variant, n), own in results.items():
