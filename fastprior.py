@@ -33,6 +33,7 @@ Licence: MIT (see LICENSE). Source of truth: this file; tests walk `OPS`, the ta
 from __future__ import annotations
 
 import collections
+import ctypes
 import dataclasses
 import functools
 import io
@@ -40,9 +41,11 @@ import json
 import math
 import os
 import pickle
+import queue
 import sys
 import threading
 import time
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -370,20 +373,22 @@ def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
 # operation is cut into bands of rows, one a thread (for a batch: an image a thread). What must be
 # fast is emitted as LLVM vector code: a register-tiled matrix product and a depthwise row. Each
 # output element is summed in one fixed order, so scores do not depend on threads, bands or batch.
-# `_kernel` only marks a function; `_load_numba` compiles them all when the first engine is built,
-# so that `import fastprior` stays light and works without Numba.
+# `_kernel` only marks a function: `import fastprior` is light and works without Numba. When the
+# first engine is built, Numba compiles them all to one object file, which is kept: later processes
+# load that, and never import Numba (half a second). So no kernel allocates or raises.
 # ------------------------------------------------------------------------------------------------
 
 # contract: fused multiply-add; reassoc: vectorised sums (the order is fixed at compile time).
 # Never nnan or ninf: a NaN in must be a NaN out.
 _FASTMATH = {"contract", "reassoc", "nsz"}
-_KERNELS: list[tuple[Callable, dict]] = []
+_KERNELS: list[tuple[Callable, bool]] = []
 _PANEL = 32  # whitening rows stored together, and the padding of C
 
 
-def _kernel(**options):
+def _kernel(entry: bool = False):
+    """Marks what Numba compiles. `entry`: called by address, so that `_run` need not inline it."""
     def mark(function):
-        _KERNELS.append((function, options))
+        _KERNELS.append((function, entry))
         return function
     return mark
 
@@ -400,38 +405,99 @@ def _has_numba() -> bool:
 
 
 @functools.cache
-def _load_numba() -> None:
-    """Turn the marked functions into dispatchers, and build the vector intrinsics for this CPU."""
-    import numba
+def _host() -> tuple[str, str]:
+    """Name and features of this CPU, as LLVM writes them. Sets what the packing of weights depends on."""
     from llvmlite import binding
     features = binding.get_host_cpu_features()
-    wide = bool(features.get("avx512f"))
-    x86 = "sse2" in features
-    _define_intrinsics(lanes=16 if wide else 8, native_half=not x86 or bool(features.get("f16c")))
-    scope = globals()
-    scope.update(prange=numba.prange, carray=numba.carray)
-    notice = threading.Timer(2, lambda: print("fastprior: compiling kernels for this CPU, once (about 20 s)",
-                                              file=sys.stderr, flush=True))
-    notice.daemon = True
-    notice.start()
+    lanes = 16 if features.get("avx512f") else 8
+    globals().update(_LANES=lanes, _TILE=8 if lanes == 16 else 4,  # 8x3 of 32 registers, or 4x3 of 16: sums + panel + one
+                     _NATIVE_HALF="sse2" not in features or bool(features.get("f16c")))
+    return binding.get_host_cpu_name(), features.flatten()
+
+
+def _available_threads() -> int:
+    """NUMBA_NUM_THREADS, or the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = os.environ.get("NUMBA_NUM_THREADS", "")
+    return int(text) if text.isdigit() and int(text) else cores
+
+
+@functools.cache
+def _give_way_address() -> int:
+    """Address of the system's call that offers the core to another thread."""
+    function = ctypes.windll.kernel32.SwitchToThread if os.name == "nt" else ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+_LOADING = threading.Lock()
+
+
+@functools.cache
+def _load_kernels():
+    """Give every entry function its machine `address`. Returns the engine that owns the code."""
+    from llvmlite import binding
+    cpu, features = _host()
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3, codemodel="jitdefault")
+
+    def file():
+        """Named after everything that decides the code."""
+        import hashlib
+        from importlib.metadata import version
+        key = repr([cpu, features, *map(version, ("numba", "llvmlite"))]).encode() + Path(__file__).read_bytes()
+        return _cache_folder() / f"kernels-{hashlib.sha256(key).hexdigest()[:24]}.npz"
+
+    nowhere = FastPriorError, OSError, RuntimeError, ImportError  # none yet, spoilt, read-only, no home, a frozen program
     try:
-        for function, options in _KERNELS:
-            options = {"fastmath": _FASTMATH, "error_model": "numpy"} | options
-            if options.pop("entry", False):  # called by address, so that `_run` need not inline it
-                make = functools.partial(numba.cfunc, numba.void(*[numba.int64] * 8), **options)
+        header, arrays = _read_npz(file())
+    except nowhere:
+        names, code = _compile_kernels(machine)
+        header, arrays = {"names": names}, {"object": np.frombuffer(code, np.uint8)}
+        try:
+            file().parent.mkdir(parents=True, exist_ok=True)
+            _write_npz(file(), header, arrays)
+        except nowhere as e:
+            print(f"fastprior: compiled kernels cannot be kept, each process will compile them ({e})", file=sys.stderr, flush=True)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(arrays["object"].tobytes()))
+    engine.finalize_object()
+    for name, symbol in header["names"].items():
+        globals()[name].address = engine.get_function_address(symbol)
+    return engine
+
+
+def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
+    """Symbols of the entry functions, and the object file that holds them."""
+    import numba
+    from llvmlite import binding
+    print("fastprior: compiling kernels for this CPU, once (about 20 s)", file=sys.stderr, flush=True)
+    scope = globals()
+    marked = {function.__name__: function for function, _ in _KERNELS}
+    _define_intrinsics(_LANES, _NATIVE_HALF)
+    scope["carray"] = numba.carray
+    options = {"fastmath": _FASTMATH, "error_model": "numpy"}
+    names, whole = {}, binding.parse_assembly("")
+    try:
+        for function, entry in _KERNELS:
+            if entry:
+                compiled = numba.cfunc(numba.void(*[numba.int64] * 8), **options)(function)
+                names[function.__name__] = compiled.native_name
+                whole.link_in(binding.parse_assembly(compiled.inspect_llvm()))
             else:
-                signature = options.pop("signature", None)
-                make = functools.partial(numba.njit, **({"signature_or_function": signature} if signature else {}), **options)
-            try:
-                scope[function.__name__] = make(cache=True)(function)
-            except RuntimeError:  # no writable place for the cache: compile for this process only
-                scope[function.__name__] = make(cache=False)(function)
+                scope[function.__name__] = numba.njit(**options)(function)
     finally:
-        notice.cancel()
+        scope.update(marked)
+    # Numba's wrappers know what to do if a kernel raises, which none can: that part of its runtime is not needed
+    unknown = [f"define void @{f.name}() {{ call void @llvm.trap() unreachable }}" for f in whole.functions if f.is_declaration]
+    unknown += [f"@{g.name} = global ptr null" for g in whole.global_variables if g.is_declaration]
+    unneeded = [line for line in unknown if line.split("@")[1].startswith(("NRT_", "Py", "numba_"))]
+    whole.link_in(binding.parse_assembly("\n".join(["declare void @llvm.trap()", *unneeded])))
+    return names, machine.emit_object(whole)
 
 
 def _define_intrinsics(lanes: int, native_half: bool) -> None:
-    """_LANES, _TILE (rows of a register tile), _NATIVE_HALF and the vector intrinsics, as globals.
+    """The vector intrinsics, as globals.
 
     All addresses are int64 byte addresses; all counts and strides are in elements.
     """
@@ -442,7 +508,7 @@ def _define_intrinsics(lanes: int, native_half: bool) -> None:
 
     f32, f16, i32, i64 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(64)
     vec, half_vec, int_vec = ir.VectorType(f32, lanes), ir.VectorType(f16, lanes), ir.VectorType(i32, lanes)
-    rows = 8 if lanes == 16 else 4  # 8x3 of 32 registers, or 4x3 of 16: accumulators + panel + one
+    rows = _TILE
 
     def const(x):
         return ir.Constant(i64, x)
@@ -495,6 +561,31 @@ def _define_intrinsics(lanes: int, native_half: bool) -> None:
                 with plain:
                     emit(lambda x: x)
 
+    def panel_row(b, w, offset, n_vecs, half):  # offset in elements of 16 or 32 bits
+        if not half:
+            return [load(b, w, b.add(offset, const(n * lanes))) for n in range(n_vecs)]
+        base = b.add(w, b.shl(offset, const(1)))
+        return [b.fpext(b.load(b.inttoptr(b.add(base, const(2 * n * lanes)), half_vec.as_pointer()), align=2), vec)
+                for n in range(n_vecs)]
+
+    def make_dots(half: bool):
+        @intrinsic
+        def dots(typing, x, v, k, sums):
+            """sums (k, lanes) += x * v for x (_PANEL,) and v (k, _PANEL): products that are one lane's share of x . v."""
+            def codegen(context, b, signature, args):
+                x, v, k, sums = args
+                n_vecs = _PANEL // lanes
+                ours = [load(b, x, const(n * lanes)) for n in range(n_vecs)]
+                with cgutils.for_range(b, k, intp=i64) as loop:
+                    at_sum = b.mul(loop.index, const(lanes))
+                    total = load(b, sums, at_sum)
+                    for mine, other in zip(ours, panel_row(b, v, b.mul(loop.index, const(_PANEL)), n_vecs, half)):
+                        total = call(b, "fma", mine, other, total)
+                    store(b, total, sums, at_sum)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 4), codegen
+        return dots
+
     def make_tile(m_rows: int, n_vecs: int, half: bool):
         @intrinsic
         def tile(typing, a, lda, w, ldw, k, bias, ldbias, res, ldres, c, ldc, act):
@@ -512,12 +603,7 @@ def _define_intrinsics(lanes: int, native_half: bool) -> None:
                             b.store(value(0.), acc[m][n])
                 with cgutils.for_range(b, k, intp=i64) as loop:
                     row = b.mul(loop.index, ldw)
-                    if half:
-                        base = b.add(w, b.shl(row, const(1)))
-                        panel = [b.fpext(b.load(b.inttoptr(b.add(base, const(2 * n * lanes)), half_vec.as_pointer()),
-                                                align=2), vec) for n in range(n_vecs)]
-                    else:
-                        panel = [load(b, w, b.add(row, const(n * lanes))) for n in range(n_vecs)]
+                    panel = panel_row(b, w, row, n_vecs, half)
                     for m in range(m_rows):
                         x = splat(b, load(b, a, b.add(b.mul(lda, const(m)), loop.index), f32))
                         for n in range(n_vecs):
@@ -600,14 +686,35 @@ def _define_intrinsics(lanes: int, native_half: bool) -> None:
             return context.get_dummy_value()
         return types.void(*[types.int64] * 9), codegen
 
+    @intrinsic
+    def arrive(typing, count):
+        def codegen(context, b, signature, args):
+            b.atomic_rmw("add", b.inttoptr(args[0], i64.as_pointer()), const(1), "acq_rel")
+            return context.get_dummy_value()
+        return types.void(types.int64), codegen
+
+    @intrinsic
+    def arrived(typing, count):
+        def codegen(context, b, signature, args):
+            return b.load_atomic(b.inttoptr(args[0], i64.as_pointer()), "acquire", 8)
+        return types.int64(types.int64), codegen
+
+    @intrinsic
+    def give_way(typing, function):
+        def codegen(context, b, signature, args):
+            b.call(b.inttoptr(args[0], ir.FunctionType(i32, []).as_pointer()), [])
+            return context.get_dummy_value()
+        return types.void(types.int64), codegen
+
     scope = globals()
-    scope.update(_as_pointer=as_pointer, _call=call_entry, _LANES=lanes, _TILE=rows, _NATIVE_HALF=native_half)
+    scope.update(_as_pointer=as_pointer, _call=call_entry, _arrive=arrive, _arrived=arrived, _give_way=give_way)
     for n_vecs in (1, 2, 3):
         scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs, False)
         scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs, False)
     for name, half in (("half", True), ("full", False)):
         scope[f"_panel_{name}"] = make_tile(rows // 2, _PANEL // lanes, half and native_half)
         scope[f"_panel_{name}_row"] = make_tile(1, _PANEL // lanes, half and native_half)
+    scope["_dots"] = make_dots(native_half)
     for size in (3, 5):
         for stride in (1, 2):
             scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
@@ -676,20 +783,19 @@ def _resize(p, band, bands, ws, state, image, batch, state_stride):
     out, size, stride, affine = p[1], p[2], p[3], p[4]
     pixels, h, w, row_start, row_weight, row_taps, col_start, col_weight, col_taps = (
         image[0], image[1], image[2], image[3], image[4], image[5], image[6], image[7], image[8])
-    u8 = carray(_as_pointer(pixels), h * w * 3, np.uint8)
     affine = _floats(affine, 6)  # scale[3], shift[3]
     rs, cs = carray(_as_pointer(row_start), size, np.int64), carray(_as_pointer(col_start), size, np.int64)
     rw, cw = _floats(row_weight, size * row_taps), _floats(col_weight, size * col_taps)
-    line = np.empty(w * 3, np.float32)
+    line = _floats(ws - 4 * (band + 1) * image[12], w * 3)
     for y in range(band * size // bands, (band + 1) * size // bands):
         y_out = _floats(ws + 4 * (out + y * stride), size * 3)
-        source = u8[rs[y] * w * 3:]
+        source = carray(_as_pointer(pixels + rs[y] * w * 3), w * 3, np.uint8)
         for i in range(w * 3):
             line[i] = rw[y * row_taps] * np.float32(source[i])
         for t in range(1, row_taps):
             weight = rw[y * row_taps + t]
             if weight != 0:
-                source = u8[(rs[y] + t) * w * 3:]
+                source = carray(_as_pointer(pixels + (rs[y] + t) * w * 3), w * 3, np.uint8)
                 for i in range(w * 3):
                     line[i] += weight * np.float32(source[i])
         for x in range(size):
@@ -755,7 +861,8 @@ def _mbconv(p, band, bands, ws, state, image, batch, state_stride):
         row = _floats(ring + 4 * i * line, line)
         row[:left * c_mid] = 0
         row[(left + w) * c_mid:] = 0
-    lines = np.empty(size, np.int64)
+    at = patches + 4 * ((w * 27 + 1) // 2 * 2)
+    lines = carray(_as_pointer(at), size, np.int64)
     first, last = band * h_out // bands, (band + 1) * h_out // bands
     ready = max(first * stride - top, 0)
     y = first
@@ -769,11 +876,10 @@ def _mbconv(p, band, bands, ws, state, image, batch, state_stride):
         target = ws + 4 * (out + y * w_out * c_mid) if sums >= 0 else depth
         for r in range(count):
             for i in range(size):
-                at = (y + r) * stride - top + i
-                lines[i] = ring + 4 * (at % slots) * line if 0 <= at < h else zeros
+                row_at = (y + r) * stride - top + i
+                lines[i] = ring + 4 * (row_at % slots) * line if 0 <= row_at < h else zeros
             to = target + 4 * r * w_out * c_mid
             total = ws + 4 * (sums + (y + r) * c_mid) if sums >= 0 else 0
-            at = lines.ctypes.data
             if size == 3 and stride == 1:
                 _depthwise_31(at, w_out, c_mid, dw_w, dw_b, to, c_mid, total, act)
             elif size == 3:
@@ -798,20 +904,23 @@ def _project(p, band, bands, ws, state, image, batch, state_stride):
         p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15],
         p[16], p[17])
     work = ws + 4 * (scratch + band * scratch_size)
-    mean, hidden, gate = _floats(work, c_mid), np.empty(squeezed, np.float32), _floats(work + 4 * c_mid, c_mid)
+    mean, gate = _floats(work, c_mid), _floats(work + 4 * c_mid, c_mid)
+    hidden = _floats(work + 8 * c_mid + 4 * c_mid * c_out, squeezed)
     total = _floats(ws + 4 * sums, h * c_mid)
     mean[:] = 0
     for y in range(h):
         for c in range(c_mid):
             mean[c] += total[y * c_mid + c]
-    hidden[:] = _floats(reduce_b, squeezed)
-    weight = _floats(reduce_w, c_mid * squeezed)
+    weight, bias = _floats(reduce_w, c_mid * squeezed), _floats(reduce_b, squeezed)
+    for s in range(squeezed):
+        hidden[s] = bias[s]
     for c in range(c_mid):
         average = mean[c] / np.float32(h * w)
         for s in range(squeezed):
             hidden[s] += average * weight[c * squeezed + s]
-    gate[:] = _floats(expand_b, c_mid)
-    weight = _floats(expand_w, c_mid * squeezed)
+    weight, bias = _floats(expand_w, c_mid * squeezed), _floats(expand_b, c_mid)
+    for c in range(c_mid):
+        gate[c] = bias[c]
     for s in range(squeezed):
         scaled = hidden[s] / (np.float32(1) + np.exp(-hidden[s]))
         for c in range(c_mid):
@@ -899,23 +1008,46 @@ def _whiten(p, band, bands, ws, state, image, batch, state_stride):
             _half_product(first_f, at, (q + 1) * _PANEL, first_x + 4 * q * _PANEL, 0, width == 2, batch, state_stride)
 
 
+_PARTS = 16  # of the sum over places: as many whatever the threads, so that its order is always the same
+
+
 @_kernel(entry=True)
 def _project_factors(p, band, bands, ws, state, image, batch, state_stride):
-    """PROJECT_FACTORS: V x of all images, a band of the factors, V read once."""
+    """PROJECT_FACTORS: V x of all images, in parts of the sum; V read once."""
     p = _ints(p)
-    x, size, v, panels, out = p[1], p[2], p[3], p[4], p[5]
-    width = 2 if _NATIVE_HALF else 4
-    for q in range(band * panels // bands, (band + 1) * panels // bands):
-        _half_product(state + 4 * x, v + width * q * size * _PANEL, size, state + 4 * (out + q * _PANEL), 0, _NATIVE_HALF,
-                      batch, state_stride)
+    x, size, v, k, sums, parts = p[1], p[2], p[3], p[4], p[5], p[6]
+    width, panels = 2 if _NATIVE_HALF else 4, size // _PANEL
+    for part in range(band * _PARTS // bands, (band + 1) * _PARTS // bands):
+        for b in range(batch):
+            lanes = _floats(state + 4 * (b * state_stride + sums + part * k * _LANES), k * _LANES)
+            lanes[:] = 0
+        for q in range(part * panels // _PARTS, (part + 1) * panels // _PARTS):
+            for b in range(batch):
+                own = state + 4 * b * state_stride
+                _dots(own + 4 * (x + q * _PANEL), v + width * q * k * _PANEL, k, own + 4 * (sums + part * k * _LANES))
+        for b in range(batch):
+            own = state + 4 * b * state_stride
+            lanes, to = _floats(own + 4 * (sums + part * k * _LANES), k * _LANES), _floats(own + 4 * (parts + part * k), k)
+            for j in range(k):
+                total = np.float32(0)
+                for i in range(_LANES):
+                    total += lanes[j * _LANES + i]
+                to[j] = total
 
 
 @_kernel(entry=True)
 def _remove_factors(p, band, bands, ws, state, image, batch, state_stride):
-    """REMOVE_FACTORS: x + (-V)^T (V x) of all images, a band of places, V read once."""
+    """REMOVE_FACTORS: x - V^T (V x) of all images, a band of places, V read once."""
     p = _ints(p)
-    x, size, v, k, projected, out = p[1], p[2], p[3], p[4], p[5], p[6]
+    x, size, v, k, parts, projected, out = p[1], p[2], p[3], p[4], p[5], p[6] + band * p[4], p[7]
     width, panels = 2 if _NATIVE_HALF else 4, size // _PANEL
+    for b in range(batch):
+        own = state + 4 * b * state_stride
+        part, total = _floats(own + 4 * parts, _PARTS * k), _floats(own + 4 * projected, k)
+        total[:] = 0
+        for i in range(_PARTS):
+            for j in range(k):
+                total[j] -= part[i * k + j]
     for q in range(band * panels // bands, (band + 1) * panels // bands):
         _half_product(state + 4 * projected, v + width * q * k * _PANEL, k, state + 4 * (out + q * _PANEL),
                       state + 4 * (x + q * _PANEL), _NATIVE_HALF, batch, state_stride)
@@ -978,13 +1110,13 @@ def _rotate(p, band, bands, ws, state, image, batch, state_stride):
 def _map(p, band, bands, ws, state, image, batch, state_stride):
     """MAP: smooth and enlarge weight * z + offset of the grid to the image's own size."""
     p, image = _ints(p), _ints(image)
-    z, grid, weight, offset = p[1], p[2], p[3], p[4]
+    z, grid, weight, offset, scratch, scratch_size = p[1], p[2], p[3], p[4], p[5], p[6]
     target, h, w, rows, cols = image[9], image[1], image[2], image[10], image[11]
     if target == 0:
         return
     cells, r, c = _floats(state + 4 * z, grid * grid), _floats(rows, h * grid), _floats(cols, grid * w)
     weights, offsets = _floats(weight, grid * grid), _floats(offset, grid * grid)
-    mixed = np.empty(grid, np.float32)
+    mixed = _floats(ws + 4 * (scratch + band * scratch_size), grid)
     for y in range(band * h // bands, (band + 1) * h // bands):
         mixed[:] = 0
         for i in range(grid):
@@ -1024,37 +1156,45 @@ def _mix(p, band, bands, ws, state, image, batch, state_stride):
 _FIELDS = 24  # int64 fields of a program row; field 0 is the address of the compiled operation
 
 
-@_kernel(parallel=True, signature="void(i8[:,::1], i8[:,::1], i8, i8, i8, i8, i8, i8, i8)")
-def _run(program, images, whole_first, whole_last, bands, ws, ws_stride, states, state_stride):
-    """All images through all operations. Fewer images than threads: bands of rows; else an image a thread.
+@_kernel()
+def _meet(count, target, relax):
+    """Barrier: wait until `target` arrivals were counted. After a while the core is offered to other threads."""
+    _arrive(count)
+    polls = 0
+    while _arrived(count) < target:
+        polls += 1
+        if polls > 2000:
+            _give_way(relax)
 
-    The operations from `whole_first` up to `whole_last` take all images at once.
+
+@_kernel(entry=True)
+def _run(p, band, bands, ws, states, table, batch, state_stride):
+    """All images through all operations, as one of `bands` threads that meet after each.
+
+    Fewer images than threads: bands of rows; else an image a thread. The operations from `whole_first` up to
+    `whole_last` take all images at once.
     """
-    batch = images.shape[0]
-    rows, table = program.ctypes.data, images.ctypes.data
+    p = _ints(p)
+    rows, length, whole_first, whole_last, ws_stride, count, relax, target = p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]
+    row = 8 * _FIELDS
     for part in range(3):
-        if part == 0:
-            start, stop = 0, whole_first
-        elif part == 1:
-            start, stop = whole_first, whole_last
-        else:
-            start, stop = whole_last, program.shape[0]
-        if part == 1:
-            for k in range(start, stop):
-                for band in prange(bands):
-                    _call(program[k, 0], rows + 8 * _FIELDS * k, band, bands, ws, states, table, batch, state_stride)
-        elif batch < bands:
-            for b in range(batch):
+        start = 0 if part == 0 else whole_first if part == 1 else whole_last
+        stop = whole_first if part == 0 else whole_last if part == 1 else length
+        if part == 1 or batch < bands:
+            for b in range(1 if part == 1 else batch):
                 for k in range(start, stop):
-                    for band in prange(bands):
-                        _call(program[k, 0], rows + 8 * _FIELDS * k, band, bands, ws, states + 4 * b * state_stride,
-                              table + 8 * _FIELDS * b, 1, state_stride)
+                    _call(_ints(rows + row * k)[0], rows + row * k, band, bands, ws, states + 4 * b * state_stride,
+                          table + row * b, batch if part == 1 else 1, state_stride)
+                    target += bands
+                    _meet(count, target, relax)
         else:
-            for worker in prange(bands):
-                for b in range(worker, batch, bands):
-                    for k in range(start, stop):
-                        _call(program[k, 0], rows + 8 * _FIELDS * k, 0, 1, ws + 4 * worker * ws_stride,
-                              states + 4 * b * state_stride, table + 8 * _FIELDS * b, 1, state_stride)
+            for b in range(band, batch, bands):
+                for k in range(start, stop):
+                    _call(_ints(rows + row * k)[0], rows + row * k, 0, 1, ws + 4 * band * ws_stride,
+                          states + 4 * b * state_stride, table + row * b, 1, state_stride)
+            target += bands
+            _meet(count, target, relax)
+    _meet(count, target + bands, relax)  # even an empty program ends only when all bands have read it
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1384,6 +1524,11 @@ def _aligned(shape, dtype=np.float32) -> np.ndarray:
     return raw[start:start + size].view(dtype).reshape(shape)
 
 
+def _help(entry: Callable, jobs: queue.SimpleQueue) -> None:
+    while (job := jobs.get()) is not None:
+        entry(*job)
+
+
 class _CpuEngine:
     """Workspaces, packed weights and the program of one model.
 
@@ -1393,10 +1538,13 @@ class _CpuEngine:
     device = "cpu"
 
     def __init__(self, threads: int | None = None):
-        _load_numba()
-        import numba
-        available = numba.get_num_threads()
-        self.threads = max(1, min(threads or available, available))
+        with _LOADING:
+            _load_kernels()
+        self.threads = max(1, min(threads or _available_threads(), _available_threads()))
+        self.entry = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(_run.address)
+        self.helpers = None  # the process that has them, and their queue
+        self.job, self.count = np.zeros(8, np.int64), _aligned(8, np.int64)  # arrivals at barriers, alone on a cache line
+        self.parts: dict[tuple, list[int]] = {}
         self.lock = threading.Lock()
         self.program: list[list[int]] = []
         self.keep: list[np.ndarray] = []  # whatever the program points to
@@ -1405,7 +1553,8 @@ class _CpuEngine:
         self.scratch = 0  # floats a band needs for itself
         self.scratch_rows: list[tuple[list[int], int]] = []
         self.sizes: dict[tuple, tuple] = {}
-        self.slabs = self.states = None
+        self.line = 0  # floats before a workspace for each band: an image's row between the passes of the resize
+        self.memory = self.slabs = self.states = None
 
     # -- building blocks ---------------------------------------------------------------------------
 
@@ -1483,7 +1632,7 @@ class _CpuEngine:
         project = self.packed(project_w)[0], self.padded(p["project_b"], out_padded)
         chunk = min(h_out, max(1, 64 // w_out))
         line = (w + sum(_same_padding(w, size, block.stride))) * mid_padded
-        scratch = (1 + (chunk - 1) * block.stride + size) * line + chunk * w_out * mid_padded + w * 27
+        scratch = (1 + (chunk - 1) * block.stride + size) * line + chunk * w_out * mid_padded + _round_up(w * 27, 2) + 2 * size
         squeeze = "se_reduce_w" in p
         out = self.workspace(h_out, w_out, out_padded)
         middle = self.workspace(h_out, w_out, mid_padded) if squeeze else out
@@ -1497,7 +1646,7 @@ class _CpuEngine:
             self.emit(_project, middle, h_out, w_out, mid_padded, sums, s, self.constant(reduce_w),
                       self.constant(p["se_reduce_b"]), self.padded(p["se_expand_w"], mid_padded),
                       self.padded(p["se_expand_b"], mid_padded), *project, out_padded, x if block.skip else -1, out, 0, 0,
-                      scratch=mid_padded * (2 + out_padded), scratch_at=16)
+                      scratch=mid_padded * (2 + out_padded) + s, scratch_at=16)
         return out, h_out, w_out
 
     def features(self, backbone: Backbone, size: int) -> tuple[int, int, int]:
@@ -1527,14 +1676,13 @@ class _CpuEngine:
         return x
 
     def remove_factors(self, x: int, n: int, c: int, factors: np.ndarray) -> int:
-        """factors (K, N, C unpadded). Kept twice, each order as it is read: by factors, and negated by places."""
-        k = _round_up(len(factors), _PANEL)
-        v = _padded_to(factors, k, n, c).reshape(k, n * c)
-        dtype = np.float16 if _NATIVE_HALF else np.float32
-        projected, out = self.state(k), self.state(n, c)
-        self.emit(_project_factors, x, n * c, self.constant(v.reshape(-1, _PANEL, n * c).transpose(0, 2, 1), dtype), k // _PANEL,
-                  projected)
-        self.emit(_remove_factors, x, n * c, self.constant(-v.reshape(k, -1, _PANEL).transpose(1, 0, 2), dtype), k, projected, out)
+        """factors (K, N, C unpadded)."""
+        k = _round_up(len(factors), 16)
+        v = _padded_to(factors, k, n, c).reshape(k, -1, _PANEL).transpose(1, 0, 2)
+        address = self.constant(v, np.float16 if _NATIVE_HALF else np.float32)
+        parts, projected, out = self.state(_PARTS, k), self.state(self.threads, k), self.state(n, c)
+        self.emit(_project_factors, x, n * c, address, k, self.state(_PARTS, k, _LANES), parts)
+        self.emit(_remove_factors, x, n * c, address, k, parts, projected, out)
         return out
 
     def linear(self, x: int, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE, residual: int = -1,
@@ -1570,7 +1718,12 @@ class _CpuEngine:
         for row, at in self.scratch_rows:
             row[at:at + 2] = [scratch, self.scratch]
         self.program = np.array([row + [0] * (_FIELDS - len(row)) for row in self.program], np.int64)
-        self.slabs = _aligned((self.threads, self.floats))
+        self.allocate(0)
+
+    def allocate(self, line: int) -> None:
+        self.line = line
+        self.memory = _aligned((self.threads, self.threads * line + self.floats))
+        self.slabs = self.memory[:, self.threads * line:]
 
     def image_row(self, image: np.ndarray, size: int, target: np.ndarray | None = None,
                   operators: Callable[[int], np.ndarray] | None = None, shift=(0.0, 0.0)) -> list[int]:
@@ -1603,13 +1756,41 @@ class _CpuEngine:
         """Run the program (or a part of it) for the images in `rows`; returns their states."""
         batch = len(rows)
         states = self.prepare(batch)
-        program = self.program[operations]
-        together = {_whiten.address, _project_factors.address, _remove_factors.address}
-        whole = [i for i, row in enumerate(program) if row[0] in together]
-        first, last = (whole[0], whole[-1] + 1) if whole else (len(program), len(program))
-        _run(program, np.array([r + [0] * (_FIELDS - len(r)) for r in rows], np.int64), first, last, self.threads,
-             self.slabs.ctypes.data, self.floats, states.ctypes.data, states.shape[1])
+        table = np.zeros((batch, _FIELDS), np.int64)
+        table[:, :len(rows[0])] = rows
+        line = _round_up(3 * int(table[:, 2].max()), 16)
+        if line > self.line:
+            self.allocate(line)
+        table[:, 12] = self.line
+        # `count` goes on from where the last run left it: a helper may still be looking at that
+        self.job[:] = [*self.part(operations.start, operations.stop), self.memory.shape[1], self.count.ctypes.data,
+                       _give_way_address(), self.count[0]]
+        job = self.job.ctypes.data
+        arguments = self.threads, self.slabs.ctypes.data, states.ctypes.data, table.ctypes.data, batch, states.shape[1]
+        for band in range(1, self.threads):
+            self.ask_helper(job, band, *arguments)
+        self.entry(job, 0, *arguments)  # comes back when all bands have passed the last barrier
         return states
+
+    def part(self, start: int | None, stop: int | None) -> list[int]:
+        """Address and length of these rows of the program, and which of them take all images of a batch at once."""
+        if (start, stop) not in self.parts:
+            rows = self.program[start:stop]
+            together = {_whiten.address, _project_factors.address, _remove_factors.address}
+            whole = [i for i, row in enumerate(rows) if row[0] in together]
+            first, last = (whole[0], whole[-1] + 1) if whole else (len(rows), len(rows))
+            self.parts[start, stop] = [rows.ctypes.data, len(rows), first, last]
+        return self.parts[start, stop]
+
+    def ask_helper(self, *arguments: int) -> None:
+        """Have another thread run a band. The threads start with the first call, anew in a forked process, and end with self."""
+        if self.helpers is None or self.helpers[0] != os.getpid():
+            jobs = queue.SimpleQueue()
+            self.helpers = os.getpid(), jobs
+            for _ in range(self.threads - 1):
+                threading.Thread(target=_help, args=(self.entry, jobs), name="fastprior", daemon=True).start()
+                weakref.finalize(self, jobs.put, None)
+        self.helpers[1].put(arguments)
 
     def prepare(self, batch: int) -> np.ndarray:
         """The states of a batch, float32 (batch, floats an image)."""
@@ -2338,7 +2519,7 @@ def _numba_anomaly_map(nll, rows, cols, *, threads=None):
 
     def build(e):
         at = e.state(grid, grid)
-        e.emit(_map, at, grid, e.constant(np.ones(grid * grid)), e.constant(np.zeros(grid * grid)))
+        e.emit(_map, at, grid, e.constant(np.ones(grid * grid)), e.constant(np.zeros(grid * grid)), 0, 0, scratch=grid, scratch_at=5)
         return [(at, nll, True)], lambda ws, state: out
     return _alone(build, threads, lambda e: [image.ctypes.data, *out.shape, *[0] * 6, out.ctypes.data,
                                              *(t.ctypes.data for t in tables)])
@@ -3108,7 +3289,7 @@ class Prior:
             x = _emit_preconditioning(e, f, n, c, self, self.mean)
             nll = _emit_inversion(e, x, n, c, self.denoiser, self.timesteps, self.prediction,
                                   self.calibration["scale"], self.calibration["location"])
-            e.emit(_map, nll, self.grid, *map(e.constant, self._map_weights()))
+            e.emit(_map, nll, self.grid, *map(e.constant, self._map_weights()), 0, 0, scratch=self.grid, scratch_at=5)
             e.finish()
             self._built = e, nll
         return self._built
@@ -3236,7 +3417,7 @@ class MultiPrior:
                 at = _emit_inversion(e, x, n, c, p.denoiser, p.timesteps, p.prediction, p.calibration["scale"],
                                      p.calibration["location"])
                 end = len(e.program)
-                e.emit(_map, at, p.grid, *map(e.constant, p._map_weights()))
+                e.emit(_map, at, p.grid, *map(e.constant, p._map_weights()), 0, 0, scratch=p.grid, scratch_at=5)
                 parts.append((slice(begin, end), slice(end, end + 1), at))
                 top = max(top, e.floats)
             e.floats = top
@@ -4084,7 +4265,7 @@ def bench_process(prior: Prior) -> dict[str, float]:
         report["model_load_s"] = float(np.median(_median_ms(lambda: Prior.load(model), 0, 3)) / 1e3)
         rng = np.random.default_rng(0)
         Image.fromarray(rng.integers(0, 256, (prior.settings.size, prior.settings.size, 3), np.uint8)).save(image)
-        for name, runs, environment in (("process", 5, {}), ("first_process", 1, {"NUMBA_CACHE_DIR": folder})):
+        for name, runs, environment in (("process", 5, {}), ("first_process", 1, {"XDG_CACHE_HOME": folder})):
             times = []
             for _ in range(runs):
                 began = time.perf_counter()
@@ -4483,7 +4664,7 @@ def _build_app():
         facts: dict[str, Any] = {"fastprior": __version__, "file": __file__, **machine()}
         if _has_numba():
             import numba
-            facts |= {"backend": "numba (cpu)", "threads": numba.config.NUMBA_NUM_THREADS}
+            facts |= {"backend": "numba (cpu)", "threads": _available_threads()}
         else:
             facts |= {"backend": "numpy (slow: pip install numba)", "threads": 1}
         try:

@@ -1,4 +1,6 @@
 """`Prior`: the same scores whatever the company, the thread or the file; every image format; every kind of bad input."""
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -76,13 +78,31 @@ def test_priors_in_several_python_threads(model_file, pictures):
     assert not wrong
 
 
-def test_thread_settings_of_the_host_program_stay(trained, pictures):
-    import numba
-    before = numba.get_num_threads()
-    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser, trained.calibrations,
-                     {}, threads=1, factors=trained.factors)
-    prior.score(pictures[0])
-    assert numba.get_num_threads() == before
+def test_threads_are_those_asked_for(trained, pictures, monkeypatch):
+    want, pools = trained.score(pictures[0]).score, {}
+    for asked, allowed in ((1, ""), (None, "1"), (None, "3"), (2, "3"), (5, "3")):
+        monkeypatch.setenv("NUMBA_NUM_THREADS", allowed)
+        prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser,
+                         trained.calibrations, {}, threads=asked, factors=trained.factors)
+        assert prior.score(pictures[0]).score == want  # 3 may be more than there are cores
+        pools[asked, allowed] = prior._engine()[0].threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert pools == {(1, ""): 1, (None, "1"): 1, (None, "3"): 3, (2, "3"): 2, (5, "3"): 3} and fp._available_threads() == 3
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "none")
+    assert fp._available_threads() == cores
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_scores_too(trained, pictures, monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser, trained.calibrations, {},
+                     factors=trained.factors)
+    want = prior.score(pictures[0]).score
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a child that waits for threads it does not have
+        os._exit(prior.score(pictures[0]).score != want)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_the_scores_make_sense(trained, washers):
