@@ -4618,6 +4618,9 @@ def _build_app():
         counts = _numbers(steps, "steps")
         if report and not data:
             raise FastPriorError("--report shows speed against accuracy: give --data too")
+        other = [n for n in counts if n not in _CALIBRATED_STEPS]
+        if data and len(other) > 1:
+            raise ShapeError(f"--steps: with --data at most one besides {', '.join(map(str, _CALIBRATED_STEPS))}, got {other}")
         points = []  # a configuration each
         with _Bars() as bars:
             if model:
@@ -4627,7 +4630,7 @@ def _build_app():
                 made = [(Path(name).stem, "untrained", untrained(name, size, threads, device), []) for name in backbone]
             else:
                 made = _train_all(find_categories(data), backbone, variants.split(","), _numbers(seeds, "seeds"), iterations,
-                                  bars, threads, multi, size=size, calibration=calibration)
+                                  bars, threads, multi, size=size, calibration=calibration, **({"steps": other[0]} if other else {}))
             for name, variant, prior, pairs in made:
                 for count in counts:
                     rows = []

@@ -263,12 +263,12 @@ def test_bench_reports_and_takes_a_second_run_from_the_cache(data, tmp_path, mon
     pytest.importorskip("matplotlib", reason="matplotlib is in the extra `report`")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(fp, "bench_speed", functools.partial(fp.bench_speed, seconds=.1))
-    command = ["bench", "--data", str(data), "--variants", "gaussian", "--steps", "1,2", "--size", "64", "--batch", "2",
+    command = ["bench", "--data", str(data), "--variants", "gaussian", "--steps", "1,7", "--size", "64", "--batch", "2",
                "--report", str(tmp_path / "report")]
     first = CliRunner().invoke(fp._build_app(), command)
     assert first.exit_code == 0, first.output
     table = (tmp_path / "report" / "table.md").read_text()
-    assert "| lite0 | gaussian | 2 | 1.0000 |" in table and table.strip() in first.stdout
+    assert "| lite0 | gaussian | 7 | 1.0000 |" in table and table.strip() in first.stdout
     with Image.open(tmp_path / "report" / "tradeoff.png") as picture:
         assert picture.size[0] > 400
     assert "<svg" in (tmp_path / "report" / "tradeoff.svg").read_text()
@@ -281,6 +281,8 @@ def test_bench_reports_and_takes_a_second_run_from_the_cache(data, tmp_path, mon
     rows = [json.loads(line) for line in second.stdout.splitlines()]
     assert {"image_auroc", "category", "seed"} <= set(rows[0]) and {"frames_per_second", "image_auroc"} <= set(rows[-1])
     assert rows[0]["image_auroc"] == rows[-1]["image_auroc"] == 1
+    with pytest.raises(fp.ShapeError, match="at most one besides"):  # before anything is trained
+        CliRunner().invoke(fp._build_app(), [*command, "--steps", "7,8"], catch_exceptions=False)
 
 
 def test_ablation_gives_a_row_for_each_variant_and_step_and_keeps_features(data, tmp_path, monkeypatch, capsys):
