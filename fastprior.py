@@ -1767,9 +1767,10 @@ class _CpuEngine:
                        _give_way_address(), self.count[0]]
         job = self.job.ctypes.data
         arguments = self.threads, self.slabs.ctypes.data, states.ctypes.data, table.ctypes.data, batch, states.shape[1]
-        for band in range(1, self.threads):
-            self.ask_helper(job, band, *arguments)
-        self.entry(job, 0, *arguments)  # comes back when all bands have passed the last barrier
+        calls = [functools.partial(self.jobs().put, (job, band, *arguments)) for band in range(1, self.threads)]
+        calls.append(functools.partial(self.entry, job, 0, *arguments))  # comes back when all have passed the last barrier
+        # all in one call of C code: a KeyboardInterrupt comes before or after, never between, where helpers would wait for us
+        list(map(functools.partial.__call__, calls))
         return states
 
     def part(self, start: int | None, stop: int | None) -> list[int]:
@@ -1782,15 +1783,15 @@ class _CpuEngine:
             self.parts[start, stop] = [rows.ctypes.data, len(rows), first, last]
         return self.parts[start, stop]
 
-    def ask_helper(self, *arguments: int) -> None:
-        """Have another thread run a band. The threads start with the first call, anew in a forked process, and end with self."""
+    def jobs(self) -> queue.SimpleQueue:
+        """Queue of the helpers: threads that start with the first call, anew in a forked process, and end with self."""
         if self.helpers is None or self.helpers[0] != os.getpid():
             jobs = queue.SimpleQueue()
-            self.helpers = os.getpid(), jobs
             for _ in range(self.threads - 1):
                 threading.Thread(target=_help, args=(self.entry, jobs), name="fastprior", daemon=True).start()
                 weakref.finalize(self, jobs.put, None)
-        self.helpers[1].put(arguments)
+            self.helpers = os.getpid(), jobs
+        return self.helpers[1]
 
     def prepare(self, batch: int) -> np.ndarray:
         """The states of a batch, float32 (batch, floats an image)."""

@@ -92,6 +92,32 @@ def test_threads_are_those_asked_for(trained, pictures, monkeypatch):
     assert fp._available_threads() == cores
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
+def test_an_interrupted_frame_leaves_nothing_behind(trained, pictures, monkeypatch):
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(*_):
+        raise Interrupt
+
+    def work():
+        while True:
+            assert prior.score(pictures[0]).score == want
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser, trained.calibrations, {},
+                     factors=trained.factors)
+    want = prior.score(pictures[0]).score
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for delay in np.random.default_rng(0).uniform(.0005, .01, 300):
+            with pytest.raises(Interrupt):
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                work()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert prior.score(pictures[0]).score == want
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_scores_too(trained, pictures, monkeypatch):
     monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
