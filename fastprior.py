@@ -439,7 +439,9 @@ def _load_kernels():
     cpu, features = _host()
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    machine = binding.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3, codemodel="jitdefault")
+    target = binding.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=cpu, features=features, opt=3, codemodel="jitdefault",
+                                           reloc="static" if target.name.startswith("x86") else "default")  # as Numba does
 
     def file():
         """Named after everything that decides the code."""
