@@ -382,7 +382,8 @@ def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
 # Never nnan or ninf: a NaN in must be a NaN out.
 _FASTMATH = {"contract", "reassoc", "nsz"}
 _KERNELS: list[tuple[Callable, bool]] = []
-_PANEL = 32  # whitening rows stored together, and the padding of C
+_PANEL = 32  # side of a BLOCK, and the padding of C
+_BLOCK_BYTES = 4 * _PANEL + _PANEL * _PANEL
 
 
 def _kernel(entry: bool = False):
@@ -410,8 +411,7 @@ def _host() -> tuple[str, str]:
     from llvmlite import binding
     features = binding.get_host_cpu_features()
     lanes = 16 if features.get("avx512f") else 8
-    globals().update(_LANES=lanes, _TILE=8 if lanes == 16 else 4,  # 8x3 of 32 registers, or 4x3 of 16: sums + panel + one
-                     _NATIVE_HALF="sse2" not in features or bool(features.get("f16c")))
+    globals().update(_LANES=lanes, _TILE=8 if lanes == 16 else 4)  # 8x3 of 32 registers, or 4x3 of 16: sums + panel + one
     return binding.get_host_cpu_name(), features.flatten()
 
 
@@ -476,7 +476,7 @@ def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
     print("fastprior: compiling kernels for this CPU, once (about 20 s)", file=sys.stderr, flush=True)
     scope = globals()
     marked = {function.__name__: function for function, _ in _KERNELS}
-    _define_intrinsics(_LANES, _NATIVE_HALF)
+    _define_intrinsics(_LANES)
     scope["carray"] = numba.carray
     options = {"fastmath": _FASTMATH, "error_model": "numpy"}
     names, whole = {}, binding.parse_assembly("")
@@ -498,7 +498,7 @@ def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
     return names, machine.emit_object(whole)
 
 
-def _define_intrinsics(lanes: int, native_half: bool) -> None:
+def _define_intrinsics(lanes: int) -> None:
     """The vector intrinsics, as globals.
 
     All addresses are int64 byte addresses; all counts and strides are in elements.
@@ -508,8 +508,8 @@ def _define_intrinsics(lanes: int, native_half: bool) -> None:
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    f32, f16, i32, i64 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(64)
-    vec, half_vec, int_vec = ir.VectorType(f32, lanes), ir.VectorType(f16, lanes), ir.VectorType(i32, lanes)
+    f32, i8, i32, i64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+    vec, byte_vec, int_vec = ir.VectorType(f32, lanes), ir.VectorType(i8, lanes), ir.VectorType(i32, lanes)
     rows = _TILE
 
     def const(x):
@@ -563,32 +563,62 @@ def _define_intrinsics(lanes: int, native_half: bool) -> None:
                 with plain:
                     emit(lambda x: x)
 
-    def panel_row(b, w, offset, n_vecs, half):  # offset in elements of 16 or 32 bits
-        if not half:
-            return [load(b, w, b.add(offset, const(n * lanes))) for n in range(n_vecs)]
-        base = b.add(w, b.shl(offset, const(1)))
-        return [b.fpext(b.load(b.inttoptr(b.add(base, const(2 * n * lanes)), half_vec.as_pointer()), align=2), vec)
-                for n in range(n_vecs)]
+    wide = _PANEL // lanes  # vectors in a row of a BLOCK
 
-    def make_dots(half: bool):
+    def block_row(b, w, k):
+        """Row k of the weights of the BLOCK at w, without their scales."""
+        row = b.add(b.add(w, const(4 * _PANEL)), b.mul(k, const(_PANEL)))
+        whole = [b.load(b.inttoptr(b.add(row, const(n * lanes)), byte_vec.as_pointer()), align=1) for n in range(wide)]
+        return [b.sitofp(b.sext(v, int_vec), vec) for v in whole]
+
+    def make_block(m_rows: int):
+        chains = 4 // wide  # sums side by side, as many as a multiply-add takes to finish
+
         @intrinsic
-        def dots(typing, x, v, k, sums):
-            """sums (k, lanes) += x * v for x (_PANEL,) and v (k, _PANEL): products that are one lane's share of x . v."""
+        def block(typing, a, w, c, ld):
+            """c += a @ BLOCK for a, c (m_rows, _PANEL), rows ld apart in both."""
             def codegen(context, b, signature, args):
-                x, v, k, sums = args
-                n_vecs = _PANEL // lanes
-                ours = [load(b, x, const(n * lanes)) for n in range(n_vecs)]
-                with cgutils.for_range(b, k, intp=i64) as loop:
-                    at_sum = b.mul(loop.index, const(lanes))
-                    total = load(b, sums, at_sum)
-                    for mine, other in zip(ours, panel_row(b, v, b.mul(loop.index, const(_PANEL)), n_vecs, half)):
-                        total = call(b, "fma", mine, other, total)
-                    store(b, total, sums, at_sum)
+                a, w, c, ld = args
+                acc = [[[cgutils.alloca_once(b, vec) for _ in range(wide)] for _ in range(m_rows)] for _ in range(chains)]
+                for chain in acc:
+                    for sums in chain:
+                        for total in sums:
+                            b.store(value(0.), total)
+                with cgutils.for_range(b, const(_PANEL // chains), intp=i64) as loop:
+                    for i, chain in enumerate(acc):
+                        k = b.add(b.mul(loop.index, const(chains)), const(i))
+                        weights = block_row(b, w, k)
+                        for m in range(m_rows):
+                            x = splat(b, load(b, a, b.add(b.mul(ld, const(m)), k), f32))
+                            for n in range(wide):
+                                b.store(call(b, "fma", x, weights[n], b.load(chain[m][n])), chain[m][n])
+                for m in range(m_rows):
+                    for n in range(wide):
+                        total = b.load(acc[0][m][n])
+                        for chain in acc[1:]:
+                            total = b.fadd(total, b.load(chain[m][n]))
+                        to = b.add(b.mul(ld, const(m)), const(n * lanes))
+                        store(b, call(b, "fma", load(b, w, const(n * lanes)), total, load(b, c, to)), c, to)
                 return context.get_dummy_value()
             return types.void(*[types.int64] * 4), codegen
-        return dots
+        return block
 
-    def make_tile(m_rows: int, n_vecs: int, half: bool):
+    @intrinsic
+    def dots(typing, x, w, sums):
+        """sums (_PANEL, lanes) += products that are one lane's share of BLOCK @ x, x (_PANEL,)."""
+        def codegen(context, b, signature, args):
+            x, w, sums = args
+            scaled = [b.fmul(load(b, x, const(n * lanes)), load(b, w, const(n * lanes))) for n in range(wide)]
+            with cgutils.for_range(b, const(_PANEL), intp=i64) as loop:
+                at_sum = b.mul(loop.index, const(lanes))
+                total = load(b, sums, at_sum)
+                for mine, other in zip(scaled, block_row(b, w, loop.index)):
+                    total = call(b, "fma", mine, other, total)
+                store(b, total, sums, at_sum)
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 3), codegen
+
+    def make_tile(m_rows: int, n_vecs: int):
         @intrinsic
         def tile(typing, a, lda, w, ldw, k, bias, ldbias, res, ldres, c, ldc, act):
             """c = act(bias + a @ w) + res for m_rows x (n_vecs * lanes); bias and res may be 0."""
@@ -605,7 +635,7 @@ def _define_intrinsics(lanes: int, native_half: bool) -> None:
                             b.store(value(0.), acc[m][n])
                 with cgutils.for_range(b, k, intp=i64) as loop:
                     row = b.mul(loop.index, ldw)
-                    panel = panel_row(b, w, row, n_vecs, half)
+                    panel = [load(b, w, b.add(row, const(n * lanes))) for n in range(n_vecs)]
                     for m in range(m_rows):
                         x = splat(b, load(b, a, b.add(b.mul(lda, const(m)), loop.index), f32))
                         for n in range(n_vecs):
@@ -711,12 +741,9 @@ def _define_intrinsics(lanes: int, native_half: bool) -> None:
     scope = globals()
     scope.update(_as_pointer=as_pointer, _call=call_entry, _arrive=arrive, _arrived=arrived, _give_way=give_way)
     for n_vecs in (1, 2, 3):
-        scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs, False)
-        scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs, False)
-    for name, half in (("half", True), ("full", False)):
-        scope[f"_panel_{name}"] = make_tile(rows // 2, _PANEL // lanes, half and native_half)
-        scope[f"_panel_{name}_row"] = make_tile(1, _PANEL // lanes, half and native_half)
-    scope["_dots"] = make_dots(native_half)
+        scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs)
+        scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs)
+    scope.update(_block_rows=make_block(rows // 2), _block_row=make_block(1), _dots=dots)
     for size in (3, 5):
         for stride in (1, 2):
             scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
@@ -964,22 +991,16 @@ def _pool(p, band, bands, ws, state, image, batch, state_stride):
 
 
 @_kernel()
-def _half_product(a, w, k, c, res, half, batch, state_stride):
-    """c = a @ w + res for all images: a (k,), w (k, _PANEL) in 16 bits or 32; same bits whatever the batch."""
+def _add_block(a, w, c, batch, state_stride):
+    """c += a @ BLOCK for all images, a and c (32,); the same bits whatever the batch."""
     b, tall = 0, _TILE // 2
     while b < batch:
-        u, y, r = a + 4 * b * state_stride, c + 4 * b * state_stride, res + 4 * b * state_stride if res != 0 else 0
+        u, y = a + 4 * b * state_stride, c + 4 * b * state_stride
         if batch - b >= tall:
-            if half:
-                _panel_half(u, state_stride, w, _PANEL, k, 0, 0, r, state_stride, y, state_stride, NONE)
-            else:
-                _panel_full(u, state_stride, w, _PANEL, k, 0, 0, r, state_stride, y, state_stride, NONE)
+            _block_rows(u, w, y, state_stride)
             b += tall
         else:
-            if half:
-                _panel_half_row(u, state_stride, w, _PANEL, k, 0, 0, r, state_stride, y, state_stride, NONE)
-            else:
-                _panel_full_row(u, state_stride, w, _PANEL, k, 0, 0, r, state_stride, y, state_stride, NONE)
+            _block_row(u, w, y, state_stride)
             b += 1
 
 
@@ -987,9 +1008,8 @@ def _half_product(a, w, k, c, res, half, batch, state_stride):
 def _whiten(p, band, bands, ws, state, image, batch, state_stride):
     """WHITEN: x0 = W (f - mean) for a band of positions and all images, W read once."""
     p, states = _ints(p), state
-    f, x, n, c, mean, w, kind = p[1], p[2], p[3], p[4], p[5], p[6], p[7]
+    f, x, n, c, mean, w, diagonal = p[1], p[2], p[3], p[4], p[5], p[6], p[7]
     panels = c // _PANEL
-    width = 2 if kind == 2 and _NATIVE_HALF else 4
     for i in range(band * n // bands, (band + 1) * n // bands):
         centre = _floats(mean + 4 * i * c, c)
         for b in range(batch):
@@ -997,7 +1017,7 @@ def _whiten(p, band, bands, ws, state, image, batch, state_stride):
             for j in range(c):
                 row[j] -= centre[j]
         first_f, first_x = states + 4 * (f + i * c), states + 4 * (x + i * c)
-        if kind == 0:
+        if diagonal:
             scale = _floats(w + 4 * i * c, c)
             for b in range(batch):
                 row = _floats(first_f + 4 * b * state_stride, c)
@@ -1005,9 +1025,14 @@ def _whiten(p, band, bands, ws, state, image, batch, state_stride):
                 for j in range(c):
                     to[j] = scale[j] * row[j]
             continue
+        for b in range(batch):
+            to = _floats(first_x + 4 * b * state_stride, c)
+            to[:] = 0
+        block = w + _BLOCK_BYTES * i * (panels * (panels + 1) // 2)
         for q in range(panels):
-            at = w + width * _PANEL * _PANEL * (i * (panels * (panels + 1) // 2) + q * (q + 1) // 2)
-            _half_product(first_f, at, (q + 1) * _PANEL, first_x + 4 * q * _PANEL, 0, width == 2, batch, state_stride)
+            for k in range(q + 1):
+                _add_block(first_f + 4 * k * _PANEL, block, first_x + 4 * q * _PANEL, batch, state_stride)
+                block += _BLOCK_BYTES
 
 
 _PARTS = 16  # of the sum over places: as many whatever the threads, so that its order is always the same
@@ -1018,7 +1043,7 @@ def _project_factors(p, band, bands, ws, state, image, batch, state_stride):
     """PROJECT_FACTORS: V x of all images, in parts of the sum; V read once."""
     p = _ints(p)
     x, size, v, k, sums, parts = p[1], p[2], p[3], p[4], p[5], p[6]
-    width, panels = 2 if _NATIVE_HALF else 4, size // _PANEL
+    panels, groups = size // _PANEL, k // _PANEL
     for part in range(band * _PARTS // bands, (band + 1) * _PARTS // bands):
         for b in range(batch):
             lanes = _floats(state + 4 * (b * state_stride + sums + part * k * _LANES), k * _LANES)
@@ -1026,7 +1051,9 @@ def _project_factors(p, band, bands, ws, state, image, batch, state_stride):
         for q in range(part * panels // _PARTS, (part + 1) * panels // _PARTS):
             for b in range(batch):
                 own = state + 4 * b * state_stride
-                _dots(own + 4 * (x + q * _PANEL), v + width * q * k * _PANEL, k, own + 4 * (sums + part * k * _LANES))
+                for g in range(groups):
+                    _dots(own + 4 * (x + q * _PANEL), v + _BLOCK_BYTES * (q * groups + g),
+                          own + 4 * (sums + (part * k + g * _PANEL) * _LANES))
         for b in range(batch):
             own = state + 4 * b * state_stride
             lanes, to = _floats(own + 4 * (sums + part * k * _LANES), k * _LANES), _floats(own + 4 * (parts + part * k), k)
@@ -1039,10 +1066,10 @@ def _project_factors(p, band, bands, ws, state, image, batch, state_stride):
 
 @_kernel(entry=True)
 def _remove_factors(p, band, bands, ws, state, image, batch, state_stride):
-    """REMOVE_FACTORS: x - V^T (V x) of all images, a band of places, V read once."""
+    """REMOVE_FACTORS: x -= V^T (V x) of all images, a band of places, V read once."""
     p = _ints(p)
-    x, size, v, k, parts, projected, out = p[1], p[2], p[3], p[4], p[5], p[6] + band * p[4], p[7]
-    width, panels = 2 if _NATIVE_HALF else 4, size // _PANEL
+    x, size, v, k, parts, projected = p[1], p[2], p[3], p[4], p[5], p[6] + band * p[4]
+    panels, groups = size // _PANEL, k // _PANEL
     for b in range(batch):
         own = state + 4 * b * state_stride
         part, total = _floats(own + 4 * parts, _PARTS * k), _floats(own + 4 * projected, k)
@@ -1051,8 +1078,9 @@ def _remove_factors(p, band, bands, ws, state, image, batch, state_stride):
             for j in range(k):
                 total[j] -= part[i * k + j]
     for q in range(band * panels // bands, (band + 1) * panels // bands):
-        _half_product(state + 4 * projected, v + width * q * k * _PANEL, k, state + 4 * (out + q * _PANEL),
-                      state + 4 * (x + q * _PANEL), _NATIVE_HALF, batch, state_stride)
+        for g in range(groups):
+            _add_block(state + 4 * (projected + g * _PANEL), v + _BLOCK_BYTES * (q * groups + g),
+                       state + 4 * (x + q * _PANEL), batch, state_stride)
 
 
 @_kernel(entry=True)
@@ -1667,25 +1695,18 @@ class _CpuEngine:
         return tokens, grid * grid, columns
 
     def whiten(self, f: int, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> int:
-        """w: (N, C) diagonal, or the packed panels of `pack_lower`."""
-        x = self.state(n, c)
-        if w.ndim == 2:
-            address, kind = self.padded(w, c), 0
-        else:
-            kind = 2 if w.dtype == np.float16 else 4
-            address = self.constant(w, np.float16 if kind == 2 and _NATIVE_HALF else np.float32)
-        self.emit(_whiten, f, x, n, c, self.padded(mean, c), address, kind)
+        """w: (N, C) diagonal, or the blocks of `pack_lower`."""
+        x, diagonal = self.state(n, c), w.dtype != BLOCK
+        self.emit(_whiten, f, x, n, c, self.padded(mean, c), self.padded(w, c) if diagonal else self.constant(w, BLOCK), diagonal)
         return x
 
     def remove_factors(self, x: int, n: int, c: int, factors: np.ndarray) -> int:
-        """factors (K, N, C unpadded)."""
-        k = _round_up(len(factors), 16)
-        v = _padded_to(factors, k, n, c).reshape(k, -1, _PANEL).transpose(1, 0, 2)
-        address = self.constant(v, np.float16 if _NATIVE_HALF else np.float32)
-        parts, projected, out = self.state(_PARTS, k), self.state(self.threads, k), self.state(n, c)
+        """factors: the blocks of `pack_factors`; in place."""
+        address, k = self.constant(factors, BLOCK), factors.shape[1] * _PANEL
+        parts, projected = self.state(_PARTS, k), self.state(self.threads, k)
         self.emit(_project_factors, x, n * c, address, k, self.state(_PARTS, k, _LANES), parts)
-        self.emit(_remove_factors, x, n * c, address, k, parts, projected, out)
-        return out
+        self.emit(_remove_factors, x, n * c, address, k, parts, projected)
+        return x
 
     def linear(self, x: int, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE, residual: int = -1,
                lda: int | None = None, from_state: bool = False) -> tuple[int, int]:
@@ -2041,31 +2062,30 @@ class _CudaEngine:
         return tokens, grid * grid, columns
 
     def whiten(self, f: _Buffer, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> _Buffer:
-        """w: (N, C) diagonal, or the packed panels of `pack_lower`."""
+        """w: (N, C) diagonal, or the blocks of `pack_lower`."""
         self.stage = "whiten"
         x, mean = self.buffer(n, c), self.constant(_padded_to(mean, n, c))
-        if w.ndim == 2:
+        if w.dtype != BLOCK:
             w = self.constant(_padded_to(w, n, c))
             self.emit(lambda batch: _Launch(self.kernel("whiten", "whiten_diagonal"), (-(-n * c // 128), 1, batch), (128,),
                                             (f, mean, w, x, n, c)))
         else:
-            w = self.constant(w, np.float16)
+            w = self.constant(w.view(np.int8), np.int8)
             self.emit(lambda batch: _Launch(self.kernel("whiten"), (n * c // _PANEL, 1, -(-batch // 8)), (128,),
                                             (f, mean, w, x, n, c, batch)))
         self.stage = "denoiser"
         return x
 
     def remove_factors(self, x: _Buffer, n: int, c: int, factors: np.ndarray) -> _Buffer:
-        """factors (K, N, C unpadded), K at most 64; in place."""
+        """factors: the blocks of `pack_factors`, at most 64 factors; in place."""
         self.stage = "whiten"
-        k, size = _round_up(len(factors), 8), n * c
-        v = self.constant(_padded_to(factors, k, n, c).reshape(k, size).T, np.float16)
+        size, groups, v = n * c, factors.shape[1], self.constant(factors.view(np.int8), np.int8)
         parts = -(-size // 1024)
-        sums = self.buffer(parts, k, dtype=np.float32)
+        sums = self.buffer(parts, groups * _PANEL, dtype=np.float32)
         self.emit(lambda batch: _Launch(self.kernel("remove_factors", "project_factors"), (parts, 1, batch), (128,),
-                                        (x, v, sums, size, k)))
+                                        (x, v, sums, size, groups)))
         self.emit(lambda batch: _Launch(self.kernel("remove_factors"), (-(-size // 256), 1, batch), (256,),
-                                        (x, v, sums, size, k, parts)))
+                                        (x, v, sums, size, groups, parts)))
         self.stage = "denoiser"
         return x
 
@@ -2468,7 +2488,7 @@ def _numba_remove_factors(x, v, *, threads=None):
     def build(e):
         padded = _columns_padded(x, _PANEL)
         at = e.state(*padded.shape)
-        out = e.remove_factors(at, *padded.shape, v)
+        out = e.remove_factors(at, *padded.shape, pack_factors(v))
         return [(at, padded, True)], lambda ws, state: (
             state[out:out + padded.size].reshape(padded.shape)[:, :x.shape[1]].copy())
     return _alone(build, threads)
@@ -2615,18 +2635,34 @@ def _check_denoiser(p: dict[str, np.ndarray], n: int, c: int) -> None:
 # Gaussian preconditioning
 # ------------------------------------------------------------------------------------------------
 
-def pack_lower(w: np.ndarray) -> np.ndarray:
-    """(N, C, C) lower-triangular -> (N, P(P+1)/2, 32, 32) float16 blocks, P = ceil(C/32).
+# 32 x 32 weights of 8 bits. A column is an output, with a scale of its own; a row is an input.
+BLOCK = np.dtype([("scale", np.float32, (_PANEL,)), ("weight", np.int8, (_PANEL, _PANEL))])
 
-    Block q(q+1)/2 + k holds rows 32q.. and columns 32k.. of W, transposed, so that a block row is
-    one run of memory. The blocks above the diagonal are not stored.
+
+def quantize(w: np.ndarray) -> np.ndarray:
+    """(..., 32, 32) -> BLOCK (...): weight = round(w / scale), scale = max |w| / 127 over the 32 inputs of an output."""
+    blocks = np.empty(w.shape[:-2], BLOCK)
+    blocks["scale"] = np.abs(w).max(-2) / 127
+    blocks["weight"] = np.rint(w / np.maximum(blocks["scale"], np.finfo(np.float32).tiny)[..., None, :])
+    return blocks
+
+
+def dequantize(blocks: np.ndarray) -> np.ndarray:
+    """BLOCK (...) -> float32 (..., 32, 32)."""
+    return blocks["scale"][..., None, :] * blocks["weight"]
+
+
+def pack_lower(w: np.ndarray) -> np.ndarray:
+    """(N, C, C) lower-triangular -> BLOCK (N, P(P+1)/2), P = ceil(C/32).
+
+    Block q(q+1)/2 + k holds rows 32q.. and columns 32k.. of W, transposed: an input of W is a row of the block. The
+    blocks above the diagonal are not stored.
     """
     n, c, _ = w.shape
     panels = -(-c // _PANEL)
-    full = np.zeros((n, panels * _PANEL, panels * _PANEL), np.float32)
-    full[:, :c, :c] = w
+    full = _padded_to(w, n, panels * _PANEL, panels * _PANEL)
     blocks = full.reshape(n, panels, _PANEL, panels, _PANEL).transpose(0, 1, 3, 4, 2)
-    return np.stack([blocks[:, q, k] for q in range(panels) for k in range(q + 1)], 1).astype(np.float16)
+    return quantize(np.stack([blocks[:, q, k] for q in range(panels) for k in range(q + 1)], 1))
 
 
 def unpack_lower(blocks: np.ndarray, c: int) -> np.ndarray:
@@ -2636,9 +2672,21 @@ def unpack_lower(blocks: np.ndarray, c: int) -> np.ndarray:
     i = 0
     for q in range(panels):
         for k in range(q + 1):
-            full[:, q * _PANEL:(q + 1) * _PANEL, k * _PANEL:(k + 1) * _PANEL] = blocks[:, i].transpose(0, 2, 1)
+            full[:, q * _PANEL:(q + 1) * _PANEL, k * _PANEL:(k + 1) * _PANEL] = dequantize(blocks[:, i]).transpose(0, 2, 1)
             i += 1
     return full[:, :c, :c]
+
+
+def pack_factors(v: np.ndarray) -> np.ndarray:
+    """(K, N, C) -> BLOCK (N P, ceil(K/32)), P = ceil(C/32): 32 factors (inputs) by 32 channels of a place (outputs)."""
+    k, n, c = v.shape
+    full = _padded_to(v, _round_up(k, _PANEL), n, _round_up(c, _PANEL))
+    return quantize(full.reshape(-1, _PANEL, n * -(-c // _PANEL), _PANEL).transpose(2, 0, 1, 3))
+
+
+def unpack_factors(blocks: np.ndarray, k: int, n: int, c: int) -> np.ndarray:
+    """Inverse of `pack_factors`, float32 (K, N, C)."""
+    return dequantize(blocks).transpose(1, 2, 0, 3).reshape(-1, n, _round_up(c, _PANEL))[:k, :, :c]
 
 
 def shrink_covariance(cov: np.ndarray, average: np.ndarray, toward_average: float, floor: float) -> np.ndarray:
@@ -2669,7 +2717,7 @@ def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int, cross: bool) -> np
     v_k = sqrt(1 - lambda_k^-1/2) u_k. Probabilistic PCA: Tipping and Bishop 1999.
 
     x0 (M, N, C) float16; fold (M,). With `cross`, each fold loses the factors of the others, and all images give the
-    result; else fold 0 gives nothing, and all lose the result. Returns V, float16 (K, N, C).
+    result; else fold 0 gives nothing, and all lose the result. Returns V, float32 (K, N, C).
     """
     from scipy.linalg import eigh
     m, n, c = x0.shape
@@ -2700,7 +2748,7 @@ def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int, cross: bool) -> np
             remove(u, a * gain, rows)
     else:
         remove(factors, project(factors, np.arange(m)), np.arange(m))
-    return factors.astype(np.float16)
+    return factors.astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2909,7 +2957,7 @@ def _read_npz(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
                 version = np.lib.format.read_magic(stream)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, dtype = read(stream)
-                if dtype.hasobject or dtype.kind not in "fiub" or fortran:
+                if dtype != BLOCK and (dtype.hasobject or dtype.kind not in "fiub" or fortran):
                     raise ModelError(f"{path}: {entry.filename} is not a plain array")
                 if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
                     raise ModelError(f"{path}: {entry.filename} is cut short")
@@ -3073,12 +3121,16 @@ class Prior:
         """ModelError unless every array fits the others and is finite."""
         n, c = self.grid ** 2, sum(self.backbone.channels)
         panels = -(-c // _PANEL)
-        shapes = [(n, c), (n, panels * (panels + 1) // 2, _PANEL, _PANEL)]
-        if self.mean.shape != (n, c) or self.whitener.shape not in shapes:
+        packed = self.whitener.dtype == BLOCK
+        if self.whitener.dtype == np.float16:
+            raise ModelError("whitener: expected blocks of 8 bits, got float16, as an older fastprior wrote it; "
+                             "train the model again")
+        if self.mean.shape != (n, c) or self.whitener.shape != (n, panels * (panels + 1) // 2 if packed else c):
             raise ModelError(f"mean {self.mean.shape} and whitener {self.whitener.shape} do not fit {n} positions "
                              f"of {c} channels")
-        factors = np.empty((0, n, c)) if self.factors is None else self.factors
-        if factors.shape != (self.settings.factors, n, c):
+        groups = -(-self.settings.factors // _PANEL)
+        factors = np.empty((n * panels, 0), BLOCK) if self.factors is None else self.factors
+        if factors.dtype != BLOCK or factors.shape != (n * panels, groups):
             raise ModelError(f"factors {factors.shape} do not fit {self.settings.factors} factors, {n} positions, {c} channels")
         if self.denoiser is not None:
             _check_denoiser(self.denoiser, n, c)
@@ -3086,7 +3138,8 @@ class Prior:
         for name, shape in {"location": (n,), "scale": (n,), "moments": (3,), "peaks": shape_of_scores}.items():
             if self.calibration.get(name, np.empty(0)).shape != shape:
                 raise ModelError(f"calibration: {name} should have shape {shape}")
-        for name, a in {"mean": self.mean, "whitener": self.whitener, "factors": factors, **self.calibration, **(self.denoiser or {})}.items():
+        scales = {"whitener": self.whitener["scale"] if packed else self.whitener, "factors": factors["scale"]}
+        for name, a in {"mean": self.mean, **scales, **self.calibration, **(self.denoiser or {})}.items():
             if not np.isfinite(a).all():
                 raise ModelError(f"{name} holds values that are not finite")
 
@@ -3125,8 +3178,7 @@ class Prior:
             return {k[len(prefix):]: v for k, v in of.items() if k.startswith(prefix)}
 
         def own(header: dict, arrays: dict) -> Prior:
-            # models from before the factors do not name them, and have none
-            settings = dataclasses.replace(Settings(**{"factors": 0} | header["settings"]), **changes)
+            settings = dataclasses.replace(Settings(**header["settings"]), **changes)
             settings.check()
             calibrations: dict[int, dict] = {}
             for name, a in group("calibration/", arrays).items():
@@ -3263,11 +3315,10 @@ class Prior:
 
     def latent(self, features: np.ndarray) -> np.ndarray:
         """Reference: features (N, C) -> x_T (N, C), in the features' dtype."""
-        c = features.shape[1]
-        whitener = self.whitener if self.whitener.ndim == 2 else unpack_lower(self.whitener, c)
-        x0 = whiten(features, self.mean, whitener)
+        n, c = features.shape
+        x0 = whiten(features, self.mean, unpack_lower(self.whitener, c) if self.whitener.dtype == BLOCK else self.whitener)
         if self.factors is not None:
-            x0 = remove_factors(x0, self.factors.astype(x0.dtype))
+            x0 = remove_factors(x0, unpack_factors(self.factors, self.settings.factors, n, c))
         f = (lambda x, t: denoise(self.denoiser, x, t)) if self.denoiser else (lambda x, t: np.zeros_like(x))
         return ddim_invert(x0, f, self.timesteps, self.prediction)
 
@@ -3440,7 +3491,7 @@ def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 MIN_IMAGES = 5
-FIT_REVISION = 2  # raised whenever the same images and settings give another model: cached models are then trained anew
+FIT_REVISION = 3  # raised whenever the same images and settings give another model: cached models are then trained anew
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -3650,8 +3701,8 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
         grid = select_timesteps(steps, config.first, config.last)
         calibrations[steps] = _calibrate(_nll_of(x0[held_out], denoiser, grid, prediction, threads), config)
         progress("calibration", len(calibrations), len({config.steps, *_CALIBRATED_STEPS}))
-    if whitener.ndim == 3:
-        whitener = pack_lower(whitener)
+    whitener = pack_lower(whitener) if whitener.ndim == 3 else whitener
+    factors = None if factors is None else pack_factors(factors)
     summary = {"images": w.images, "held_out": int(held_out.sum()), "unreadable": w.unreadable[:20], **trained}
     return Prior(config, backbone, w.mean.astype(np.float32), whitener, denoiser, calibrations, summary, threads, factors=factors)
 
@@ -4240,8 +4291,9 @@ def count_work(prior: Prior) -> tuple[dict[str, float], dict[str, float]]:
     n, d = prior.grid ** 2, prior.denoiser or {}
     a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
     a_step += 2 * d["in_w"].shape[1] * sum(a.size for k, a in d.items() if "_token" in k) if d else 0
-    factors = np.empty(0, np.float16) if prior.factors is None else prior.factors
-    return ({"features": flops, "inversion": 2.0 * prior.whitener.size + 4.0 * factors.size + prior.settings.steps * a_step},
+    factors = np.empty(0, BLOCK) if prior.factors is None else prior.factors
+    products = (prior.whitener["weight"] if prior.whitener.dtype == BLOCK else prior.whitener).size + 2 * factors["weight"].size
+    return ({"features": flops, "inversion": 2.0 * products + prior.settings.steps * a_step},
             {"features": read,
              "inversion": prior.whitener.nbytes + 2.0 * factors.nbytes + prior.settings.steps * 4.0 * sum(a.size for a in d.values())})
 
@@ -4251,7 +4303,7 @@ def measure_peaks(seconds: float = .5) -> dict[str, float]:
     a = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
     out = np.empty_like(a)
     product = _median_ms(lambda: np.dot(a, a, out=out), seconds, 5).min()
-    big = [np.zeros(1 << 25, np.float32) for _ in range(2)]
+    big = [np.ones(1 << 25, np.float32) for _ in range(2)]  # zeros would be one page of zeros, read from the cache
     copy = _median_ms(lambda: np.copyto(big[1], big[0]), seconds, 5).min()
     return {"matmul_gflop_per_s": 2 * 1024 ** 3 / product / 1e6, "copy_gb_per_s": 2 * big[0].nbytes / copy / 1e6}
 
@@ -4720,10 +4772,11 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
     denoiser = initial_denoiser(n, c, settings)
     calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32), "moments": np.array([0., 1., 0.]),
                    "scores": np.arange(100.), "peaks": np.arange(100.)}
-    whitener = (rng.standard_normal((n, panels * (panels + 1) // 2, _PANEL, _PANEL), np.float32) * .01).astype(np.float16)
+    whitener, factors = (quantize(scale * rng.standard_normal((n, count, _PANEL, _PANEL), np.float32)) for scale, count in
+                         ((.01, panels * (panels + 1) // 2), (.001, panels * -(-settings.factors // _PANEL))))
     return Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
                  {k: calibration for k in range(1, 51)}, {}, threads, device,
-                 factors=(rng.standard_normal((settings.factors, n, c), np.float32) * .001).astype(np.float16))
+                 factors=factors.reshape(n * panels, -1))
 
 
 def _train_all(categories: list[Category], backbones, variants, seeds, iterations, progress: Progress, threads, multi,

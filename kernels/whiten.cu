@@ -1,40 +1,41 @@
 // whiten: x0_n = W_n (f_n - mean_n) for every position n, W_n lower-triangular, read once for IMAGES images.
-// Reference: whiten; w is what pack_lower returns.
+// Reference: whiten; w (N, P(P+1)/2) is what pack_lower returns, in either mode.
 //
 // f (B, N, C) float32; mean (N, C) float32; x (B, N, C) real; C a multiple of 32, P = C/32.
-// w (N, P(P+1)/2, 32, 32) halves in either mode: block q(q+1)/2 + k holds rows 32q.. and columns 32k.., transposed,
-//   so that rows 32q..32q+31 of W are one run of memory: [column][row].
 // Launch: grid (N * P, 1, ceil(B / IMAGES)), block a multiple of 32 up to 256, which sets the order of the sums. Of a
-//   warp, four lanes share a column, each with eight rows (16 bytes); warps and lanes are added at the end.
+//   warp, four lanes share a column of W, each with eight rows (8 bytes); warps and lanes are added at the end.
 //
 // whiten_diagonal: w (N, C) float32. Grid (ceil(N*C / blockDim.x), 1, B), any block.
 #include "common.cuh"
 
-#define PANEL 32
 #define IMAGES 8
 #define MOST_WARPS 8
 
-struct alignas(16) Rows { unsigned short at[8]; };
+struct alignas(8) Rows { signed char at[8]; };
 
 extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) whiten(const float* f, const float* mean,
-                                                                     const unsigned short* w, real* x, int n, int c,
+                                                                     const Block* w, real* x, int n, int c,
                                                                      int batch) {
     __shared__ float part[MOST_WARPS][IMAGES][PANEL];
     const int panels = c / PANEL, position = blockIdx.x / panels, panel = blockIdx.x % panels;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int first = blockIdx.z * IMAGES, images = min(IMAGES, batch - first);
-    w += ((long long)position * (panels * (panels + 1) / 2) + panel * (panel + 1) / 2) * PANEL * PANEL;
+    w += (long long)position * (panels * (panels + 1) / 2) + panel * (panel + 1) / 2;
     f += ((long long)first * n + position) * c;
     mean += (long long)position * c;
     float sum[IMAGES][8] = {};
     for (int column = warp * 8 + lane / 4; column < (panel + 1) * PANEL; column += warps * 8) {
-        const Rows rows = *reinterpret_cast<const Rows*>(w + column * PANEL + lane % 4 * 8);
+        const Block& block = w[column / PANEL];
+        const Rows rows = *reinterpret_cast<const Rows*>(block.weight[column % PANEL] + lane % 4 * 8);
+        float weight[8];
+#pragma unroll
+        for (int r = 0; r < 8; r++) weight[r] = block.scale[lane % 4 * 8 + r] * rows.at[r];
 #pragma unroll
         for (int i = 0; i < IMAGES; i++)
             if (i < images) {
                 const float d = f[(long long)i * n * c + column] - mean[column];
 #pragma unroll
-                for (int r = 0; r < 8; r++) sum[i][r] += float_from_half(rows.at[r]) * d;
+                for (int r = 0; r < 8; r++) sum[i][r] += weight[r] * d;
             }
     }
 #pragma unroll

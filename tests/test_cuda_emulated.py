@@ -172,7 +172,8 @@ def whiten(b, block=64, batch=11, c=96):
     lower = np.tril(b.rng.standard_normal((n, c, c)) / np.sqrt(c))
     packed = fp.pack_lower(lower)
     x = b.empty(batch, n, c)
-    b.launch("whiten", (n * c // 32, 1, -(-batch // 8)), (block,), f, mean, b.cuda.asarray(packed), x, I(n), I(c), I(batch))
+    b.launch("whiten", (n * c // 32, 1, -(-batch // 8)), (block,), f, mean, b.cuda.asarray(packed.view(np.int8)), x, I(n), I(c),
+             I(batch))
     w64 = fp.unpack_lower(packed, c).astype(np.float64)
     b.check(x, np.stack([fp.whiten(i, mean64, w64) for i in f64]))
 
@@ -188,13 +189,13 @@ def whiten_diagonal(b, block=64):
 def remove_factors(b, block=64, second=64, n=45, c=32, k=24):
     size, batch = n * c, 2
     x, x64 = b.random(batch, n, c)
-    v64 = (b.rng.standard_normal((k, n, c)) / np.sqrt(size)).astype(np.float16).astype(np.float64)
-    v = b.cuda.asarray(np.ascontiguousarray(v64.reshape(k, size).T.astype(np.float16)))
-    parts = -(-size // 1024)
-    sums = b.empty(batch, parts, k, dtype=F)
-    b.launch("project_factors", (parts, 1, batch), (block,), x, v, sums, I(size), I(k))
-    b.check(b.cuda.asarray(sums.get().sum(1)), np.einsum("bnc,knc->bk", x64, v64))
-    b.launch("remove_factors", (-(-size // second), 1, batch), (second,), x, v, sums, I(size), I(k), I(parts))
+    packed = fp.pack_factors(b.rng.standard_normal((k, n, c)) / np.sqrt(size))
+    v, v64 = b.cuda.asarray(packed.view(np.int8)), fp.unpack_factors(packed, k, n, c).astype(np.float64)
+    parts, groups = -(-size // 1024), packed.shape[1]
+    sums = b.empty(batch, parts, groups * 32, dtype=F)
+    b.launch("project_factors", (parts, 1, batch), (block,), x, v, sums, I(size), I(groups))
+    b.check(b.cuda.asarray(sums.get().sum(1)[:, :k]), np.einsum("bnc,knc->bk", x64, v64))
+    b.launch("remove_factors", (-(-size // second), 1, batch), (second,), x, v, sums, I(size), I(groups), I(parts))
     b.check(x, np.stack([fp.remove_factors(i, v64) for i in x64]))
 
 
@@ -319,7 +320,7 @@ def test_whitening_has_the_same_bits_whatever_the_batch():
     b = Bench("whiten", np.float32)
     n, c = 2, 64
     (f, _), (mean, _) = b.random(9, n, c, dtype=F), b.random(n, c, dtype=F)
-    packed = b.cuda.asarray(fp.pack_lower(np.tril(b.rng.standard_normal((n, c, c)))))
+    packed = b.cuda.asarray(fp.pack_lower(np.tril(b.rng.standard_normal((n, c, c)))).view(np.int8))
 
     def whitened(features):
         batch = len(features)
@@ -359,12 +360,15 @@ MUTANTS = [
     ("pool", "if (channel + v < channels + fill)", ""),
     ("pool", "+ column) * ldx", "+ column) * channels"),
     ("whiten", "__syncthreads();", ""),
-    ("whiten", "panel * (panel + 1) / 2)", "panel * (panel - 1) / 2)"),
+    ("whiten", "+ panel * (panel + 1) / 2;", "+ panel * (panel - 1) / 2;"),
     ("whiten", "column < (panel + 1) * PANEL", "column < panel * PANEL"),
     ("whiten_diagonal", "if (i < n * c) put", "if (i <= n * c) put"),
-    ("remove_factors", "    part[warp][2 * lane + 1] = high;\n    __syncthreads();", "    part[warp][2 * lane + 1] = high;"),
+    ("whiten", "block.scale[lane % 4 * 8 + r]", "block.scale[lane % 4 + r]"),
+    ("remove_factors", "= y;\n    }\n    __syncthreads();\n    for", "= y;\n    }\n    for"),
+    ("remove_factors", "block.scale[j + e]", "block.scale[e]"),
+    ("remove_factors", "v[i / PANEL * groups + g]", "v[i / PANEL + g]"),
     ("remove_factors", "        along[t] = y;\n    }\n    __syncthreads();", "        along[t] = y;\n    }"),
-    ("remove_factors", "min(size, first + ROWS)", "first + ROWS"),
+    ("remove_factors", "min(size / PANEL, first + ROWS / PANEL)", "first + ROWS / PANEL"),
     ("remove_factors", "if (i >= size) return;", "if (i > size) return;"),
     ("remove_factors", "sums += (long long)blockIdx.z * parts * k;", ""),
     ("layer_norm", "if (row >= rows) return;", "if (row > rows) return;"),

@@ -63,7 +63,7 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
         whitener = fp.pack_lower(np.tril(rng.standard_normal((n, c, c)) / np.sqrt(c)) + np.eye(c))
     factors = None
     if variant != "plain":
-        factors = (rng.standard_normal((10, n, c)) * .3 / np.sqrt(n * c)).astype(np.float16)
+        factors = fp.pack_factors(rng.standard_normal((10, n, c)) * .3 / np.sqrt(n * c))
     weights = None
     if denoiser:
         weights = fp.initial_denoiser(n, c, settings)

@@ -152,9 +152,24 @@ def test_whitening_whitens():
     want = [-2 * stats.multivariate_normal(m, c).logpdf(x) - 20 * np.log(2 * np.pi) - np.linalg.slogdet(c)[1]
             for x, m, c in zip(f, mean, cov)]
     np.testing.assert_allclose((fp.whiten(f, mean, w) ** 2).sum(1), want, rtol=1e-4)  # the Mahalanobis distance
-    np.testing.assert_allclose(fp.unpack_lower(fp.pack_lower(w), 20), w, rtol=1e-3, atol=1e-6)
     with pytest.raises(fp.ShapeError, match="positive definite"):
         fp.inverse_cholesky(np.zeros((1, 4, 4)))
+
+
+def test_blocks_hold_every_weight_to_half_a_step():
+    rng = np.random.default_rng(0)
+    w = np.tril(rng.standard_normal((2, 70, 70))) * rng.uniform(1e-3, 1e3, (2, 70, 1))
+    v = rng.standard_normal((40, 3, 45))
+    v[:, 1] = 0
+    for kept, a, packed, shape in ((fp.unpack_lower(fp.pack_lower(w), 70), w, fp.pack_lower(w), (2, 6)),
+                                   (fp.unpack_factors(fp.pack_factors(v), 40, 3, 45), v, fp.pack_factors(v), (6, 2))):
+        assert packed.dtype == fp.BLOCK and packed.shape == shape
+        largest = np.abs(a).max(2, keepdims=True) if a is w else np.abs(a).max(0, keepdims=True)  # of the sums of an output
+        assert (np.abs(kept - a) <= 1.01 * largest / 254).all() and np.abs(kept - a).max() > 0
+        np.testing.assert_array_equal(kept == 0, np.abs(kept) < 1e-30)
+    np.testing.assert_array_equal(fp.unpack_lower(fp.pack_lower(fp.unpack_lower(fp.pack_lower(w), 70)), 70),
+                                  fp.unpack_lower(fp.pack_lower(w), 70))
+    assert not fp.unpack_factors(fp.pack_factors(v), 40, 3, 45)[:, 1].any()
 
 
 def test_shrinkage():
@@ -176,7 +191,7 @@ def test_factors_are_the_directions_in_which_places_vary_together(cross):
     fold = np.arange(m) % 5
     left = x.copy()
     v = fp.fit_factors(left, fold, 2, cross)
-    assert v.dtype == np.float16 and v.shape == (2, n, c)
+    assert v.dtype == np.float32 and v.shape == (2, n, c)
     flat = v.reshape(2, -1).astype(float)
     gain = np.linalg.norm(flat, axis=1) ** 2
     np.testing.assert_allclose(gain, 1 - np.array([82, 26]) ** -.5, atol=.02)

@@ -234,14 +234,16 @@ def npy(array):
     (lambda k, d: None if k == "whitener.npy" else d, "incomplete"),
     (lambda k, d: None if k == "denoiser/in_w.npy" else d, "denoiser: incomplete"),
     (lambda k, d: None if k == "factors.npy" else d, "factors .* do not fit"),
-    (lambda k, d: npy(np.zeros((3, 36, 5), np.float16)) if k == "factors.npy" else d, "factors .* do not fit"),
+    (lambda k, d: npy(np.zeros((35, 1), fp.BLOCK)) if k == "factors.npy" else d, "factors .* do not fit"),
+    (lambda k, d: npy(np.zeros((36, 5), "f4,i1")) if k == "whitener.npy" else d, "not a plain array"),
+    (lambda k, d: npy(np.zeros((36, 45, 32, 32), np.float16)) if k == "whitener.npy" else d, "train the model again"),
     (lambda k, d: None if k == "calibration/2/peaks.npy" else d, "peaks"),
     (lambda k, d: npy(np.full(36, np.nan, np.float32)) if k == "calibration/2/scale.npy" else d, "not finite"),
     (lambda k, d: d.replace(b'"format": 1', b'"format": 9') if k == "header.npy" else d, "this version reads format 1"),
     (lambda k, d: d.replace(b'"size": 96', b'"size": 95') if k == "header.npy" else d, "multiple of 32"),
     (lambda k, d: d.replace(b'"steps"', b'"stops"') if k == "header.npy" else d, "stops"),
     (lambda k, d: npy(np.zeros((3, 3, 3, 31), np.float16)) if k == "backbone/stem_w.npy" else d, "backbone|inconsistent|fit"),
-], ids=["shape", "whitener", "denoiser", "no factors", "factors", "calibration", "nan", "format", "size", "setting", "backbone"])
+], ids=["shape", "whitener", "denoiser", "no factors", "factors", "fields", "older", "calibration", "nan", "format", "size", "setting", "backbone"])
 def test_inconsistent_models_are_refused(model_file, tmp_path, change, match):
     bad = rewritten(model_file, tmp_path / "bad.npz", change)
     with pytest.raises(fp.FastPriorError, match=match) as e:
