@@ -705,6 +705,30 @@ def _define_intrinsics(lanes: int) -> None:
         return row
 
     @intrinsic
+    def resize_pixels(typing, line, start, weight, taps, n, affine, out):
+        """out (n, 3) = scale * (sum of taps of line) + shift. A pixel is four lanes: the last is 0, and the next pixel's to write."""
+        four = ir.VectorType(f32, 4)
+
+        def codegen(context, b, signature, args):
+            line, start, weight, taps, n, affine, out = args
+            scale, shift = load(b, affine, const(0), four), load(b, affine, const(4), four)
+            fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(four, [four] * 3), "llvm.fma.v4f32")
+            total = cgutils.alloca_once(b, four)
+            with cgutils.for_range(b, n, intp=i64) as pixel:
+                first = b.load(b.inttoptr(b.add(start, b.shl(pixel.index, const(3))), i64.as_pointer()))
+                own = b.mul(pixel.index, taps)
+                b.store(ir.Constant(four, [0.] * 4), total)
+                with cgutils.for_range(b, taps, intp=i64) as tap:
+                    share = load(b, weight, b.add(own, tap.index), f32)
+                    one = b.insert_element(ir.Constant(four, ir.Undefined), share, ir.Constant(i32, 0))
+                    share = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, 4), [0] * 4))
+                    at_line = b.mul(b.add(first, tap.index), const(3))
+                    b.store(b.call(fma, [share, load(b, line, at_line, four), b.load(total)]), total)
+                b.store(b.call(fma, [scale, b.load(total), shift]), at(b, out, b.mul(pixel.index, const(3)), four), align=4)
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 7), codegen
+
+    @intrinsic
     def as_pointer(typing, address):
         def codegen(context, b, signature, args):
             return b.inttoptr(args[0], cgutils.voidptr_t)
@@ -743,7 +767,7 @@ def _define_intrinsics(lanes: int) -> None:
     for n_vecs in (1, 2, 3):
         scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs)
         scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs)
-    scope.update(_block_rows=make_block(rows // 2), _block_row=make_block(1), _dots=dots)
+    scope.update(_block_rows=make_block(rows // 2), _block_row=make_block(1), _dots=dots, _resize_pixels=resize_pixels)
     for size in (3, 5):
         for stride in (1, 2):
             scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
@@ -800,6 +824,12 @@ def _floats(address, n):
 
 
 @_kernel()
+def _bytes(address, n):
+    """n uint8 at an address."""
+    return carray(_as_pointer(address), n, np.uint8)
+
+
+@_kernel()
 def _ints(address):
     """A row of the program or of the image table."""
     return carray(_as_pointer(address), _FIELDS, np.int64)
@@ -812,32 +842,27 @@ def _resize(p, band, bands, ws, state, image, batch, state_stride):
     out, size, stride, affine = p[1], p[2], p[3], p[4]
     pixels, h, w, row_start, row_weight, row_taps, col_start, col_weight, col_taps = (
         image[0], image[1], image[2], image[3], image[4], image[5], image[6], image[7], image[8])
-    affine = _floats(affine, 6)  # scale[3], shift[3]
-    rs, cs = carray(_as_pointer(row_start), size, np.int64), carray(_as_pointer(col_start), size, np.int64)
-    rw, cw = _floats(row_weight, size * row_taps), _floats(col_weight, size * col_taps)
-    line = _floats(ws - 4 * (band + 1) * image[12], w * 3)
+    rs, rw = carray(_as_pointer(row_start), size, np.int64), _floats(row_weight, size * row_taps)
+    at_line = ws - 4 * (band + 1) * image[12]
+    line = _floats(at_line, w * 3 + 1)
     for y in range(band * size // bands, (band + 1) * size // bands):
-        y_out = _floats(ws + 4 * (out + y * stride), size * 3)
-        source = carray(_as_pointer(pixels + rs[y] * w * 3), w * 3, np.uint8)
-        for i in range(w * 3):
-            line[i] = rw[y * row_taps] * np.float32(source[i])
-        for t in range(1, row_taps):
-            weight = rw[y * row_taps + t]
-            if weight != 0:
-                source = carray(_as_pointer(pixels + (rs[y] + t) * w * 3), w * 3, np.uint8)
+        line[:] = 0
+        t = 0
+        while t < row_taps:
+            a, weight = pixels + (rs[y] + t) * w * 3, rw[y * row_taps + t:(y + 1) * row_taps]
+            if t + 4 <= row_taps:  # at once: the line is read and written less often
+                s0, s1, s2, s3 = _bytes(a, w * 3), _bytes(a + w * 3, w * 3), _bytes(a + w * 6, w * 3), _bytes(a + w * 9, w * 3)
+                w0, w1, w2, w3 = weight[0], weight[1], weight[2], weight[3]
                 for i in range(w * 3):
-                    line[i] += weight * np.float32(source[i])
-        for x in range(size):
-            r = g = b = np.float32(0)
-            first = cs[x] * 3
-            for t in range(col_taps):
-                weight = cw[x * col_taps + t]
-                r += weight * line[first + 3 * t]
-                g += weight * line[first + 3 * t + 1]
-                b += weight * line[first + 3 * t + 2]
-            y_out[3 * x] = r * affine[0] + affine[3]
-            y_out[3 * x + 1] = g * affine[1] + affine[4]
-            y_out[3 * x + 2] = b * affine[2] + affine[5]
+                    line[i] += (w0 * np.float32(s0[i]) + w1 * np.float32(s1[i])) + (w2 * np.float32(s2[i]) + w3 * np.float32(s3[i]))
+                t += 4
+            else:
+                s0, w0 = _bytes(a, w * 3), weight[0]
+                if w0 != 0:
+                    for i in range(w * 3):
+                        line[i] += w0 * np.float32(s0[i])
+                t += 1
+        _resize_pixels(at_line, col_start, col_weight, col_taps, size, affine, ws + 4 * (out + y * stride))
 
 
 _COPY, _POINTWISE, _STEM = 0, 1, 2  # where an inverted residual's expanded rows come from
@@ -1136,6 +1161,9 @@ def _rotate(p, band, bands, ws, state, image, batch, state_stride):
         i += count
 
 
+_MAP_ROWS = 32  # of the map at once
+
+
 @_kernel(entry=True)
 def _map(p, band, bands, ws, state, image, batch, state_stride):
     """MAP: smooth and enlarge weight * z + offset of the grid to the image's own size."""
@@ -1144,19 +1172,32 @@ def _map(p, band, bands, ws, state, image, batch, state_stride):
     target, h, w, rows, cols = image[9], image[1], image[2], image[10], image[11]
     if target == 0:
         return
-    cells, r, c = _floats(state + 4 * z, grid * grid), _floats(rows, h * grid), _floats(cols, grid * w)
-    weights, offsets = _floats(weight, grid * grid), _floats(offset, grid * grid)
-    mixed = _floats(ws + 4 * (scratch + band * scratch_size), grid)
-    for y in range(band * h // bands, (band + 1) * h // bands):
+    work = ws + 4 * (scratch + band * scratch_size)
+    cells, r = _floats(work + 4 * _MAP_ROWS * grid, grid * grid), _floats(rows, h * grid)
+    score, weights, offsets = _floats(state + 4 * z, grid * grid), _floats(weight, grid * grid), _floats(offset, grid * grid)
+    for i in range(grid * grid):
+        cells[i] = weights[i] * score[i] + offsets[i]
+    y, last = band * h // bands, (band + 1) * h // bands
+    while y < last:
+        count = min(_MAP_ROWS, last - y)
+        mixed = _floats(work, count * grid)
         mixed[:] = 0
-        for i in range(grid):
-            for j in range(grid):
-                mixed[j] += r[y * grid + i] * (weights[i * grid + j] * cells[i * grid + j] + offsets[i * grid + j])
-        to = _floats(target + 4 * y * w, w)
-        to[:] = 0
-        for j in range(grid):
-            for column in range(w):
-                to[column] += mixed[j] * c[j * w + column]
+        for row in range(count):
+            for i in range(grid):
+                for j in range(grid):
+                    mixed[row * grid + j] += r[(y + row) * grid + i] * cells[i * grid + j]
+        to, whole = target + 4 * y * w, w // _LANES * _LANES
+        _matmul(work, grid, count, grid, cols, w, whole, 0, 0, 0, 0, to, w, NONE)
+        if 0 < whole < w:  # the last vector overlaps the one before it
+            _matmul(work, grid, count, grid, cols + 4 * (w - _LANES), w, _LANES, 0, 0, 0, 0, to + 4 * (w - _LANES), w, NONE)
+        elif whole == 0:
+            c, narrow = _floats(cols, grid * w), _floats(to, count * w)
+            narrow[:] = 0
+            for row in range(count):
+                for j in range(grid):
+                    for column in range(w):
+                        narrow[row * w + column] += mixed[row * grid + j] * c[j * w + column]
+        y += count
 
 
 @_kernel(entry=True)
@@ -1637,7 +1678,7 @@ class _CpuEngine:
         """u8 pixels of the image table -> (size + 1, size + 1, 3), zero in the last row and column."""
         out = self.workspace(size + 1, size + 1, 3)
         mean, std = np.asarray(mean), np.asarray(std)
-        self.emit(_resize, out, size, (size + 1) * 3, self.constant(np.concatenate([1 / (255 * std), -mean / std])))
+        self.emit(_resize, out, size, (size + 1) * 3, self.constant([*1 / (255 * std), 0, *-mean / std, 0]))
         return out
 
     def mbconv(self, x: int, h: int, w: int, block: Block, stem_w=None, stem_b=None) -> tuple[int, int, int]:
@@ -1733,6 +1774,10 @@ class _CpuEngine:
         self.emit(_rotate, h, d, self.packed(full)[0], self.padded(b, c), x, n, c, self.constant(coef), out, nll,
                   self.constant(scale), self.constant(location), 0, 0, scratch=c * _TILE, scratch_at=13)
 
+    def map(self, z: int, grid: int, weight: np.ndarray, offset: np.ndarray) -> None:
+        self.emit(_map, z, grid, self.constant(weight), self.constant(offset), 0, 0,
+                  scratch=grid * (grid + _MAP_ROWS), scratch_at=5)
+
     # -- running -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
@@ -1741,7 +1786,7 @@ class _CpuEngine:
         for row, at in self.scratch_rows:
             row[at:at + 2] = [scratch, self.scratch]
         self.program = np.array([row + [0] * (_FIELDS - len(row)) for row in self.program], np.int64)
-        self.allocate(0)
+        self.allocate(16)
 
     def allocate(self, line: int) -> None:
         self.line = line
@@ -1781,7 +1826,7 @@ class _CpuEngine:
         states = self.prepare(batch)
         table = np.zeros((batch, _FIELDS), np.int64)
         table[:, :len(rows[0])] = rows
-        line = _round_up(3 * int(table[:, 2].max()), 16)
+        line = _round_up(3 * int(table[:, 2].max()) + 1, 16)
         if line > self.line:
             self.allocate(line)
         table[:, 12] = self.line
@@ -2542,7 +2587,7 @@ def _numba_anomaly_map(nll, rows, cols, *, threads=None):
 
     def build(e):
         at = e.state(grid, grid)
-        e.emit(_map, at, grid, e.constant(np.ones(grid * grid)), e.constant(np.zeros(grid * grid)), 0, 0, scratch=grid, scratch_at=5)
+        e.map(at, grid, np.ones(grid * grid), np.zeros(grid * grid))
         return [(at, nll, True)], lambda ws, state: out
     return _alone(build, threads, lambda e: [image.ctypes.data, *out.shape, *[0] * 6, out.ctypes.data,
                                              *(t.ctypes.data for t in tables)])
@@ -3343,7 +3388,7 @@ class Prior:
             x = _emit_preconditioning(e, f, n, c, self, self.mean)
             nll = _emit_inversion(e, x, n, c, self.denoiser, self.timesteps, self.prediction,
                                   self.calibration["scale"], self.calibration["location"])
-            e.emit(_map, nll, self.grid, *map(e.constant, self._map_weights()), 0, 0, scratch=self.grid, scratch_at=5)
+            e.map(nll, self.grid, *self._map_weights())
             e.finish()
             self._built = e, nll
         return self._built
@@ -3471,7 +3516,7 @@ class MultiPrior:
                 at = _emit_inversion(e, x, n, c, p.denoiser, p.timesteps, p.prediction, p.calibration["scale"],
                                      p.calibration["location"])
                 end = len(e.program)
-                e.emit(_map, at, p.grid, *map(e.constant, p._map_weights()), 0, 0, scratch=p.grid, scratch_at=5)
+                e.map(at, p.grid, *p._map_weights())
                 parts.append((slice(begin, end), slice(end, end + 1), at))
                 top = max(top, e.floats)
             e.floats = top
