@@ -566,7 +566,11 @@ def _define_intrinsics(lanes: int) -> None:
     wide = _PANEL // lanes  # vectors in a row of a BLOCK
 
     def block_row(b, w, k):
-        """Row k of the weights of the BLOCK at w, without their scales."""
+        """Row k of the weights of the BLOCK at w, without their scales. Asks for the block after the next, piece by piece."""
+        prefetch = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i32, i32, i32])
+        later = b.add(b.add(w, const(2 * _BLOCK_BYTES)), b.mul(k, const(_BLOCK_BYTES // _PANEL)))
+        b.call(cgutils.get_or_insert_function(b.module, prefetch, "llvm.prefetch.p0"),
+               [b.inttoptr(later, cgutils.voidptr_t), *(ir.Constant(i32, n) for n in (0, 3, 1))])
         row = b.add(b.add(w, const(4 * _PANEL)), b.mul(k, const(_PANEL)))
         whole = [b.load(b.inttoptr(b.add(row, const(n * lanes)), byte_vec.as_pointer()), align=1) for n in range(wide)]
         return [b.sitofp(b.sext(v, int_vec), vec) for v in whole]
