@@ -664,7 +664,8 @@ def _define_intrinsics(lanes: int) -> None:
         return tile
 
     def make_depthwise(size: int, stride: int):
-        group = 4 if size == 3 else 2  # outputs at once: they share loads, and the taps stay in registers
+        kept = size * size + 5 <= (32 if lanes == 16 else 16)  # whether all taps stay in registers; else a row of them does
+        group = 4 if size == 3 or not kept else 2  # outputs at once: they share loads
 
         @intrinsic
         def row(typing, lines, n_out, channels, w, bias, out, ldo, sums, act):
@@ -673,7 +674,9 @@ def _define_intrinsics(lanes: int) -> None:
                 lines, n_out, channels, w, bias, out, ldo, sums, act = args
                 with cgutils.for_range(b, b.udiv(channels, const(lanes)), intp=i64) as loop:
                     first = b.mul(loop.index, const(lanes))
-                    taps = [load(b, w, b.add(first, b.mul(channels, const(i)))) for i in range(size * size)]
+                    def tap(i):
+                        return load(b, w, b.add(first, b.mul(channels, const(i))))
+                    taps = [tap(i) for i in range(size * size)] if kept else None
                     offset = load(b, bias, first)
                     bases = [b.load(b.inttoptr(b.add(lines, const(8 * i)), i64.as_pointer())) for i in range(size)]
                     total = cgutils.alloca_once(b, vec)
@@ -683,13 +686,14 @@ def _define_intrinsics(lanes: int) -> None:
                         start = b.mul(b.mul(x, const(stride)), channels)
                         acc = [offset] * count
                         for i in range(size):
+                            row = taps[i * size:(i + 1) * size] if kept else [tap(i * size + j) for j in range(size)]
                             for j in range((count - 1) * stride + size):
                                 at_x = b.add(b.add(start, b.mul(channels, const(j))), first)
                                 users = [o for o in range(count) if 0 <= j - o * stride < size]
                                 if users:
                                     v = load(b, bases[i], at_x)
                                 for o in users:
-                                    acc[o] = call(b, "fma", v, taps[i * size + j - o * stride], acc[o])
+                                    acc[o] = call(b, "fma", v, row[j - o * stride], acc[o])
 
                         def finish(activation):
                             for o in range(count):
