@@ -33,6 +33,7 @@ Licence: MIT (see LICENSE). Source of truth: this file; tests walk `OPS`, the ta
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -47,7 +48,6 @@ import threading
 import time
 import weakref
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
@@ -401,8 +401,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _has_numba() -> bool:
-    from importlib.util import find_spec
-    return find_spec("numba") is not None
+    return _is_installed("numba")
 
 
 @functools.cache
@@ -430,6 +429,19 @@ def _give_way_address() -> int:
 
 
 _LOADING = threading.Lock()
+_LOCKED: weakref.WeakSet = weakref.WeakSet()  # the models
+
+
+def _unlock() -> None:
+    """In a forked child: another thread of the parent may have held the locks."""
+    global _LOADING
+    _LOADING = threading.Lock()
+    for model in _LOCKED:
+        model._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
 
 
 @functools.cache
@@ -1603,7 +1615,8 @@ def _aligned(shape, dtype=np.float32) -> np.ndarray:
     return raw[start:start + size].view(dtype).reshape(shape)
 
 
-def _help(entry: Callable, jobs: queue.SimpleQueue) -> None:
+def _help(entry: Callable, jobs: queue.SimpleQueue, count: np.ndarray) -> None:
+    """Life of a helper. It holds `count`: it may still look at that when the engine is gone."""
     while (job := jobs.get()) is not None:
         entry(*job)
 
@@ -1611,7 +1624,7 @@ def _help(entry: Callable, jobs: queue.SimpleQueue) -> None:
 class _CpuEngine:
     """Workspaces, packed weights and the program of one model.
 
-    A thread of the caller that runs it holds `lock`; two engines run side by side.
+    One thread of the caller at a time; two engines run side by side.
     """
 
     device = "cpu"
@@ -1624,7 +1637,6 @@ class _CpuEngine:
         self.helpers = None  # the process that has them, and their queue
         self.job, self.count = np.zeros(8, np.int64), _aligned(8, np.int64)  # arrivals at barriers, alone on a cache line
         self.parts: dict[tuple, list[int]] = {}
-        self.lock = threading.Lock()
         self.program: list[list[int]] = []
         self.keep: list[np.ndarray] = []  # whatever the program points to
         self.floats = 0  # workspace a worker
@@ -1670,7 +1682,7 @@ class _CpuEngine:
         full[:, :m] = w
         panels, j = [], 0
         while j < padded:
-            wide = (2 if (padded - j) // _LANES == 4 else min((padded - j) // _LANES, 3)) * _LANES
+            wide = _columns((padded - j) // _LANES) * _LANES
             panels.append(full[:, j:j + wide].ravel())
             j += wide
         return self.constant(np.concatenate(panels)), padded
@@ -1759,7 +1771,7 @@ class _CpuEngine:
 
     def linear(self, x: int, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE, residual: int = -1,
                lda: int | None = None, from_state: bool = False) -> tuple[int, int]:
-        address, m = self.packed(w)
+        address, m = self.packed(_padded_to(w, k, w.shape[1]))
         out = self.workspace(n, m)
         self.emit(_linear, x, n, k, address, m, self.padded(b, m), m if b.ndim == 2 else 0, residual, out, act,
                   lda or k, from_state)
@@ -1797,9 +1809,9 @@ class _CpuEngine:
         self.allocate(16)
 
     def allocate(self, line: int) -> None:
-        self.line = line
-        self.memory = _aligned((self.threads, self.threads * line + self.floats))
-        self.slabs = self.memory[:, self.threads * line:]
+        memory = _aligned((self.threads, self.threads * line + self.floats))
+        slabs = memory[:, self.threads * line:]
+        self.memory, self.slabs, self.line = memory, slabs, line  # at once: an interrupt leaves them as they were
 
     def image_row(self, image: np.ndarray, size: int, target: np.ndarray | None = None,
                   operators: Callable[[int], np.ndarray] | None = None, shift=(0.0, 0.0)) -> list[int]:
@@ -1816,9 +1828,7 @@ class _CpuEngine:
                            np.ascontiguousarray(operators(image.shape[1]).T, np.float32)]
             addresses = [t if isinstance(t, int) else t.ctypes.data for t in tables]
             entry = addresses + [0] * (8 - len(tables)), tables
-        self.sizes[key] = entry  # most recently used last: what a running batch points to is never dropped
-        if len(self.sizes) > 256:
-            del self.sizes[next(iter(self.sizes))]
+        self.sizes[key] = entry  # most recently used last
         addresses, _ = entry
         return [image.ctypes.data, *image.shape[:2], *addresses[:6], 0 if target is None else target.ctypes.data,
                 *addresses[6:]]
@@ -1831,6 +1841,8 @@ class _CpuEngine:
     def run(self, rows: list[list[int]], operations: slice = slice(None)) -> np.ndarray:
         """Run the program (or a part of it) for the images in `rows`; returns their states."""
         batch = len(rows)
+        while len(self.sizes) > max(256, batch):  # never one that this batch points to
+            del self.sizes[next(iter(self.sizes))]
         states = self.prepare(batch)
         table = np.zeros((batch, _FIELDS), np.int64)
         table[:, :len(rows[0])] = rows
@@ -1864,7 +1876,7 @@ class _CpuEngine:
         if self.helpers is None or self.helpers[0] != os.getpid():
             jobs = queue.SimpleQueue()
             for _ in range(self.threads - 1):
-                threading.Thread(target=_help, args=(self.entry, jobs), name="fastprior", daemon=True).start()
+                threading.Thread(target=_help, args=(self.entry, jobs, self.count), name="fastprior", daemon=True).start()
                 weakref.finalize(self, jobs.put, None)
             self.helpers = os.getpid(), jobs
         return self.helpers[1]
@@ -2212,6 +2224,7 @@ class _CudaEngine:
         """Memory for batches up to `capacity`; what was bound to the old addresses goes."""
         if self.capacity:
             self.done.synchronize()
+        self.capacity = 0  # should there be no memory
         self.frames.clear()
         self.workspace = None  # before the new one, so that both never exist together
         self.workspace = self.cupy.empty(max(self.image_bytes, 256) * capacity, np.uint8)
@@ -2260,9 +2273,7 @@ class _CudaEngine:
                 row += [keep[-2].data.ptr, keep[-1].data.ptr, weight.shape[1]]
             keep += [self.constant(self.map_operator(size[0])), self.constant(self.map_operator(size[1]).T)]
             entry = row, keep
-        self.sizes[size] = entry
-        if len(self.sizes) > 1024:  # more than a batch holds: what is in flight is never dropped
-            del self.sizes[next(iter(self.sizes))]
+        self.sizes[size] = entry  # most recently used last
         row, keep = entry
         return [pixels.data.ptr, *size, *row, *((0, 0, 0) if target is None else
                                                 (target.data.ptr, keep[-2].data.ptr, keep[-1].data.ptr)), score]
@@ -2295,6 +2306,8 @@ class _CudaEngine:
         with self.lock, self.gpu, self.stream_of(images) as stream:
             if batch > self.capacity:
                 self._allocate(batch)
+            while len(self.sizes) > self._RING * max(128, batch):  # never one that a frame in flight points to
+                del self.sizes[next(iter(self.sizes))]
             stream.wait_event(self.done)  # the workspace is shared between streams
             pixels = [self.to_device(image) for image in images]
             scores = self.cupy.empty(batch, np.float32)
@@ -2713,21 +2726,18 @@ def pack_lower(w: np.ndarray) -> np.ndarray:
     """
     n, c, _ = w.shape
     panels = -(-c // _PANEL)
-    full = _padded_to(w, n, panels * _PANEL, panels * _PANEL)
-    blocks = full.reshape(n, panels, _PANEL, panels, _PANEL).transpose(0, 1, 3, 4, 2)
-    return quantize(np.stack([blocks[:, q, k] for q in range(panels) for k in range(q + 1)], 1))
+    full = _padded_to(w, n, panels * _PANEL, panels * _PANEL).reshape(n, panels, _PANEL, panels, _PANEL)
+    q, k = np.tril_indices(panels)
+    return quantize(full.transpose(0, 1, 3, 4, 2)[:, q, k])
 
 
 def unpack_lower(blocks: np.ndarray, c: int) -> np.ndarray:
     """Inverse of `pack_lower`, float32 (N, C, C)."""
     n, panels = len(blocks), -(-c // _PANEL)
-    full = np.zeros((n, panels * _PANEL, panels * _PANEL), np.float32)
-    i = 0
-    for q in range(panels):
-        for k in range(q + 1):
-            full[:, q * _PANEL:(q + 1) * _PANEL, k * _PANEL:(k + 1) * _PANEL] = dequantize(blocks[:, i]).transpose(0, 2, 1)
-            i += 1
-    return full[:, :c, :c]
+    full = np.zeros((n, panels, _PANEL, panels, _PANEL), np.float32)
+    q, k = np.tril_indices(panels)
+    full.transpose(0, 1, 3, 4, 2)[:, q, k] = dequantize(blocks)
+    return full.reshape(n, panels * _PANEL, -1)[:, :c, :c]
 
 
 def pack_factors(v: np.ndarray) -> np.ndarray:
@@ -3010,7 +3020,7 @@ def _read_npz(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
                 version = np.lib.format.read_magic(stream)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, dtype = read(stream)
-                if dtype != BLOCK and (dtype.hasobject or dtype.kind not in "fiub" or fortran):
+                if fortran or dtype != BLOCK and (dtype.hasobject or dtype.kind not in "fiub"):
                     raise ModelError(f"{path}: {entry.filename} is not a plain array")
                 if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
                     raise ModelError(f"{path}: {entry.filename} is cut short")
@@ -3018,10 +3028,9 @@ def _read_npz(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
         header = json.loads(arrays.pop("header").tobytes())
     except FileNotFoundError as e:
         raise ModelError(f"{path}: no such model file") from e
-    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, NotImplementedError,
-            AttributeError, UnicodeDecodeError) as e:
-        if isinstance(e, ModelError):
-            raise
+    except ModelError:
+        raise
+    except Exception as e:  # whatever zip, header and JSON make of a file that is none of ours
         raise ModelError(f"{path}: not a fastprior model, or damaged ({e})") from e
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ModelError(f"{path}: format {header.get('format') if isinstance(header, dict) else None!r}, this version "
@@ -3033,7 +3042,7 @@ def _write_npz(path: str | os.PathLike, header: dict, arrays: dict[str, np.ndarr
     """Written to a temporary name, then renamed: a reader sees the old file or the whole new one."""
     path = Path(path)
     text = np.frombuffer(json.dumps({"format": FORMAT} | header, sort_keys=True).encode(), np.uint8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "wb") as f:
             np.savez(f, header=text, **{k: np.ascontiguousarray(v) for k, v in arrays.items()})
@@ -3041,7 +3050,8 @@ def _write_npz(path: str | os.PathLike, header: dict, arrays: dict[str, np.ndarr
     except OSError as e:
         raise FastPriorError(f"{path}: cannot be written ({e.strerror})") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3086,7 +3096,7 @@ class Settings:
             "shrink": (0 <= self.shrink <= 1, "0 to 1"),
             "floor": (0 < self.floor <= 1, "a share in (0, 1]"),
             "factors": (0 <= self.factors <= _MOST_FACTORS, f"0 to {_MOST_FACTORS}"),
-            "width": (self.width % 48 == 0 or self.width % 16 == 0, "a multiple of 16"),
+            "width": (self.width % 16 == 0, "a multiple of 16"),
         }
         for name, (good, expected) in checks.items():
             if not good:
@@ -3164,6 +3174,7 @@ class Prior:
         self.calibration = calibrations[settings.steps]
         self.grid = settings.size // 16
         self._lock = threading.Lock()
+        _LOCKED.add(self)
         self._built: tuple[_CpuEngine, int] | None = None
         self.validate()
         self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr, settings.threshold)
@@ -3353,11 +3364,17 @@ class Prior:
     def nll(self, images: list[np.ndarray], maps: list[np.ndarray | None] | None = None) -> np.ndarray:
         """Calibrated negative log-likelihood a position, float32 (B, N); fills `maps` where given.
 
-        images: uint8 (H, W, 3), contiguous. z_n = (|x_T,n|^2 / 2) * scale_n + location_n.
+        images: uint8 (H, W, 3); maps: float32 (H, W) or None; C-contiguous, else ShapeError.
+        z_n = (|x_T,n|^2 / 2) * scale_n + location_n.
         """
         maps = maps or [None] * len(images)
         if self._cuda:
             return _nll_on_cuda(self, images, maps)
+        for image, m in zip(images, maps):  # kernels see addresses only
+            if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.flags.c_contiguous:
+                raise ShapeError(f"image: expected contiguous uint8 (H, W, 3), got {image.dtype} {image.shape}")
+            if m is not None and (m.dtype != np.float32 or m.shape != image.shape[:2] or not m.flags.c_contiguous):
+                raise ShapeError(f"map: expected contiguous float32 {image.shape[:2]}, got {m.dtype} {m.shape}")
         if self.backend == "numpy":
             return self._nll_reference(images, maps)
         with self._lock:
@@ -3451,6 +3468,7 @@ class MultiPrior:
         first = next(iter(priors.values()))
         self.backbone, self.device, self.backend, self.grid = first.backbone, first.device, first.backend, first.grid
         self._lock = threading.Lock()
+        _LOCKED.add(self)
         self._built = None
 
     def save(self, path: str | os.PathLike) -> None:

@@ -118,6 +118,21 @@ def test_whole_model_does_not_depend_on_the_order_of_threads(cuda, schedule):
     np.testing.assert_array_equal(gpu.nll(images()), want)
 
 
+def test_a_batch_too_large_for_the_gpu_does_not_spoil_the_next(cuda, monkeypatch):
+    gpu, _ = model(device="cuda", precision="float32")
+    want, empty = gpu.nll(images()[:1]), cuda.empty
+
+    def full(shape, *rest):
+        if np.prod(shape) > 1 << 16:
+            raise MemoryError
+        return empty(shape, *rest)
+    monkeypatch.setattr(cuda, "empty", full, raising=False)
+    with pytest.raises(MemoryError):
+        gpu.nll(images())
+    monkeypatch.setattr(cuda, "empty", empty, raising=False)
+    np.testing.assert_array_equal(gpu.nll(images()[:1]), want)
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_score_does_not_depend_on_the_batch(cuda, precision):
     gpu, _ = model(device="cuda", precision=precision)

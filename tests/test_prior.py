@@ -123,12 +123,95 @@ def test_a_forked_process_scores_too(trained, pictures, monkeypatch):
     monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
     prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser, trained.calibrations, {},
                      factors=trained.factors)
-    want = prior.score(pictures[0]).score
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # a child that waits for threads it does not have
-        os._exit(prior.score(pictures[0]).score != want)
-    assert os.waitpid(child, 0)[1] == 0
+    want, stop = prior.score(pictures[0]).score, threading.Event()
+
+    def work():
+        while not stop.is_set():
+            prior.score(pictures[0])
+    busy = threading.Thread(target=work)  # in the middle of a frame, and of what a frame holds, when the process forks
+    busy.start()
+    try:
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)  # a child that waits for threads it does not have
+                os._exit(prior.score(pictures[0]).score != want)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        busy.join()
+
+
+def test_helpers_end_with_their_engine():
+    """On one core, where the helper is still in the last barrier when the frame ends and its engine goes."""
+    code = """if True:
+        import os, sys, threading, time
+        import numpy as np
+        sys.path.insert(0, sys.argv[1])
+        import fastprior as fp
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        for _ in range(50):
+            engine = fp._CpuEngine(2)
+            engine.whiten(engine.state(4, 32), 4, 32, np.zeros((4, 32)), np.ones((4, 32)))
+            engine.finish()
+            for _ in range(3):
+                engine.run([[0]])
+            del engine
+            keep = [np.zeros(128, np.uint8) for _ in range(4)]
+        until = time.monotonic() + 20
+        while threading.active_count() > 1 and time.monotonic() < until:
+            time.sleep(.05)
+        print(threading.active_count())
+        os._exit(0)"""
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"NUMBA_NUM_THREADS": "2"})
+    assert done.stdout == "1\n", done.stderr
+
+
+def test_no_memory_for_one_image_does_not_spoil_the_next(model_file, monkeypatch):
+    prior = fp.Prior.load(model_file)
+    wide = np.random.default_rng(0).integers(0, 256, (64, 8000, 3), np.uint8)
+    want = fp.Prior.load(model_file).score(wide).score
+    prior.score(wide[:, :64])
+    aligned = fp._aligned
+
+    def nothing_left(*_):
+        raise MemoryError
+    monkeypatch.setattr(fp, "_aligned", nothing_left)
+    with pytest.raises(MemoryError):
+        prior.score(wide)
+    monkeypatch.setattr(fp, "_aligned", aligned)
+    assert prior.score(wide).score == want
+
+
+def test_a_batch_of_more_sizes_than_are_kept(model_file):
+    prior = fp.Prior.load(model_file)
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
+    images = [np.ascontiguousarray(noise[:8 + i % 40, :8 + i // 40]) for i in range(300)]
+    together = prior.score_batch(images, chunk=300)
+    for i in (0, 1, 40, 150, 299):
+        assert_same(prior.score(images[i]), together[i])
+    assert len(prior._engine()[0].sizes) <= 300
+
+
+def test_a_denoiser_of_any_hidden_width(trained, pictures):
+    weights = dict(trained.denoiser)
+    weights |= {"mix0_w1": weights["mix0_w1"][:, :21], "mix0_b1": weights["mix0_b1"][:21],
+                "mix0_w2": 30 * np.random.default_rng(0).standard_normal((21, weights["mix0_w2"].shape[1])).astype(np.float32)}
+    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, weights, trained.calibrations, {},
+                     factors=trained.factors)
+    np.testing.assert_allclose(prior.nll(pictures[:1]), prior._nll_reference(pictures[:1], [None]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("image, m", [
+    (np.zeros((64, 128, 3), np.uint8)[:, ::2], None), (np.zeros((64, 64), np.uint8), None), (np.zeros((64, 64, 3)), None),
+    (np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64))), (np.zeros((64, 64, 3), np.uint8), np.zeros((64, 63), np.float32)),
+], ids=["strided", "grey", "float", "map of doubles", "map of another size"])
+def test_nll_takes_only_what_its_kernels_can_read(trained, image, m):
+    with pytest.raises(fp.ShapeError, match="expected contiguous") as e:
+        trained.nll([image], [m])
+    one_line(e)
 
 
 def test_the_scores_make_sense(trained, washers):
@@ -216,6 +299,12 @@ def test_damaged_models_are_named_and_refused(model_file, tmp_path):
     np.savez(bad, header=np.array([{"evil": 1}], object), allow_pickle=True)
     with pytest.raises(fp.ModelError, match="bad.npz"):
         fp.Prior.load(bad)
+    for header in (b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,", b"[" * 3000):
+        with zipfile.ZipFile(bad, "w") as crafted:
+            crafted.writestr("mean.npy", b"\x93NUMPY\1\0" + (len(header) + 1).to_bytes(2, "little") + header + b"\n")
+        with pytest.raises(fp.ModelError, match="bad.npz") as e:
+            fp.Prior.load(bad)
+        one_line(e)
     with pytest.raises(fp.ModelError, match="no such model"):
         fp.Prior.load(tmp_path / "none.npz")
     with pytest.raises(fp.ModelError, match="not a trained model|incomplete"):
@@ -236,6 +325,7 @@ def npy(array):
     (lambda k, d: None if k == "factors.npy" else d, "factors .* do not fit"),
     (lambda k, d: npy(np.zeros((35, 1), fp.BLOCK)) if k == "factors.npy" else d, "factors .* do not fit"),
     (lambda k, d: npy(np.zeros((36, 5), "f4,i1")) if k == "whitener.npy" else d, "not a plain array"),
+    (lambda k, d: npy(np.asfortranarray(np.zeros((36, 45), fp.BLOCK))) if k == "whitener.npy" else d, "not a plain array"),
     (lambda k, d: npy(np.zeros((36, 45, 32, 32), np.float16)) if k == "whitener.npy" else d, "train the model again"),
     (lambda k, d: None if k == "calibration/2/peaks.npy" else d, "peaks"),
     (lambda k, d: npy(np.full(36, np.nan, np.float32)) if k == "calibration/2/scale.npy" else d, "not finite"),
@@ -243,7 +333,7 @@ def npy(array):
     (lambda k, d: d.replace(b'"size": 96', b'"size": 95') if k == "header.npy" else d, "multiple of 32"),
     (lambda k, d: d.replace(b'"steps"', b'"stops"') if k == "header.npy" else d, "stops"),
     (lambda k, d: npy(np.zeros((3, 3, 3, 31), np.float16)) if k == "backbone/stem_w.npy" else d, "backbone|inconsistent|fit"),
-], ids=["shape", "whitener", "denoiser", "no factors", "factors", "fields", "older", "calibration", "nan", "format", "size", "setting", "backbone"])
+], ids=["shape", "whitener", "denoiser", "no factors", "factors", "fields", "order", "older", "calibration", "nan", "format", "size", "setting", "backbone"])
 def test_inconsistent_models_are_refused(model_file, tmp_path, change, match):
     bad = rewritten(model_file, tmp_path / "bad.npz", change)
     with pytest.raises(fp.FastPriorError, match=match) as e:
@@ -263,8 +353,9 @@ def test_saving_is_all_or_nothing(trained, model_file, tmp_path, monkeypatch):
     with pytest.raises(fp.FastPriorError, match="No space left"):
         trained.save(target)
     assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.npz"]
-    with pytest.raises(fp.FastPriorError, match="cannot be written"):
-        trained.save(tmp_path / "no folder" / "m.npz")
+    for nowhere in (tmp_path / "no folder" / "m.npz", target / "m.npz", tmp_path / ("m" * 300 + ".npz")):
+        with pytest.raises(fp.FastPriorError, match="cannot be written"):
+            trained.save(nowhere)
 
 
 # -- training ------------------------------------------------------------------------------------
