@@ -686,8 +686,10 @@ def _define_intrinsics(lanes: int) -> None:
                 lines, n_out, channels, w, bias, out, ldo, sums, act = args
                 with cgutils.for_range(b, b.udiv(channels, const(lanes)), intp=i64) as loop:
                     first = b.mul(loop.index, const(lanes))
+
                     def tap(i):
                         return load(b, w, b.add(first, b.mul(channels, const(i))))
+
                     taps = [tap(i) for i in range(size * size)] if kept else None
                     offset = load(b, bias, first)
                     bases = [b.load(b.inttoptr(b.add(lines, const(8 * i)), i64.as_pointer())) for i in range(size)]
