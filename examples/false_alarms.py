@@ -44,6 +44,8 @@ for calibration in ("cross", "holdout"):
         prior = fp.fit(list(np.sort(order[:count])), iterations=0, size=args.size, copies=args.copies,
                        calibration=calibration, seed=seed)
         x0 = fp._apply_whitener(features[clean[order[count:]]], prior.mean, fp.unpack_lower(prior.whitener, features.shape[2]))
+        v = fp.unpack_factors(prior.factors, prior.settings.factors, *x0.shape[1:])
+        x0 = np.stack([fp.remove_factors(x.astype(np.float32), v) for x in x0])
         own = prior.calibration
         nll = fp._nll_of(x0, None, prior.timesteps, prior.prediction)
         scores = prior._image_scores(nll * own["scale"] + own["location"])
