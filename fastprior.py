@@ -382,7 +382,7 @@ def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
 # Never nnan or ninf: a NaN in must be a NaN out.
 _FASTMATH = {"contract", "reassoc", "nsz"}
 _KERNELS: list[tuple[Callable, bool]] = []
-_PANEL = 32  # side of a BLOCK, and the padding of C
+_PANEL = 32  # side of a BLOCK (see `quantize`), and the padding of C
 _BLOCK_BYTES = 4 * _PANEL + _PANEL * _PANEL
 
 
@@ -2308,7 +2308,7 @@ class _CudaEngine:
         with self.lock, self.gpu, self.stream_of(images) as stream:
             if batch > self.capacity:
                 self._allocate(batch)
-            while len(self.sizes) > self._RING * max(128, batch):  # never one that a frame in flight points to
+            while len(self.sizes) > self._RING * max(128, self.capacity):  # never one that a frame in flight points to
                 del self.sizes[next(iter(self.sizes))]
             stream.wait_event(self.done)  # the workspace is shared between streams
             pixels = [self.to_device(image) for image in images]
@@ -4836,7 +4836,7 @@ def _variant(name: str, iterations: int | None) -> dict:
 
 
 def untrained(backbone: str, size: int, threads: int | None = None, device: str = "cpu") -> Prior:
-    """A prior of random numbers with the shapes of a trained one: for timing only."""
+    """A prior of random numbers with the shapes of a trained one, padding included: for timing only, its scores mean nothing."""
     settings = Settings(backbone=backbone, size=size)
     settings.check()
     net = load_backbone(backbone)
