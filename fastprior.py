@@ -34,22 +34,20 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import io
 import json
+import logging
 import math
 import os
 import pickle
-import queue
 import sys
-import threading
 import time
-import weakref
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
@@ -59,8 +57,10 @@ __all__ = [
     "FastPriorError", "ShapeError", "ImageError", "ModelError",
     "BackendUnavailable", "alpha_bar", "select_timesteps", "rotation", "ddim_invert",
     "gaussian_log_prob", "conformal_p_value", "conformal_threshold", "auroc",
-    "average_precision", "f1_max", "aupro", "pixel_metrics", "OPS",
+    "average_precision", "f1_max", "aupro", "pixel_metrics", "Engine",
 ]
+
+_log = logging.getLogger("fastprior")  # what a library has to say: the command shows it on stderr
 
 
 # ------------------------------------------------------------------------------------------------
@@ -364,930 +364,6 @@ def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
         from scipy.ndimage import gaussian_filter1d
         smooth = gaussian_filter1d(smooth, sigma, axis=0, mode="reflect")
     return _tap_matrix(grid, n_out) @ smooth if n_out != grid else smooth
-
-
-# ------------------------------------------------------------------------------------------------
-# Numba twins
-#
-# A frame is a short program: a table of int64 rows, one a fused operation, run by `_run`. Every
-# operation is cut into bands of rows, one a thread (for a batch: an image a thread). What must be
-# fast is emitted as LLVM vector code: a register-tiled matrix product and a depthwise row. Each
-# output element is summed in one fixed order, so scores do not depend on threads, bands or batch.
-# `_kernel` only marks a function: `import fastprior` is light and works without Numba. When the
-# first engine is built, Numba compiles them all to one object file, which is kept: later processes
-# load that, and never import Numba (half a second). So no kernel allocates or raises.
-# ------------------------------------------------------------------------------------------------
-
-# contract: fused multiply-add; reassoc: vectorised sums (the order is fixed at compile time).
-# Never nnan or ninf: a NaN in must be a NaN out.
-_FASTMATH = {"contract", "reassoc", "nsz"}
-_KERNELS: list[tuple[Callable, bool]] = []
-_PANEL = 32  # side of a BLOCK (see `quantize`), and the padding of C
-_BLOCK_BYTES = 4 * _PANEL + _PANEL * _PANEL
-
-
-def _kernel(entry: bool = False):
-    """Marks what Numba compiles. `entry`: called by address, so that `_run` need not inline it."""
-    def mark(function):
-        _KERNELS.append((function, entry))
-        return function
-    return mark
-
-
-@functools.cache
-def _is_installed(name: str) -> bool:
-    from importlib.util import find_spec
-    return find_spec(name) is not None
-
-
-def _has_numba() -> bool:
-    return _is_installed("numba")
-
-
-@functools.cache
-def _host() -> tuple[str, str]:
-    """Name and features of this CPU, as LLVM writes them. Sets what the packing of weights depends on."""
-    from llvmlite import binding
-    features = binding.get_host_cpu_features()
-    lanes = 16 if features.get("avx512f") else 8
-    globals().update(_LANES=lanes, _TILE=8 if lanes == 16 else 4)  # 8x3 of 32 registers, or 4x3 of 16: sums + panel + one
-    return binding.get_host_cpu_name(), features.flatten()
-
-
-def _available_threads() -> int:
-    """NUMBA_NUM_THREADS, or the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    text = os.environ.get("NUMBA_NUM_THREADS", "")
-    return int(text) if text.isdigit() and int(text) else cores
-
-
-@functools.cache
-def _give_way_address() -> int:
-    """Address of the system's call that offers the core to another thread."""
-    function = ctypes.windll.kernel32.SwitchToThread if os.name == "nt" else ctypes.CDLL(None).sched_yield
-    return ctypes.cast(function, ctypes.c_void_p).value
-
-
-_LOADING = threading.Lock()
-_LOCKED: weakref.WeakSet = weakref.WeakSet()  # the models
-
-
-def _unlock() -> None:
-    """In a forked child: another thread of the parent may have held the locks."""
-    global _LOADING
-    _LOADING = threading.Lock()
-    for model in _LOCKED:
-        model._lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock)
-
-
-@functools.cache
-def _load_kernels():
-    """Give every entry function its machine `address`. Returns the engine that owns the code."""
-    from llvmlite import binding
-    cpu, features = _host()
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    target = binding.Target.from_default_triple()
-    machine = target.create_target_machine(cpu=cpu, features=features, opt=3, codemodel="jitdefault",
-                                           reloc="static" if target.name.startswith("x86") else "default")  # as Numba does
-
-    def file():
-        """Named after everything that decides the code."""
-        import hashlib
-        from importlib.metadata import version
-        key = repr([cpu, features, *map(version, ("numba", "llvmlite"))]).encode() + Path(__file__).read_bytes()
-        return _cache_folder() / f"kernels-{hashlib.sha256(key).hexdigest()[:24]}.npz"
-
-    nowhere = FastPriorError, OSError, RuntimeError, ImportError  # none yet, spoilt, read-only, no home, a frozen program
-    try:
-        header, arrays = _read_npz(file())
-    except nowhere:
-        names, code = _compile_kernels(machine)
-        header, arrays = {"names": names}, {"object": np.frombuffer(code, np.uint8)}
-        try:
-            file().parent.mkdir(parents=True, exist_ok=True)
-            _write_npz(file(), header, arrays)
-        except nowhere as e:
-            print(f"fastprior: compiled kernels cannot be kept, each process will compile them ({e})", file=sys.stderr, flush=True)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
-    engine.add_object_file(binding.ObjectFileRef.from_data(arrays["object"].tobytes()))
-    engine.finalize_object()
-    for name, symbol in header["names"].items():
-        globals()[name].address = engine.get_function_address(symbol)
-    return engine
-
-
-def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
-    """Symbols of the entry functions, and the object file that holds them."""
-    import numba
-    from llvmlite import binding
-    print("fastprior: compiling kernels for this CPU, once (about 20 s)", file=sys.stderr, flush=True)
-    scope = globals()
-    marked = {function.__name__: function for function, _ in _KERNELS}
-    _define_intrinsics(_LANES)
-    scope["carray"] = numba.carray
-    options = {"fastmath": _FASTMATH, "error_model": "numpy"}
-    names, whole = {}, binding.parse_assembly("")
-    try:
-        for function, entry in _KERNELS:
-            if entry:
-                compiled = numba.cfunc(numba.void(*[numba.int64] * 8), **options)(function)
-                names[function.__name__] = compiled.native_name
-                whole.link_in(binding.parse_assembly(compiled.inspect_llvm()))
-            else:
-                scope[function.__name__] = numba.njit(**options)(function)
-    finally:
-        scope.update(marked)
-    # Numba's wrappers know what to do if a kernel raises, which none can: that part of its runtime is not needed
-    unknown = [f"define void @{f.name}() {{ call void @llvm.trap() unreachable }}" for f in whole.functions if f.is_declaration]
-    unknown += [f"@{g.name} = global ptr null" for g in whole.global_variables if g.is_declaration]
-    unneeded = [line for line in unknown if line.split("@")[1].startswith(("NRT_", "Py", "numba_"))]
-    whole.link_in(binding.parse_assembly("\n".join(["declare void @llvm.trap()", *unneeded])))
-    return names, machine.emit_object(whole)
-
-
-def _define_intrinsics(lanes: int) -> None:
-    """The vector intrinsics, as globals.
-
-    All addresses are int64 byte addresses; all counts and strides are in elements.
-    """
-    from llvmlite import ir
-    from numba import types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
-
-    f32, i8, i32, i64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
-    vec, byte_vec, int_vec = ir.VectorType(f32, lanes), ir.VectorType(i8, lanes), ir.VectorType(i32, lanes)
-    rows = _TILE
-
-    def const(x):
-        return ir.Constant(i64, x)
-
-    def splat(b, x):
-        one = b.insert_element(ir.Constant(ir.VectorType(x.type, lanes), ir.Undefined), x, ir.Constant(i32, 0))
-        return b.shuffle_vector(one, one, ir.Constant(int_vec, [0] * lanes))
-
-    def value(x):
-        return ir.Constant(vec, [x] * lanes)
-
-    def call(b, name, *args):
-        kind = ir.FunctionType(vec, [a.type for a in args])
-        return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v{lanes}f32"), args)
-
-    def at(b, address, offset, kind):  # offset in float32 elements
-        return b.inttoptr(b.add(address, b.shl(offset, const(2))), kind.as_pointer())
-
-    def load(b, address, offset, kind=vec):
-        return b.load(at(b, address, offset, kind), align=4)
-
-    def store(b, x, address, offset):
-        b.store(x, at(b, address, offset, vec), align=4)
-
-    def silu(b, x):
-        # exp(-x) = 2^n * p(r): p is the degree-6 Taylor polynomial on |r| <= ln(2)/2, error < 2e-7 relative
-        y = call(b, "maxnum", call(b, "minnum", b.fneg(x), value(87.)), value(-87.))
-        n = call(b, "rint", b.fmul(y, value(1.4426950408889634)))
-        r = call(b, "fma", n, value(-0.693145751953125), y)
-        r = call(b, "fma", n, value(-1.428606765330187e-06), r)
-        p = value(1 / 720)
-        for k in (120, 24, 6, 2, 1, 1):
-            p = call(b, "fma", p, r, value(1 / k))
-        power = b.shl(b.add(b.fptosi(n, int_vec), ir.Constant(int_vec, [127] * lanes)), ir.Constant(int_vec, [23] * lanes))
-        return b.fdiv(x, call(b, "fma", p, b.bitcast(power, vec), value(1.)))
-
-    def relu6(b, x):
-        # ordered comparisons are false for NaN, which therefore passes through
-        low = b.select(b.fcmp_ordered("<", x, value(0.)), value(0.), x)
-        return b.select(b.fcmp_ordered(">", low, value(6.)), value(6.), low)
-
-    def activated(b, act, emit):
-        """Run emit(activation) in the branch that the run-time code `act` names."""
-        with b.if_else(b.icmp_signed("==", act, const(SILU))) as (yes, no):
-            with yes:
-                emit(lambda x: silu(b, x))
-            with no, b.if_else(b.icmp_signed("==", act, const(RELU6))) as (clip, plain):
-                with clip:
-                    emit(lambda x: relu6(b, x))
-                with plain:
-                    emit(lambda x: x)
-
-    wide = _PANEL // lanes  # vectors in a row of a BLOCK
-
-    def block_row(b, w, k):
-        """Row k of the weights of the BLOCK at w, without their scales. Asks for the block after the next, piece by piece."""
-        prefetch = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i32, i32, i32])
-        later = b.add(b.add(w, const(2 * _BLOCK_BYTES)), b.mul(k, const(_BLOCK_BYTES // _PANEL)))
-        b.call(cgutils.get_or_insert_function(b.module, prefetch, "llvm.prefetch.p0"),
-               [b.inttoptr(later, cgutils.voidptr_t), *(ir.Constant(i32, n) for n in (0, 3, 1))])
-        row = b.add(b.add(w, const(4 * _PANEL)), b.mul(k, const(_PANEL)))
-        whole = [b.load(b.inttoptr(b.add(row, const(n * lanes)), byte_vec.as_pointer()), align=1) for n in range(wide)]
-        return [b.sitofp(b.sext(v, int_vec), vec) for v in whole]
-
-    def make_block(m_rows: int):
-        chains = 4 // wide  # sums side by side, as many as a multiply-add takes to finish
-
-        @intrinsic
-        def block(typing, a, w, c, ld):
-            """c += a @ BLOCK for a, c (m_rows, _PANEL), rows ld apart in both."""
-            def codegen(context, b, signature, args):
-                a, w, c, ld = args
-                acc = [[[cgutils.alloca_once(b, vec) for _ in range(wide)] for _ in range(m_rows)] for _ in range(chains)]
-                for chain in acc:
-                    for sums in chain:
-                        for total in sums:
-                            b.store(value(0.), total)
-                with cgutils.for_range(b, const(_PANEL // chains), intp=i64) as loop:
-                    for i, chain in enumerate(acc):
-                        k = b.add(b.mul(loop.index, const(chains)), const(i))
-                        weights = block_row(b, w, k)
-                        for m in range(m_rows):
-                            x = splat(b, load(b, a, b.add(b.mul(ld, const(m)), k), f32))
-                            for n in range(wide):
-                                b.store(call(b, "fma", x, weights[n], b.load(chain[m][n])), chain[m][n])
-                for m in range(m_rows):
-                    for n in range(wide):
-                        total = b.load(acc[0][m][n])
-                        for chain in acc[1:]:
-                            total = b.fadd(total, b.load(chain[m][n]))
-                        to = b.add(b.mul(ld, const(m)), const(n * lanes))
-                        store(b, call(b, "fma", load(b, w, const(n * lanes)), total, load(b, c, to)), c, to)
-                return context.get_dummy_value()
-            return types.void(*[types.int64] * 4), codegen
-        return block
-
-    @intrinsic
-    def dots(typing, x, w, sums):
-        """sums (_PANEL, lanes) += products that are one lane's share of BLOCK @ x, x (_PANEL,)."""
-        def codegen(context, b, signature, args):
-            x, w, sums = args
-            scaled = [b.fmul(load(b, x, const(n * lanes)), load(b, w, const(n * lanes))) for n in range(wide)]
-            with cgutils.for_range(b, const(_PANEL), intp=i64) as loop:
-                at_sum = b.mul(loop.index, const(lanes))
-                total = load(b, sums, at_sum)
-                for mine, other in zip(scaled, block_row(b, w, loop.index)):
-                    total = call(b, "fma", mine, other, total)
-                store(b, total, sums, at_sum)
-            return context.get_dummy_value()
-        return types.void(*[types.int64] * 3), codegen
-
-    def make_tile(m_rows: int, n_vecs: int):
-        @intrinsic
-        def tile(typing, a, lda, w, ldw, k, bias, ldbias, res, ldres, c, ldc, act):
-            """c = act(bias + a @ w) + res for m_rows x (n_vecs * lanes); bias and res may be 0."""
-            def codegen(context, b, signature, args):
-                a, lda, w, ldw, k, bias, ldbias, res, ldres, c, ldc, act = args
-                acc = [[cgutils.alloca_once(b, vec) for _ in range(n_vecs)] for _ in range(m_rows)]
-                cells = [(m, n) for m in range(m_rows) for n in range(n_vecs)]
-                with b.if_else(b.icmp_signed("!=", bias, const(0))) as (some, none):
-                    with some:
-                        for m, n in cells:
-                            b.store(load(b, bias, b.add(b.mul(ldbias, const(m)), const(n * lanes))), acc[m][n])
-                    with none:
-                        for m, n in cells:
-                            b.store(value(0.), acc[m][n])
-                with cgutils.for_range(b, k, intp=i64) as loop:
-                    row = b.mul(loop.index, ldw)
-                    panel = [load(b, w, b.add(row, const(n * lanes))) for n in range(n_vecs)]
-                    for m in range(m_rows):
-                        x = splat(b, load(b, a, b.add(b.mul(lda, const(m)), loop.index), f32))
-                        for n in range(n_vecs):
-                            b.store(call(b, "fma", x, panel[n], b.load(acc[m][n])), acc[m][n])
-
-                for m, n in cells:
-                    store(b, b.load(acc[m][n]), c, b.add(b.mul(ldc, const(m)), const(n * lanes)))
-                # a second pass over the tile, still in the first-level cache, keeps the code small
-                with b.if_then(b.or_(b.icmp_signed("!=", act, const(NONE)), b.icmp_signed("!=", res, const(0)))):
-                    with cgutils.for_range(b, const(m_rows), intp=i64) as loop:
-                        for n in range(n_vecs):
-                            to = b.add(b.mul(ldc, loop.index), const(n * lanes))
-                            y = cgutils.alloca_once(b, vec)
-                            x = load(b, c, to)
-                            activated(b, act, lambda f: b.store(f(x), y))
-                            with b.if_then(b.icmp_signed("!=", res, const(0))):
-                                other = load(b, res, b.add(b.mul(ldres, loop.index), const(n * lanes)))
-                                b.store(b.fadd(b.load(y), other), y)
-                            store(b, b.load(y), c, to)
-                return context.get_dummy_value()
-            return types.void(*[types.int64] * 12), codegen
-        return tile
-
-    def make_depthwise(size: int, stride: int):
-        kept = size * size + 5 <= (32 if lanes == 16 else 16)  # whether all taps stay in registers; else a row of them does
-        group = 4 if size == 3 or not kept else 2  # outputs at once: they share loads
-
-        @intrinsic
-        def row(typing, lines, n_out, channels, w, bias, out, ldo, sums, act):
-            """One output row. lines: address of `size` int64 row addresses; sums (channels,) or 0."""
-            def codegen(context, b, signature, args):
-                lines, n_out, channels, w, bias, out, ldo, sums, act = args
-                with cgutils.for_range(b, b.udiv(channels, const(lanes)), intp=i64) as loop:
-                    first = b.mul(loop.index, const(lanes))
-
-                    def tap(i):
-                        return load(b, w, b.add(first, b.mul(channels, const(i))))
-
-                    taps = [tap(i) for i in range(size * size)] if kept else None
-                    offset = load(b, bias, first)
-                    bases = [b.load(b.inttoptr(b.add(lines, const(8 * i)), i64.as_pointer())) for i in range(size)]
-                    total = cgutils.alloca_once(b, vec)
-                    b.store(value(0.), total)
-
-                    def outputs(x, count):
-                        start = b.mul(b.mul(x, const(stride)), channels)
-                        acc = [offset] * count
-                        for i in range(size):
-                            row = taps[i * size:(i + 1) * size] if kept else [tap(i * size + j) for j in range(size)]
-                            for j in range((count - 1) * stride + size):
-                                at_x = b.add(b.add(start, b.mul(channels, const(j))), first)
-                                users = [o for o in range(count) if 0 <= j - o * stride < size]
-                                if users:
-                                    v = load(b, bases[i], at_x)
-                                for o in users:
-                                    acc[o] = call(b, "fma", v, row[j - o * stride], acc[o])
-
-                        def finish(activation):
-                            for o in range(count):
-                                y = activation(acc[o])
-                                store(b, y, out, b.add(b.mul(b.add(x, const(o)), ldo), first))
-                                b.store(b.fadd(b.load(total), y), total)
-                        activated(b, act, finish)
-                    groups = b.udiv(n_out, const(group))
-                    with cgutils.for_range(b, groups, intp=i64) as inner:
-                        outputs(b.mul(inner.index, const(group)), group)
-                    with cgutils.for_range_slice(b, b.mul(groups, const(group)), n_out, const(1), intp=i64) as (x, _):
-                        outputs(x, 1)
-                    with b.if_then(b.icmp_signed("!=", sums, const(0))):
-                        store(b, b.load(total), sums, first)
-                return context.get_dummy_value()
-            return types.void(*[types.int64] * 9), codegen
-        return row
-
-    @intrinsic
-    def resize_pixels(typing, line, start, weight, taps, n, affine, out):
-        """out (n, 3) = scale * (sum of taps of line) + shift. A pixel is four lanes: the last is 0, and the next pixel's to write."""
-        four = ir.VectorType(f32, 4)
-
-        def codegen(context, b, signature, args):
-            line, start, weight, taps, n, affine, out = args
-            scale, shift = load(b, affine, const(0), four), load(b, affine, const(4), four)
-            fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(four, [four] * 3), "llvm.fma.v4f32")
-            total = cgutils.alloca_once(b, four)
-            with cgutils.for_range(b, n, intp=i64) as pixel:
-                first = b.load(b.inttoptr(b.add(start, b.shl(pixel.index, const(3))), i64.as_pointer()))
-                own = b.mul(pixel.index, taps)
-                b.store(ir.Constant(four, [0.] * 4), total)
-                with cgutils.for_range(b, taps, intp=i64) as tap:
-                    share = load(b, weight, b.add(own, tap.index), f32)
-                    one = b.insert_element(ir.Constant(four, ir.Undefined), share, ir.Constant(i32, 0))
-                    share = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, 4), [0] * 4))
-                    at_line = b.mul(b.add(first, tap.index), const(3))
-                    b.store(b.call(fma, [share, load(b, line, at_line, four), b.load(total)]), total)
-                b.store(b.call(fma, [scale, b.load(total), shift]), at(b, out, b.mul(pixel.index, const(3)), four), align=4)
-            return context.get_dummy_value()
-        return types.void(*[types.int64] * 7), codegen
-
-    @intrinsic
-    def as_pointer(typing, address):
-        def codegen(context, b, signature, args):
-            return b.inttoptr(args[0], cgutils.voidptr_t)
-        return types.voidptr(types.int64), codegen
-
-    @intrinsic
-    def call_entry(typing, function, p, band, bands, ws, state, image, batch, state_stride):
-        def codegen(context, b, signature, args):
-            kind = ir.FunctionType(ir.VoidType(), [i64] * 8)
-            b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
-            return context.get_dummy_value()
-        return types.void(*[types.int64] * 9), codegen
-
-    @intrinsic
-    def arrive(typing, count):
-        def codegen(context, b, signature, args):
-            b.atomic_rmw("add", b.inttoptr(args[0], i64.as_pointer()), const(1), "acq_rel")
-            return context.get_dummy_value()
-        return types.void(types.int64), codegen
-
-    @intrinsic
-    def arrived(typing, count):
-        def codegen(context, b, signature, args):
-            return b.load_atomic(b.inttoptr(args[0], i64.as_pointer()), "acquire", 8)
-        return types.int64(types.int64), codegen
-
-    @intrinsic
-    def give_way(typing, function):
-        def codegen(context, b, signature, args):
-            b.call(b.inttoptr(args[0], ir.FunctionType(i32, []).as_pointer()), [])
-            return context.get_dummy_value()
-        return types.void(types.int64), codegen
-
-    scope = globals()
-    scope.update(_as_pointer=as_pointer, _call=call_entry, _arrive=arrive, _arrived=arrived, _give_way=give_way)
-    for n_vecs in (1, 2, 3):
-        scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs)
-        scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs)
-    scope.update(_block_rows=make_block(rows // 2), _block_row=make_block(1), _dots=dots, _resize_pixels=resize_pixels)
-    for size in (3, 5):
-        for stride in (1, 2):
-            scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
-
-
-@_kernel()
-def _columns(left):
-    """How many vectors wide the next panel is: threes, and 2 + 2 rather than 3 + 1."""
-    return 2 if left == 4 else min(left, 3)
-
-
-@_kernel()
-def _matmul(a, lda, m, k, w, ldw, n, bias, ldbias, res, ldres, c, ldc, act):
-    """c = act(bias + a @ w) + res, a (m, k), n a multiple of _LANES; ldw = 0: w is packed in panels.
-
-    The last tile of rows overlaps the one before it, so c must not alias a or res.
-    """
-    j = 0
-    while j < n:
-        wide = _columns((n - j) // _LANES)
-        panel = w + 4 * j * (k if ldw == 0 else 1)
-        step = wide * _LANES if ldw == 0 else ldw
-        b = bias + 4 * j if bias != 0 else 0
-        i = 0
-        while i < m:
-            if m >= _TILE:
-                i = min(i, m - _TILE)
-            x, y = a + 4 * i * lda, c + 4 * (i * ldc + j)
-            r = res + 4 * (i * ldres + j) if res != 0 else 0
-            bi = b + 4 * i * ldbias if b != 0 else 0
-            if m >= _TILE:
-                if wide == 3:
-                    _tile_3(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
-                elif wide == 2:
-                    _tile_2(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
-                else:
-                    _tile_1(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
-                i += _TILE
-            else:
-                if wide == 3:
-                    _tile_3_row(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
-                elif wide == 2:
-                    _tile_2_row(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
-                else:
-                    _tile_1_row(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
-                i += 1
-        j += wide * _LANES
-
-
-@_kernel()
-def _floats(address, n):
-    """n float32 at an address, as an array."""
-    return carray(_as_pointer(address), n, np.float32)
-
-
-@_kernel()
-def _bytes(address, n):
-    """n uint8 at an address."""
-    return carray(_as_pointer(address), n, np.uint8)
-
-
-@_kernel()
-def _ints(address):
-    """A row of the program or of the image table."""
-    return carray(_as_pointer(address), _FIELDS, np.int64)
-
-
-@_kernel(entry=True)
-def _resize(p, band, bands, ws, state, image, batch, state_stride):
-    """RESIZE: out, size, row stride, scale, shift; the image's row names its pixels and taps."""
-    p, image = _ints(p), _ints(image)
-    out, size, stride, affine = p[1], p[2], p[3], p[4]
-    pixels, h, w, row_start, row_weight, row_taps, col_start, col_weight, col_taps = (
-        image[0], image[1], image[2], image[3], image[4], image[5], image[6], image[7], image[8])
-    rs, rw = carray(_as_pointer(row_start), size, np.int64), _floats(row_weight, size * row_taps)
-    at_line = ws - 4 * (band + 1) * image[12]
-    line = _floats(at_line, w * 3 + 1)
-    for y in range(band * size // bands, (band + 1) * size // bands):
-        line[:] = 0
-        t = 0
-        while t < row_taps:
-            a, weight = pixels + (rs[y] + t) * w * 3, rw[y * row_taps + t:(y + 1) * row_taps]
-            if t + 4 <= row_taps:  # at once: the line is read and written less often
-                s0, s1, s2, s3 = _bytes(a, w * 3), _bytes(a + w * 3, w * 3), _bytes(a + w * 6, w * 3), _bytes(a + w * 9, w * 3)
-                w0, w1, w2, w3 = weight[0], weight[1], weight[2], weight[3]
-                for i in range(w * 3):
-                    line[i] += (w0 * np.float32(s0[i]) + w1 * np.float32(s1[i])) + (w2 * np.float32(s2[i]) + w3 * np.float32(s3[i]))
-                t += 4
-            else:
-                s0, w0 = _bytes(a, w * 3), weight[0]
-                if w0 != 0:
-                    for i in range(w * 3):
-                        line[i] += w0 * np.float32(s0[i])
-                t += 1
-        _resize_pixels(at_line, col_start, col_weight, col_taps, size, affine, ws + 4 * (out + y * stride))
-
-
-_COPY, _POINTWISE, _STEM = 0, 1, 2  # where an inverted residual's expanded rows come from
-
-
-@_kernel()
-def _expand_row(source, x, y, w, c_in, c_mid, weight, bias, act, patches, out):
-    """Row y of the expanded map, (w, c_mid) at address out; x is the input map's address."""
-    if source == _POINTWISE:
-        stride = (c_in + _LANES - 1) // _LANES * _LANES
-        _matmul(x + 4 * y * w * stride, stride, w, c_in, weight, 0, c_mid, bias, 0, 0, 0, out, c_mid, act)
-    elif source == _STEM:  # im2col: three runs of nine floats a pixel, then a product with K = 27
-        line = (2 * w + 1) * 3
-        to = _floats(patches, w * 27)
-        for i in range(3):
-            pixels = _floats(x + 4 * (2 * y + i) * line, line)
-            for j in range(w):
-                for k in range(9):
-                    to[j * 27 + i * 9 + k] = pixels[j * 6 + k]
-        _matmul(patches, 27, w, 27, weight, 0, c_mid, bias, 0, 0, 0, out, c_mid, act)
-    else:
-        a, b = _floats(x + 4 * y * w * c_mid, w * c_mid), _floats(out, w * c_mid)
-        for i in range(w * c_mid):
-            b[i] = a[i]
-
-
-@_kernel(entry=True)
-def _mbconv(p, band, bands, ws, state, image, batch, state_stride):
-    """MBCONV: expand -> depthwise -> project, row by row; the expanded map is only ever k rows.
-
-    With squeeze-excitation (sums >= 0) it stops after the depthwise part, and PROJECT follows.
-    """
-    p = _ints(p)
-    (source, x, h, w, c_in, c_mid, size, stride, act, expand_w, expand_b, dw_w, dw_b, project_w, project_b,
-     c_out, residual, out, sums, scratch, scratch_size, chunk) = (
-        p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15],
-        p[16], p[17], p[18], p[19], p[20], p[21], p[22])
-    h_out, w_out = (h + stride - 1) // stride, (w + stride - 1) // stride
-    top = max((h_out - 1) * stride + size - h, 0) // 2
-    across = max((w_out - 1) * stride + size - w, 0)
-    left = across // 2
-    line = (w + across) * c_mid
-    slots = (chunk - 1) * stride + size
-    zeros = ws + 4 * (scratch + band * scratch_size)
-    ring = zeros + 4 * line
-    depth = ring + 4 * slots * line
-    patches = depth + 4 * chunk * w_out * c_mid
-    _floats(zeros, line)[:] = 0
-    for i in range(slots):
-        row = _floats(ring + 4 * i * line, line)
-        row[:left * c_mid] = 0
-        row[(left + w) * c_mid:] = 0
-    at = patches + 4 * ((w * 27 + 1) // 2 * 2)
-    lines = carray(_as_pointer(at), size, np.int64)
-    first, last = band * h_out // bands, (band + 1) * h_out // bands
-    ready = max(first * stride - top, 0)
-    y = first
-    while y < last:
-        count = min(chunk, last - y)
-        bottom = min((y + count - 1) * stride - top + size, h)
-        while ready < bottom:
-            _expand_row(source, ws + 4 * x, ready, w, c_in, c_mid, expand_w, expand_b, act, patches,
-                        ring + 4 * (ready % slots * line + left * c_mid))
-            ready += 1
-        target = ws + 4 * (out + y * w_out * c_mid) if sums >= 0 else depth
-        for r in range(count):
-            for i in range(size):
-                row_at = (y + r) * stride - top + i
-                lines[i] = ring + 4 * (row_at % slots) * line if 0 <= row_at < h else zeros
-            to = target + 4 * r * w_out * c_mid
-            total = ws + 4 * (sums + (y + r) * c_mid) if sums >= 0 else 0
-            if size == 3 and stride == 1:
-                _depthwise_31(at, w_out, c_mid, dw_w, dw_b, to, c_mid, total, act)
-            elif size == 3:
-                _depthwise_32(at, w_out, c_mid, dw_w, dw_b, to, c_mid, total, act)
-            elif stride == 1:
-                _depthwise_51(at, w_out, c_mid, dw_w, dw_b, to, c_mid, total, act)
-            else:
-                _depthwise_52(at, w_out, c_mid, dw_w, dw_b, to, c_mid, total, act)
-        if sums < 0:
-            skip = ws + 4 * (x + y * w_out * c_out) if residual else 0
-            _matmul(depth, c_mid, count * w_out, c_mid, project_w, 0, c_out, project_b, 0, skip, c_out,
-                    ws + 4 * (out + y * w_out * c_out), c_out, NONE)
-        y += count
-
-
-@_kernel(entry=True)
-def _project(p, band, bands, ws, state, image, batch, state_stride):
-    """PROJECT: squeeze-excitation folded into a scaled copy of the projection, then the product."""
-    p = _ints(p)
-    (x, h, w, c_mid, sums, squeezed, reduce_w, reduce_b, expand_w, expand_b, project_w, project_b, c_out,
-     residual, out, scratch, scratch_size) = (
-        p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15],
-        p[16], p[17])
-    work = ws + 4 * (scratch + band * scratch_size)
-    mean, gate = _floats(work, c_mid), _floats(work + 4 * c_mid, c_mid)
-    hidden = _floats(work + 8 * c_mid + 4 * c_mid * c_out, squeezed)
-    total = _floats(ws + 4 * sums, h * c_mid)
-    mean[:] = 0
-    for y in range(h):
-        for c in range(c_mid):
-            mean[c] += total[y * c_mid + c]
-    weight, bias = _floats(reduce_w, c_mid * squeezed), _floats(reduce_b, squeezed)
-    for s in range(squeezed):
-        hidden[s] = bias[s]
-    for c in range(c_mid):
-        average = mean[c] / np.float32(h * w)
-        for s in range(squeezed):
-            hidden[s] += average * weight[c * squeezed + s]
-    weight, bias = _floats(expand_w, c_mid * squeezed), _floats(expand_b, c_mid)
-    for c in range(c_mid):
-        gate[c] = bias[c]
-    for s in range(squeezed):
-        scaled = hidden[s] / (np.float32(1) + np.exp(-hidden[s]))
-        for c in range(c_mid):
-            gate[c] += scaled * weight[s * c_mid + c]
-    weight, copy = _floats(project_w, c_mid * c_out), _floats(work + 8 * c_mid, c_mid * c_out)
-    for c in range(c_mid):
-        gate[c] = np.float32(1) / (np.float32(1) + np.exp(-gate[c]))
-    j = 0
-    while j < c_out:
-        wide = _columns((c_out - j) // _LANES) * _LANES
-        for c in range(c_mid):
-            for i in range(wide):
-                copy[j * c_mid + c * wide + i] = gate[c] * weight[j * c_mid + c * wide + i]
-        j += wide
-    first, last = band * h * w // bands, (band + 1) * h * w // bands
-    skip = ws + 4 * (residual + first * c_out) if residual >= 0 else 0
-    _matmul(ws + 4 * (x + first * c_mid), c_mid, last - first, c_mid, work + 8 * c_mid, 0, c_out, project_b, 0,
-            skip, c_out, ws + 4 * (out + first * c_out), c_out, NONE)
-
-
-@_kernel(entry=True)
-def _pool(p, band, bands, ws, state, image, batch, state_stride):
-    """POOL: mean over cells of a stage's map into its slice of the token matrix."""
-    p = _ints(p)
-    x, h, stride, channels, grid, out, columns = p[1], p[2], p[3], p[4], p[5], p[6], p[7]
-    cell = h // grid
-    share = np.float32(1) / np.float32(cell * cell)
-    for gy in range(band * grid // bands, (band + 1) * grid // bands):
-        for gx in range(grid):
-            to = _floats(state + 4 * (out + (gy * grid + gx) * columns), channels)
-            to[:] = 0
-            for y in range(gy * cell, (gy + 1) * cell):
-                for column in range(gx * cell, (gx + 1) * cell):
-                    pixel = _floats(ws + 4 * (x + (y * h + column) * stride), channels)
-                    for c in range(channels):
-                        to[c] += pixel[c]
-            for c in range(channels):
-                to[c] *= share
-
-
-@_kernel()
-def _add_block(a, w, c, batch, state_stride):
-    """c += a @ BLOCK for all images, a and c (32,); the same bits whatever the batch."""
-    b, tall = 0, _TILE // 2
-    while b < batch:
-        u, y = a + 4 * b * state_stride, c + 4 * b * state_stride
-        if batch - b >= tall:
-            _block_rows(u, w, y, state_stride)
-            b += tall
-        else:
-            _block_row(u, w, y, state_stride)
-            b += 1
-
-
-@_kernel(entry=True)
-def _whiten(p, band, bands, ws, state, image, batch, state_stride):
-    """WHITEN: x0 = W (f - mean) for a band of positions and all images, W read once."""
-    p, states = _ints(p), state
-    f, x, n, c, mean, w, diagonal = p[1], p[2], p[3], p[4], p[5], p[6], p[7]
-    panels = c // _PANEL
-    for i in range(band * n // bands, (band + 1) * n // bands):
-        centre = _floats(mean + 4 * i * c, c)
-        for b in range(batch):
-            row = _floats(states + 4 * (b * state_stride + f + i * c), c)
-            for j in range(c):
-                row[j] -= centre[j]
-        first_f, first_x = states + 4 * (f + i * c), states + 4 * (x + i * c)
-        if diagonal:
-            scale = _floats(w + 4 * i * c, c)
-            for b in range(batch):
-                row = _floats(first_f + 4 * b * state_stride, c)
-                to = _floats(first_x + 4 * b * state_stride, c)
-                for j in range(c):
-                    to[j] = scale[j] * row[j]
-            continue
-        for b in range(batch):
-            to = _floats(first_x + 4 * b * state_stride, c)
-            to[:] = 0
-        block = w + _BLOCK_BYTES * i * (panels * (panels + 1) // 2)
-        for q in range(panels):
-            for k in range(q + 1):
-                _add_block(first_f + 4 * k * _PANEL, block, first_x + 4 * q * _PANEL, batch, state_stride)
-                block += _BLOCK_BYTES
-
-
-_PARTS = 16  # of the sum over places: as many whatever the threads, so that its order is always the same
-
-
-@_kernel(entry=True)
-def _project_factors(p, band, bands, ws, state, image, batch, state_stride):
-    """PROJECT_FACTORS: V x of all images, in parts of the sum; V read once."""
-    p = _ints(p)
-    x, size, v, k, sums, parts = p[1], p[2], p[3], p[4], p[5], p[6]
-    panels, groups = size // _PANEL, k // _PANEL
-    for part in range(band * _PARTS // bands, (band + 1) * _PARTS // bands):
-        for b in range(batch):
-            lanes = _floats(state + 4 * (b * state_stride + sums + part * k * _LANES), k * _LANES)
-            lanes[:] = 0
-        for q in range(part * panels // _PARTS, (part + 1) * panels // _PARTS):
-            for b in range(batch):
-                own = state + 4 * b * state_stride
-                for g in range(groups):
-                    _dots(own + 4 * (x + q * _PANEL), v + _BLOCK_BYTES * (q * groups + g),
-                          own + 4 * (sums + (part * k + g * _PANEL) * _LANES))
-        for b in range(batch):
-            own = state + 4 * b * state_stride
-            lanes, to = _floats(own + 4 * (sums + part * k * _LANES), k * _LANES), _floats(own + 4 * (parts + part * k), k)
-            for j in range(k):
-                total = np.float32(0)
-                for i in range(_LANES):
-                    total += lanes[j * _LANES + i]
-                to[j] = total
-
-
-@_kernel(entry=True)
-def _remove_factors(p, band, bands, ws, state, image, batch, state_stride):
-    """REMOVE_FACTORS: x -= V^T (V x) of all images, a band of places, V read once."""
-    p = _ints(p)
-    x, size, v, k, parts, projected = p[1], p[2], p[3], p[4], p[5], p[6] + band * p[4]
-    panels, groups = size // _PANEL, k // _PANEL
-    for b in range(batch):
-        own = state + 4 * b * state_stride
-        part, total = _floats(own + 4 * parts, _PARTS * k), _floats(own + 4 * projected, k)
-        total[:] = 0
-        for i in range(_PARTS):
-            for j in range(k):
-                total[j] -= part[i * k + j]
-    for q in range(band * panels // bands, (band + 1) * panels // bands):
-        for g in range(groups):
-            _add_block(state + 4 * (projected + g * _PANEL), v + _BLOCK_BYTES * (q * groups + g),
-                       state + 4 * (x + q * _PANEL), batch, state_stride)
-
-
-@_kernel(entry=True)
-def _layer_norm(p, band, bands, ws, state, image, batch, state_stride):
-    """LAYER_NORM over rows of d."""
-    p = _ints(p)
-    x, n, d, gain, bias, out = p[1], p[2], p[3], p[4], p[5], p[6]
-    g, b = _floats(gain, d), _floats(bias, d)
-    for i in range(band * n // bands, (band + 1) * n // bands):
-        row, to = _floats(ws + 4 * (x + i * d), d), _floats(ws + 4 * (out + i * d), d)
-        mean = np.float32(0)
-        for j in range(d):
-            mean += row[j]
-        mean /= np.float32(d)
-        square = np.float32(0)
-        for j in range(d):
-            square += (row[j] - mean) * (row[j] - mean)
-        scale = np.float32(1) / np.sqrt(square / np.float32(d) + np.float32(1e-5))
-        for j in range(d):
-            to[j] = (row[j] - mean) * scale * g[j] + b[j]
-
-
-@_kernel(entry=True)
-def _rotate(p, band, bands, ws, state, image, batch, state_stride):
-    """ROTATE: denoiser's last product, DDIM rotation and log-density; F never leaves the cache.
-
-    out < 0: the last step, only z = scale |x'|^2 / 2 + location leaves.
-    """
-    p = _ints(p)
-    h, d, w, bias, x, n, c, coef, out, nll, scale, location, scratch, scratch_size = (
-        p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14])
-    work = ws + 4 * (scratch + band * scratch_size)
-    ab = _floats(coef, 2)
-    keep, turn = ab[0], ab[1]
-    gain, offset, to_nll = _floats(scale, n), _floats(location, n), _floats(state + 4 * nll, n)
-    i, last = band * n // bands, (band + 1) * n // bands
-    while i < last:
-        count = min(_TILE, last - i)
-        _matmul(ws + 4 * (h + i * d), d, count, d, w, 0, c, bias, 0, 0, 0, work, c, NONE)
-        for r in range(count):
-            f, row = _floats(work + 4 * r * c, c), _floats(state + 4 * (x + (i + r) * c), c)
-            square = np.float32(0)
-            if out >= 0:
-                to = _floats(state + 4 * (out + (i + r) * c), c)
-                for j in range(c):
-                    to[j] = keep * row[j] + turn * f[j]
-                    square += to[j] * to[j]
-            else:
-                for j in range(c):
-                    y = keep * row[j] + turn * f[j]
-                    square += y * y
-            to_nll[i + r] = np.float32(.5) * square * gain[i + r] + offset[i + r]
-        i += count
-
-
-_MAP_ROWS = 32  # of the map at once
-
-
-@_kernel(entry=True)
-def _map(p, band, bands, ws, state, image, batch, state_stride):
-    """MAP: smooth and enlarge weight * z + offset of the grid to the image's own size."""
-    p, image = _ints(p), _ints(image)
-    z, grid, weight, offset, scratch, scratch_size = p[1], p[2], p[3], p[4], p[5], p[6]
-    target, h, w, rows, cols = image[9], image[1], image[2], image[10], image[11]
-    if target == 0:
-        return
-    work = ws + 4 * (scratch + band * scratch_size)
-    cells, r = _floats(work + 4 * _MAP_ROWS * grid, grid * grid), _floats(rows, h * grid)
-    score, weights, offsets = _floats(state + 4 * z, grid * grid), _floats(weight, grid * grid), _floats(offset, grid * grid)
-    for i in range(grid * grid):
-        cells[i] = weights[i] * score[i] + offsets[i]
-    y, last = band * h // bands, (band + 1) * h // bands
-    while y < last:
-        count = min(_MAP_ROWS, last - y)
-        mixed = _floats(work, count * grid)
-        mixed[:] = 0
-        for row in range(count):
-            for i in range(grid):
-                for j in range(grid):
-                    mixed[row * grid + j] += r[(y + row) * grid + i] * cells[i * grid + j]
-        to, whole = target + 4 * y * w, w // _LANES * _LANES
-        _matmul(work, grid, count, grid, cols, w, whole, 0, 0, 0, 0, to, w, NONE)
-        if 0 < whole < w:  # the last vector overlaps the one before it
-            _matmul(work, grid, count, grid, cols + 4 * (w - _LANES), w, _LANES, 0, 0, 0, 0, to + 4 * (w - _LANES), w, NONE)
-        elif whole == 0:
-            c, narrow = _floats(cols, grid * w), _floats(to, count * w)
-            narrow[:] = 0
-            for row in range(count):
-                for j in range(grid):
-                    for column in range(w):
-                        narrow[row * w + column] += mixed[row * grid + j] * c[j * w + column]
-        y += count
-
-
-@_kernel(entry=True)
-def _linear(p, band, bands, ws, state, image, batch, state_stride):
-    """LINEAR: act(x @ w + bias) + residual, a band of rows; bias is one row, or one a position."""
-    p = _ints(p)
-    x, n, k, w, m, bias, ldbias, residual, out, act, lda, from_state = (
-        p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12])
-    first, last = band * n // bands, (band + 1) * n // bands
-    a = (state if from_state else ws) + 4 * (x + first * lda)
-    skip = ws + 4 * (residual + first * m) if residual >= 0 else 0
-    _matmul(a, lda, last - first, k, w, 0, m, bias + 4 * first * ldbias, ldbias, skip, m,
-            ws + 4 * (out + first * m), m, act)
-
-
-@_kernel(entry=True)
-def _mix(p, band, bands, ws, state, image, batch, state_stride):
-    """MIX: act(w @ x) + residual, a band of output positions."""
-    p = _ints(p)
-    w, n_out, n, x, d, residual, out, act = p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]
-    first, last = band * n_out // bands, (band + 1) * n_out // bands
-    skip = ws + 4 * (residual + first * d) if residual >= 0 else 0
-    _matmul(w + 4 * first * n, n, last - first, n, ws + 4 * x, d, d, 0, 0, skip, d,
-            ws + 4 * (out + first * d), d, act)
-
-
-_FIELDS = 24  # int64 fields of a program row; field 0 is the address of the compiled operation
-
-
-@_kernel()
-def _meet(count, target, relax):
-    """Barrier: wait until `target` arrivals were counted. After a while the core is offered to other threads."""
-    _arrive(count)
-    polls = 0
-    while _arrived(count) < target:
-        polls += 1
-        if polls > 2000:
-            _give_way(relax)
-
-
-@_kernel(entry=True)
-def _run(p, band, bands, ws, states, table, batch, state_stride):
-    """All images through all operations, as one of `bands` threads that meet after each.
-
-    Fewer images than threads: bands of rows; else an image a thread. The operations from `whole_first` up to
-    `whole_last` take all images at once.
-    """
-    p = _ints(p)
-    rows, length, whole_first, whole_last, ws_stride, count, relax, target = p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]
-    row = 8 * _FIELDS
-    for part in range(3):
-        start = 0 if part == 0 else whole_first if part == 1 else whole_last
-        stop = whole_first if part == 0 else whole_last if part == 1 else length
-        if part == 1 or batch < bands:
-            for b in range(1 if part == 1 else batch):
-                for k in range(start, stop):
-                    _call(_ints(rows + row * k)[0], rows + row * k, band, bands, ws, states + 4 * b * state_stride,
-                          table + row * b, batch if part == 1 else 1, state_stride)
-                    target += bands
-                    _meet(count, target, relax)
-        else:
-            for b in range(band, batch, bands):
-                for k in range(start, stop):
-                    _call(_ints(rows + row * k)[0], rows + row * k, 0, 1, ws + 4 * band * ws_stride,
-                          states + 4 * b * state_stride, table + row * b, 1, state_stride)
-            target += bands
-            _meet(count, target, relax)
-    _meet(count, target + bands, relax)  # even an empty program ends only when all bands have read it
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1602,1043 +678,135 @@ def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
 
 
 # ------------------------------------------------------------------------------------------------
-# CPU engine: from a model to a program of fused operations
+# Engines: how a frame is computed fast, in kernels/ beside this file. Without that folder, or without
+# Numba, the reference operations score.
 # ------------------------------------------------------------------------------------------------
 
-def _round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
+class Engine(Protocol):
+    """What kernels/cpu.py and kernels/cuda.py offer, each exactly this: a frame is built once, then run.
 
-
-def _aligned(shape, dtype=np.float32) -> np.ndarray:
-    """Zeros that start on a cache line."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start:start + size].view(dtype).reshape(shape)
-
-
-def _help(entry: Callable, jobs: queue.SimpleQueue, count: np.ndarray) -> None:
-    """Life of a helper. It holds `count`: it may still look at that when the engine is gone."""
-    while (job := jobs.get()) is not None:
-        entry(*job)
-
-
-class _CpuEngine:
-    """Workspaces, packed weights and the program of one model.
-
-    One thread of the caller at a time; two engines run side by side.
+    Building methods take arrays and return places: opaque values that name so many float32 of an image. C is
+    padded to whole panels of 32 channels, the `columns`. `run` may be called from several threads.
     """
+    device: str
+    threads: int
 
-    device = "cpu"
+    def features(self, backbone: "Backbone", size: int, grid: int, taps: Callable) -> tuple[Any, int]:
+        """Pixels -> tokens (grid*grid, columns), and columns; `taps` is `resize_taps`."""
 
-    def __init__(self, threads: int | None = None):
-        with _LOADING:
-            _load_kernels()
-        self.threads = max(1, min(threads or _available_threads(), _available_threads()))
-        self.entry = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(_run.address)
-        self.helpers = None  # the process that has them, and their queue
-        self.job, self.count = np.zeros(8, np.int64), _aligned(8, np.int64)  # arrivals at barriers, alone on a cache line
-        self.parts: dict[tuple, list[int]] = {}
-        self.program: list[list[int]] = []
-        self.keep: list[np.ndarray] = []  # whatever the program points to
-        self.floats = 0  # workspace a worker
-        self.state_floats = 0  # what an image keeps between operations
-        self.scratch = 0  # floats a band needs for itself
-        self.scratch_rows: list[tuple[list[int], int]] = []
-        self.sizes: dict[tuple, tuple] = {}
-        self.line = 0  # floats before a workspace for each band: an image's row between the passes of the resize
-        self.memory = self.slabs = self.states = None
+    def given(self, n: int, c: int) -> tuple[Any, int]:
+        """In place of `features`: rows (N, C) that `run` is handed, and columns."""
 
-    # -- building blocks ---------------------------------------------------------------------------
+    def whiten(self, f, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> Any:
+        """`whiten`: w is (N, C), diagonal, or the tiles of `pack_lower`. What f holds is lost."""
 
-    def constant(self, array, dtype=np.float32) -> int:
-        """Address of an aligned copy."""
-        copy = _aligned(np.shape(array), dtype)
-        copy[...] = array
-        self.keep.append(copy)
-        return copy.ctypes.data
+    def remove_factors(self, x, n: int, c: int, factors: np.ndarray) -> Any:
+        """`remove_factors` in place, with the tiles of `pack_factors`."""
 
-    def workspace(self, *shape: int) -> int:
-        offset = self.floats
-        self.floats += _round_up(int(np.prod(shape)), 16)
-        return offset
+    def linear(self, x, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = 0, residual=None,
+               lda: int | None = None, from_state: bool = False) -> tuple[Any, int]:
+        """`linear` of n rows that are lda floats apart -> place, row length. from_state: x outlived a step."""
 
-    def state(self, *shape: int) -> int:
-        offset = self.state_floats
-        self.state_floats += _round_up(int(np.prod(shape)), 16)
-        return offset
+    def mix(self, x, d: int, w: np.ndarray, act: int = 0, residual=None) -> Any:
+        """`mix`."""
 
-    def emit(self, operation, *fields: int, scratch: int = 0, scratch_at: int = 0) -> None:
-        """Append a row; the two fields at `scratch_at` are filled with the shared scratch region."""
-        row = [operation.address, *map(int, fields)]
-        self.program.append(row)
-        if scratch:
-            self.scratch = max(self.scratch, _round_up(scratch, 16))
-            self.scratch_rows.append((row, scratch_at))
+    def layer_norm(self, x, n: int, d: int, gain: np.ndarray, bias: np.ndarray) -> Any:
+        """`layer_norm`."""
 
-    def packed(self, w: np.ndarray) -> tuple[int, int]:
-        """(K, M) as panels of up to three vectors, M padded to whole vectors -> address, padded M."""
-        k, m = w.shape
-        padded = _round_up(m, _LANES)
-        full = np.zeros((k, padded), np.float32)
-        full[:, :m] = w
-        panels, j = [], 0
-        while j < padded:
-            wide = _columns((padded - j) // _LANES) * _LANES
-            panels.append(full[:, j:j + wide].ravel())
-            j += wide
-        return self.constant(np.concatenate(panels)), padded
+    def state(self, *shape: int) -> Any:
+        """Room for an output."""
 
-    def padded(self, b: np.ndarray, m: int) -> int:
-        full = np.zeros(b.shape[:-1] + (m,), np.float32)
-        full[..., :b.shape[-1]] = b
-        return self.constant(full)
+    def rotate(self, h, d: int, w: np.ndarray, b: np.ndarray, x, n: int, c: int, coef, last: bool, z,
+               gain: np.ndarray, offset: np.ndarray) -> None:
+        """`rotate_density` in place, with z (N,) = gain |x'|^2 / 2 + offset at the last step. d = 0: F = b."""
 
-    # -- operations --------------------------------------------------------------------------------
+    def score(self, z, grid: int, worst: int, location: float, scale: float, weight: np.ndarray,
+              offset: np.ndarray, operator: Callable) -> None:
+        """(mean of the `worst` highest z - location) / scale, and the map of weight * z + offset (N,).
 
-    def resize(self, size: int, mean, std) -> int:
-        """u8 pixels of the image table -> (size + 1, size + 1, 3), zero in the last row and column."""
-        out = self.workspace(size + 1, size + 1, 3)
-        mean, std = np.asarray(mean), np.asarray(std)
-        self.emit(_resize, out, size, (size + 1) * 3, self.constant([*1 / (255 * std), 0, *-mean / std, 0]))
-        return out
+        `operator(n)` is the map's (n, grid) matrix for a side of n pixels.
+        """
 
-    def mbconv(self, x: int, h: int, w: int, block: Block, stem_w=None, stem_b=None) -> tuple[int, int, int]:
-        """Returns offset and size of the output map. With stem weights, x is the normalised image."""
-        p = block.arrays
-        c_in, mid, c_out = block.channels
-        mid_padded, out_padded = _round_up(mid, _LANES), _round_up(c_out, _LANES)
-        expand = (0, 0)
-        if stem_w is not None:
-            source, (address, _), c_in = _STEM, self.packed(stem_w.reshape(27, -1)), 27
-            expand = address, self.padded(stem_b, mid_padded)
-        elif "expand_w" in p:
-            source = _POINTWISE
-            expand = self.packed(p["expand_w"])[0], self.padded(p["expand_b"], mid_padded)
-        else:
-            source = _COPY
-        size = p["dw_w"].shape[0]
-        h_out, w_out = -(-h // block.stride), -(-w // block.stride)
-        depthwise = self.padded(p["dw_w"].reshape(size * size, mid), mid_padded), self.padded(p["dw_b"], mid_padded)
-        project_w = np.zeros((mid_padded, c_out), np.float32)
-        project_w[:mid] = p["project_w"]
-        project = self.packed(project_w)[0], self.padded(p["project_b"], out_padded)
-        chunk = min(h_out, max(1, 64 // w_out))
-        line = (w + sum(_same_padding(w, size, block.stride))) * mid_padded
-        scratch = (1 + (chunk - 1) * block.stride + size) * line + chunk * w_out * mid_padded + _round_up(w * 27, 2) + 2 * size
-        squeeze = "se_reduce_w" in p
-        out = self.workspace(h_out, w_out, out_padded)
-        middle = self.workspace(h_out, w_out, mid_padded) if squeeze else out
-        sums = self.workspace(h_out, mid_padded) if squeeze else -1
-        self.emit(_mbconv, source, x, h, w, c_in, mid_padded, size, block.stride, block.act, *expand, *depthwise,
-                  *project, out_padded, block.skip, middle, sums, 0, 0, chunk, scratch=scratch, scratch_at=20)
-        if squeeze:
-            s = p["se_reduce_w"].shape[1]
-            reduce_w = np.zeros((mid_padded, s), np.float32)
-            reduce_w[:mid] = p["se_reduce_w"]
-            self.emit(_project, middle, h_out, w_out, mid_padded, sums, s, self.constant(reduce_w),
-                      self.constant(p["se_reduce_b"]), self.padded(p["se_expand_w"], mid_padded),
-                      self.padded(p["se_expand_b"], mid_padded), *project, out_padded, x if block.skip else -1, out, 0, 0,
-                      scratch=mid_padded * (2 + out_padded) + s, scratch_at=16)
-        return out, h_out, w_out
-
-    def features(self, backbone: Backbone, size: int) -> tuple[int, int, int]:
-        """Image -> token matrix in the state: offset, N, padded C."""
-        grid = size // 16
-        columns = _round_up(sum(backbone.channels), _PANEL)
-        tokens = self.state(grid * grid, columns)
-        x, h, w, column = self.resize(size, backbone.mean, backbone.std), size // 2, size // 2, 0
-        for i, block in enumerate(backbone.blocks):
-            weights = (backbone.stem_w, backbone.stem_b) if i == 0 else (None, None)
-            x, h, w = self.mbconv(x, h, w, block, *weights)
-            if i in backbone.stages:
-                channels = block.channels[2]
-                self.emit(_pool, x, h, _round_up(channels, _LANES), channels, grid, tokens + column, columns)
-                column += channels
-        return tokens, grid * grid, columns
-
-    def whiten(self, f: int, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> int:
-        """w: (N, C) diagonal, or the blocks of `pack_lower`."""
-        x, diagonal = self.state(n, c), w.dtype != BLOCK
-        self.emit(_whiten, f, x, n, c, self.padded(mean, c), self.padded(w, c) if diagonal else self.constant(w, BLOCK), diagonal)
-        return x
-
-    def remove_factors(self, x: int, n: int, c: int, factors: np.ndarray) -> int:
-        """factors: the blocks of `pack_factors`; in place."""
-        address, k = self.constant(factors, BLOCK), factors.shape[1] * _PANEL
-        parts, projected = self.state(_PARTS, k), self.state(self.threads, k)
-        self.emit(_project_factors, x, n * c, address, k, self.state(_PARTS, k, _LANES), parts)
-        self.emit(_remove_factors, x, n * c, address, k, parts, projected)
-        return x
-
-    def linear(self, x: int, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE, residual: int = -1,
-               lda: int | None = None, from_state: bool = False) -> tuple[int, int]:
-        address, m = self.packed(_padded_to(w, k, w.shape[1]))
-        out = self.workspace(n, m)
-        self.emit(_linear, x, n, k, address, m, self.padded(b, m), m if b.ndim == 2 else 0, residual, out, act,
-                  lda or k, from_state)
-        return out, m
-
-    def mix(self, x: int, d: int, w: np.ndarray, act: int = NONE, residual: int = -1) -> int:
-        out = self.workspace(w.shape[0], d)
-        self.emit(_mix, self.constant(w), *w.shape, x, d, residual, out, act)
-        return out
-
-    def layer_norm(self, x: int, n: int, d: int, gain: np.ndarray, bias: np.ndarray) -> int:
-        out = self.workspace(n, d)
-        self.emit(_layer_norm, x, n, d, self.constant(gain), self.constant(bias), out)
-        return out
-
-    def rotate(self, h: int, d: int, w: np.ndarray, b: np.ndarray, x: int, n: int, c: int, coef, out: int,
-               nll: int, scale: np.ndarray, location: np.ndarray) -> None:
-        full = np.zeros((d, c), np.float32)
-        full[:, :w.shape[1]] = w
-        self.emit(_rotate, h, d, self.packed(full)[0], self.padded(b, c), x, n, c, self.constant(coef), out, nll,
-                  self.constant(scale), self.constant(location), 0, 0, scratch=c * _TILE, scratch_at=13)
-
-    def map(self, z: int, grid: int, weight: np.ndarray, offset: np.ndarray) -> None:
-        self.emit(_map, z, grid, self.constant(weight), self.constant(offset), 0, 0,
-                  scratch=grid * (grid + _MAP_ROWS), scratch_at=5)
-
-    # -- running -----------------------------------------------------------------------------------
+    def keep(self, x, n: int, c: int | None = None) -> None:
+        """`run` shall hand this out: (N,), or (N, C) of a place with padded columns."""
 
     def finish(self) -> None:
-        """Place the scratch region, freeze the program and allocate."""
-        scratch = self.workspace(self.scratch * self.threads)
-        for row, at in self.scratch_rows:
-            row[at:at + 2] = [scratch, self.scratch]
-        self.program = np.array([row + [0] * (_FIELDS - len(row)) for row in self.program], np.int64)
-        self.allocate(16)
+        """No more operations come."""
 
-    def allocate(self, line: int) -> None:
-        memory = _aligned((self.threads, self.threads * line + self.floats))
-        slabs = memory[:, self.threads * line:]
-        self.memory, self.slabs, self.line = memory, slabs, line  # at once: an interrupt leaves them as they were
+    def run(self, images, *, with_map: bool = False, outputs: bool = False, shifts=None, given=None) -> Any:
+        """A batch -> frames: `scores` (B,), `maps`, `outputs` (what was kept), and `to_host` for each of them.
 
-    def image_row(self, image: np.ndarray, size: int, target: np.ndarray | None = None,
-                  operators: Callable[[int], np.ndarray] | None = None, shift=(0.0, 0.0)) -> list[int]:
-        """What the program needs to know of one image; taps and map operators are kept by size."""
-        key = (*image.shape[:2], *shift)
-        entry = self.sizes.pop(key, None)
-        if entry is None:
-            tables = []
-            for n, s in zip(image.shape[:2], shift):
-                start, weight = resize_taps(n, size, s)
-                tables += [start, weight.astype(np.float32), weight.shape[1]]
-            if operators:
-                tables += [np.ascontiguousarray(operators(image.shape[0]), np.float32),
-                           np.ascontiguousarray(operators(image.shape[1]).T, np.float32)]
-            addresses = [t if isinstance(t, int) else t.ctypes.data for t in tables]
-            entry = addresses + [0] * (8 - len(tables)), tables
-        self.sizes[key] = entry  # most recently used last
-        addresses, _ = entry
-        return [image.ctypes.data, *image.shape[:2], *addresses[:6], 0 if target is None else target.ctypes.data,
-                *addresses[6:]]
+        images: uint8 (H, W, 3), contiguous, or None where everything is `given` (B, N, C). shifts: of each
+        image, see `resize_taps`.
+        """
 
-    @staticmethod
-    def without_map(row: list[int]) -> list[int]:
-        """`image_row` with no place for a map."""
-        return [*row[:9], 0, *row[10:]]
-
-    def run(self, rows: list[list[int]], operations: slice = slice(None)) -> np.ndarray:
-        """Run the program (or a part of it) for the images in `rows`; returns their states."""
-        batch = len(rows)
-        while len(self.sizes) > max(256, batch):  # never one that this batch points to
-            del self.sizes[next(iter(self.sizes))]
-        states = self.prepare(batch)
-        table = np.zeros((batch, _FIELDS), np.int64)
-        table[:, :len(rows[0])] = rows
-        line = _round_up(3 * int(table[:, 2].max()) + 1, 16)
-        if line > self.line:
-            self.allocate(line)
-        table[:, 12] = self.line
-        # `count` goes on from where the last run left it: a helper may still be looking at that
-        self.job[:] = [*self.part(operations.start, operations.stop), self.memory.shape[1], self.count.ctypes.data,
-                       _give_way_address(), self.count[0]]
-        job = self.job.ctypes.data
-        arguments = self.threads, self.slabs.ctypes.data, states.ctypes.data, table.ctypes.data, batch, states.shape[1]
-        calls = [functools.partial(self.jobs().put, (job, band, *arguments)) for band in range(1, self.threads)]
-        calls.append(functools.partial(self.entry, job, 0, *arguments))  # comes back when all have passed the last barrier
-        # all in one call of C code: a KeyboardInterrupt comes before or after, never between, where helpers would wait for us
-        list(map(functools.partial.__call__, calls))
-        return states
-
-    def part(self, start: int | None, stop: int | None) -> list[int]:
-        """Address and length of these rows of the program, and which of them take all images of a batch at once."""
-        if (start, stop) not in self.parts:
-            rows = self.program[start:stop]
-            together = {_whiten.address, _project_factors.address, _remove_factors.address}
-            whole = [i for i, row in enumerate(rows) if row[0] in together]
-            first, last = (whole[0], whole[-1] + 1) if whole else (len(rows), len(rows))
-            self.parts[start, stop] = [rows.ctypes.data, len(rows), first, last]
-        return self.parts[start, stop]
-
-    def jobs(self) -> queue.SimpleQueue:
-        """Queue of the helpers: threads that start with the first call, anew in a forked process, and end with self."""
-        if self.helpers is None or self.helpers[0] != os.getpid():
-            jobs = queue.SimpleQueue()
-            for _ in range(self.threads - 1):
-                threading.Thread(target=_help, args=(self.entry, jobs, self.count), name="fastprior", daemon=True).start()
-                weakref.finalize(self, jobs.put, None)
-            self.helpers = os.getpid(), jobs
-        return self.helpers[1]
-
-    def prepare(self, batch: int) -> np.ndarray:
-        """The states of a batch, float32 (batch, floats an image)."""
-        if self.states is None or len(self.states) < batch:
-            self.states = _aligned((batch, max(self.state_floats, 16)))
-        return self.states[:batch]
-
-
-# ------------------------------------------------------------------------------------------------
-# CUDA engine: the same program as launches of kernels/*.cu, replayed as one graph a frame
-#
-# `_CudaEngine` has the building methods of `_CpuEngine`. A buffer is known by its bytes an image and
-# placed by `finish` (two buffers share memory if they never live at once); a batch of B stretches all
-# of it B times. What differs between calls (pixels, sizes, taps, where results go) is in the image
-# table, so that one graph a batch size serves every frame.
-# ------------------------------------------------------------------------------------------------
-
-_INSTALL_CUPY = "pip install cupy-cuda12x (driver for CUDA 12) or cupy-cuda13x (driver 580 or newer)"
+    def run_only(self, stages: Sequence[str], images, with_map: bool = True) -> None:
+        """Only the operations of these of STAGES, again: for timing."""
 
 
 @functools.cache
-def _import_cupy():
-    """CuPy with a GPU that works; BackendUnavailable says what of them is missing."""
-    try:
-        import cupy
-    except ImportError as e:
-        raise BackendUnavailable(f"device 'cuda': CuPy is missing ({e}): {_INSTALL_CUPY}") from e
-    runtime = cupy.cuda.runtime
-    driver, built_for = runtime.driverGetVersion(), runtime.runtimeGetVersion()
-    if driver == 0:
-        raise BackendUnavailable("device 'cuda': CuPy is there, but no NVIDIA driver: install the driver, or use device='cpu'")
-    if driver // 1000 < built_for // 1000:
-        raise BackendUnavailable(f"device 'cuda': the NVIDIA driver knows CUDA up to {driver // 1000}, this CuPy needs "
-                                 f"{built_for // 1000}: {_INSTALL_CUPY}")
-    try:
-        count = runtime.getDeviceCount()
-    except runtime.CUDARuntimeError as e:
-        raise BackendUnavailable(f"device 'cuda': CuPy and the driver are there, but no GPU answers ({e})") from e
-    if count == 0:
-        raise BackendUnavailable("device 'cuda': CuPy and the driver are there, but no GPU is visible "
-                                 "(is CUDA_VISIBLE_DEVICES set?)")
-    return cupy
+def _is_installed(name: str) -> bool:
+    from importlib.util import find_spec
+    return find_spec(name) is not None
+
+
+STAGES = "resize", "features", "whitening", "denoiser", "density", "map"
 
 
 @functools.cache
-def _kernel_source(name: str) -> str:
-    """kernels/<name>.cu with common.cuh pasted in, so that CuPy's cache is keyed by the whole text."""
+def _engines(name: str):
+    """Module `cpu` or `cuda` of kernels/, found by its path; BackendUnavailable where the folder is missing."""
+    import importlib.util
     folder = _data_folder("kernels")
+    if not (folder / f"{name}.py").is_file():
+        raise BackendUnavailable(f"{folder} is missing: copy the folder kernels/ beside fastprior.py")
+    package = f"_fastprior_kernels_{zlib.crc32(os.fsencode(folder)):08x}"  # no name that a host might have
+    if package not in sys.modules:
+        spec = importlib.util.spec_from_file_location(package, folder / "__init__.py",
+                                                      submodule_search_locations=[str(folder)])
+        module = sys.modules[package] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return importlib.import_module(f"{package}.{name}")
+
+
+@contextlib.contextmanager
+def _engine_errors():
+    """What kernels/ raises, in our classes."""
     try:
-        return (folder / f"{name}.cu").read_text().replace('#include "common.cuh"', (folder / "common.cuh").read_text())
-    except FileNotFoundError as e:
-        raise BackendUnavailable(f"device 'cuda': {e.filename} is missing: copy the folder kernels/ beside fastprior.py") from e
+        yield
+    except Exception as e:
+        kind = {"Unavailable": BackendUnavailable, "Unfit": ShapeError}.get(type(e).__name__)
+        if kind is None or not type(e).__module__.startswith("_fastprior_kernels_"):
+            raise
+        raise kind(str(e)) from e
+
+
+@functools.cache
+def _cpu_engines():
+    """kernels/cpu.py where it works, else None: the reference operations score. Says why, once."""
+    try:
+        engines = _engines("cpu")
+        with _engine_errors():
+            engines.load_kernels()
+        return engines
+    except BackendUnavailable as e:
+        _log.warning("scoring with NumPy alone, slowly: %s", e)
+        return None
 
 
 def resolve_device(device: str) -> str:
-    """"cpu" or "cuda"; "auto" is "cuda" where CuPy, a GPU and kernels/ are there. BackendUnavailable otherwise."""
+    """"cpu" or "cuda"; "auto" is "cuda" where CuPy, a GPU and kernels/ are there, else "cpu"."""
     if device not in ("cpu", "cuda", "auto"):
         raise ShapeError(f"device: expected 'cpu', 'cuda' or 'auto', got {device!r}")
-    if device == "cpu":
-        return device
-    try:
-        _import_cupy()
-        _kernel_source("product")
-    except BackendUnavailable:
-        if device == "cuda":
-            raise
-        return "cpu"
-    return "cuda"
-
-
-def _padded_to(a: np.ndarray, *shape: int) -> np.ndarray:
-    """float32 `a` with zeros after it along every axis."""
-    full = np.zeros(shape, np.float32)
-    full[tuple(slice(n) for n in a.shape)] = a
-    return full
-
-
-class _Buffer:
-    """Device memory of `size` bytes an image; `offset` an image is set by `_CudaEngine.finish`."""
-
-    def __init__(self, size: int):
-        self.size, self.offset = _round_up(size, 256), 0
-
-
-class _Launch(NamedTuple):
-    kernel: Callable
-    grid: tuple[int, int, int]
-    block: tuple[int, ...]
-    args: tuple
-
-
-class _Frame(NamedTuple):
-    """All launches of one batch size, bound to addresses, and their graph."""
-    stages: list[str]  # of each launch
-    launches: list[_Launch]
-    graph: Any
-
-
-class _CudaEngine:
-    """Device memory, weights and launches of one model on the current GPU.
-
-    precision "float32" stores activations in 32 bits and multiplies them on tensor cores as pairs of
-    halves, "float16" stores 16 bits; both add in float32. Work of several streams is put in order.
-    """
-
-    device = "cuda"
-    _RING = 8  # frames that may be in flight before the host waits to write another image table
-
-    def __init__(self, precision: str):
-        if precision not in ("float16", "float32"):
-            raise ShapeError(f"precision: expected 'float32' or 'float16', got {precision!r}")
-        self.cupy = _import_cupy()
-        self.gpu = self.cupy.cuda.Device()
-        self.processors = self.cupy.cuda.runtime.getDeviceProperties(self.gpu.id)["multiProcessorCount"]
-        self.real = np.dtype(precision)
-        self.lock = threading.Lock()
-        self.modules: dict[tuple, Any] = {}
-        self.steps: list[tuple[str, Callable[[int], _Launch]]] = []
-        self.stage = "resize"  # what the launches that are being emitted belong to
-        self.frames: dict[int, _Frame] = {}
-        self.sizes: dict[tuple[int, int], tuple[list[int], list]] = {}
-        self.capacity = self.image_bytes = 0
-
-    # -- building blocks ---------------------------------------------------------------------------
-
-    def constant(self, array, dtype=np.float32):
-        """A device copy."""
-        return self.cupy.asarray(np.ascontiguousarray(array, dtype))
-
-    def buffer(self, *shape: int, dtype=None) -> _Buffer:
-        return _Buffer(int(np.prod(shape)) * np.dtype(dtype or self.real).itemsize)
-
-    def state(self, *shape: int) -> _Buffer:
-        return self.buffer(*shape, dtype=np.float32)
-
-    def kernel(self, file: str, name: str | None = None, tile: int | None = None):
-        options = (f"-DHALF={int(self.real == np.float16)}",) + ((f"-DTILE={tile}",) if tile else ())
-        if (file, options) not in self.modules:
-            self.modules[file, options] = self.cupy.RawModule(code=_kernel_source(file), options=options)
+    if device != "cpu":
         try:
-            return self.modules[file, options].get_function(name or file)
-        except (ImportError, OSError, RuntimeError) as e:  # CuPy finds NVRTC only when it compiles
-            raise BackendUnavailable(f"device 'cuda': CuPy cannot compile kernels/{file}.cu ({e}); if NVRTC is missing: "
-                                     "pip install 'cupy-cuda12x[ctk]' or 'cupy-cuda13x[ctk]'") from e
-
-    def emit(self, make: Callable[[int], _Launch]) -> None:
-        """Append a launch, given the batch. Its arguments: buffers, device arrays, None for a null
-        pointer, int for int32, float for float32, or NumPy scalars."""
-        self.steps.append((self.stage, make))
-
-    def product(self, a: _Buffer, lda: int, w, ldw: int, rows: int, n: int, k: int, *, bias=None, ldbias: int = 0,
-                gate: _Buffer | None = None, residual: _Buffer | None = None, act: int = NONE,
-                steps: tuple[int, int] | None = None) -> _Buffer:
-        """act(a @ w + bias) + residual. One product over the rows of all images, or, with `steps` (elements of a
-        and w from one image to the next), one an image."""
-        out = self.buffer(rows, n)
-
-        def make(batch: int) -> _Launch:
-            m, images = (rows * batch, 1) if steps is None else (rows, batch)
-            # the large tile reads less, the small one spreads a small product over more processors
-            tile = 64 if -(-m // 64) * -(-n // 64) * images >= 2 * self.processors else 32
-            a_step, w_step = map(np.int64, steps or (0, 0))
-            return _Launch(self.kernel("product", tile=tile), (-(-m // tile) * -(-n // tile), 1, images), (128,),
-                           (a, a_step, lda, w, w_step, ldw, bias, ldbias, gate, residual, out, m, n, k, rows, act))
-        self.emit(make)
-        return out
-
-    # -- operations, as in _CpuEngine --------------------------------------------------------------
-
-    def resize(self, size: int, mean, std) -> _Buffer:
-        """u8 pixels of the image table -> (size, size, 4), the fourth value zero."""
-        self.size, mean, std = size, np.asarray(mean), np.asarray(std)
-        out = self.buffer(size, size, 4)
-        affine = self.constant(np.concatenate([1 / (255 * std), -mean / std]))
-        self.emit(lambda batch: _Launch(self.kernel("resize_normalize"), (-(-size * size // 128), 1, batch), (128,),
-                                        (self.table, affine, out, size)))
-        return out
-
-    def stem(self, x: _Buffer, size: int, w: np.ndarray, b: np.ndarray, act: int) -> _Buffer:
-        c = _round_up(w.shape[-1], 8)
-        out, w, b = self.buffer(size // 2, size // 2, c), self.constant(_padded_to(w, 3, 3, 3, c), self.real), \
-            self.constant(_padded_to(b, c))
-        threads = (size // 2) ** 2 * c // (16 // self.real.itemsize)
-        self.emit(lambda batch: _Launch(self.kernel("stem"), (-(-threads // 128), 1, batch), (128,),
-                                        (x, w, b, out, size, c, act)))
-        return out
-
-    def mbconv(self, x: _Buffer, h: int, w: int, block: Block) -> tuple[_Buffer, int, int]:
-        """Returns the output map and its size; channels padded to a multiple of 8, at every place."""
-        p = block.arrays
-        c_in, mid, c_out = (_round_up(c, 8) for c in block.channels)
-        y = x
-        if "expand_w" in p:
-            y = self.product(x, c_in, self.constant(_padded_to(p["expand_w"], c_in, mid), self.real), mid, h * w, mid, c_in,
-                             bias=self.constant(_padded_to(p["expand_b"], mid)), act=block.act)
-        size, stride = p["dw_w"].shape[0], block.stride
-        h_out, w_out = -(-h // stride), -(-w // stride)
-        middle = self.buffer(h_out, w_out, mid)
-        chunks = mid // (16 // self.real.itemsize)
-        across = min(chunks, 32)
-        down = 128 // across
-        grid = -(-chunks // across), -(-h_out * -(-w_out // 2) // down)  # a thread makes two pixels of a row
-        sums = self.buffer(grid[1], mid, dtype=np.float32) if "se_reduce_w" in p else None
-        taps, bias = self.constant(_padded_to(p["dw_w"], size, size, mid), self.real), self.constant(_padded_to(p["dw_b"], mid))
-        top, left = (_same_padding(n, size, stride)[0] for n in (h, w))
-        self.emit(lambda batch: _Launch(self.kernel("depthwise", f"depthwise_{size}{stride}"), (*grid, batch),
-                                             (across, down), (y, taps, bias, middle, sums, h, w, mid, top, left, block.act)))
-        gate = None
-        if sums:
-            gate = self.squeeze_excite(sums, grid[1], mid, h_out * w_out, p)
-        out = self.product(middle, mid, self.constant(_padded_to(p["project_w"], mid, c_out), self.real), c_out, h_out * w_out,
-                           c_out, mid, bias=self.constant(_padded_to(p["project_b"], c_out)), gate=gate,
-                           residual=x if block.skip else None)
-        return out, h_out, w_out
-
-    def squeeze_excite(self, sums: _Buffer, parts: int, c: int, pixels: int, p: dict[str, np.ndarray]) -> _Buffer:
-        s = p["se_reduce_b"].size
-        if c > 4096 or s > 256:
-            raise ModelError(f"squeeze-excitation of {c} to {s} channels: kernels/squeeze_excite.cu takes 4096 to 256")
-        gate = self.buffer(c, dtype=np.float32)
-        weights = [self.constant(_padded_to(a, *shape)) for a, shape in (
-            (p["se_reduce_w"].T, (s, c)), (p["se_reduce_b"], (s,)), (p["se_expand_w"], (s, c)), (p["se_expand_b"], (c,)))]
-        self.emit(lambda batch: _Launch(self.kernel("squeeze_excite"), (1, 1, batch), (512,),
-                                        (sums, *weights, gate, parts, c, s, pixels)))
-        return gate
-
-    def features(self, backbone: Backbone, size: int) -> tuple[_Buffer, int, int]:
-        """Image -> token matrix (N, C) float32: buffer, N, C padded to whole panels with zeros."""
-        grid = size // 16
-        columns, column = _round_up(sum(backbone.channels), _PANEL), 0
-        tokens = self.state(grid * grid, columns)
-        x = self.resize(size, backbone.mean, backbone.std)
-        self.stage = "backbone"
-        x, h, w = self.stem(x, size, backbone.stem_w, backbone.stem_b, backbone.act), size // 2, size // 2
-        for i, block in enumerate(backbone.blocks):
-            x, h, w = self.mbconv(x, h, w, block)
-            if i in backbone.stages:
-                channels = block.channels[2]
-                fill = columns - column - channels if i == backbone.stages[-1] else 0
-                threads = grid * grid * -(-(channels + fill) // (16 // self.real.itemsize))
-                args = (x, tokens, h, _round_up(channels, 8), channels, fill, grid, column, columns)
-                self.emit(lambda batch, args=args, threads=threads: _Launch(
-                    self.kernel("pool"), (-(-threads // 128), 1, batch), (128,), args))
-                column += channels
-        return tokens, grid * grid, columns
-
-    def whiten(self, f: _Buffer, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> _Buffer:
-        """w: (N, C) diagonal, or the blocks of `pack_lower`."""
-        self.stage = "whiten"
-        x, mean = self.buffer(n, c), self.constant(_padded_to(mean, n, c))
-        if w.dtype != BLOCK:
-            w = self.constant(_padded_to(w, n, c))
-            self.emit(lambda batch: _Launch(self.kernel("whiten", "whiten_diagonal"), (-(-n * c // 128), 1, batch), (128,),
-                                            (f, mean, w, x, n, c)))
-        else:
-            w = self.constant(w.view(np.int8), np.int8)
-            self.emit(lambda batch: _Launch(self.kernel("whiten"), (n * c // _PANEL, 1, -(-batch // 8)), (128,),
-                                            (f, mean, w, x, n, c, batch)))
-        self.stage = "denoiser"
-        return x
-
-    def remove_factors(self, x: _Buffer, n: int, c: int, factors: np.ndarray) -> _Buffer:
-        """factors: the blocks of `pack_factors`, at most 64 factors; in place."""
-        self.stage = "whiten"
-        size, groups, v = n * c, factors.shape[1], self.constant(factors.view(np.int8), np.int8)
-        parts = -(-size // 1024)
-        sums = self.buffer(parts, groups * _PANEL, dtype=np.float32)
-        self.emit(lambda batch: _Launch(self.kernel("remove_factors", "project_factors"), (parts, 1, batch), (128,),
-                                        (x, v, sums, size, groups)))
-        self.emit(lambda batch: _Launch(self.kernel("remove_factors"), (-(-size // 256), 1, batch), (256,),
-                                        (x, v, sums, size, groups, parts)))
-        self.stage = "denoiser"
-        return x
-
-    def linear(self, x: _Buffer, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE, residual=-1,
-               lda: int | None = None, from_state: bool = False) -> tuple[_Buffer, int]:
-        m = _round_up(w.shape[1], 8)
-        k = _round_up(k, 8)
-        bias = self.constant(_padded_to(b, *b.shape[:-1], m))
-        return self.product(x, lda or k, self.constant(_padded_to(w, k, m), self.real), m, n, m, k, bias=bias,
-                            ldbias=m if b.ndim == 2 else 0, residual=None if residual == -1 else residual, act=act), m
-
-    def mix(self, x: _Buffer, d: int, w: np.ndarray, act: int = NONE, residual=-1) -> _Buffer:
-        n_out, n = w.shape
-        padded = _round_up(n, 8)
-        return self.product(self.constant(_padded_to(w, n_out, padded), self.real), padded, x, d, n_out, d, n,
-                            residual=None if residual == -1 else residual, act=act, steps=(0, n * d))
-
-    def layer_norm(self, x: _Buffer, n: int, d: int, gain: np.ndarray, bias: np.ndarray) -> _Buffer:
-        out, gain, bias = self.buffer(n, d), self.constant(gain), self.constant(bias)
-        self.emit(lambda batch: _Launch(self.kernel("layer_norm"), (-(-n * batch // 4), 1, 1), (128,),
-                                        (x, gain, bias, out, n * batch, d)))
-        return out
-
-    def rotate(self, h, d: int, w: np.ndarray, b: np.ndarray, x: _Buffer, n: int, c: int, coef, out, nll: _Buffer,
-               scale: np.ndarray, location: np.ndarray) -> None:
-        """out == -1: the last step, only z leaves. d == 0: no denoiser, F = 0."""
-        f = self.linear(h, n, d, _padded_to(w, d, c), _padded_to(b, c))[0] if d else None
-        self.stage = "density"
-        scale, location = self.constant(scale), self.constant(location)
-        a, b = map(float, coef)
-        x_out, z = (None, nll) if out == -1 else (out, None)
-        self.emit(lambda batch: _Launch(self.kernel("rotate_density"), (-(-n * batch // 4), 1, 1), (128,),
-                                        (x, f, a, b, x_out, scale, location, z, n * batch, n, c)))
-        self.stage = "denoiser"
-
-    def score(self, z: _Buffer, prior: "Prior") -> None:
-        """The image's score and its map; both go where the image table says."""
-        grid, moments = prior.grid, prior.calibration["moments"]
-        self.stage, self.z, self.positions, self.map_operator = "score and map", z, grid * grid, prior._map_operator
-        count, location, gain = max(1, round(prior.settings.worst * grid * grid)), float(moments[0]), float(1 / moments[1])
-        weight, offset = map(self.constant, prior._map_weights())
-        self.emit(lambda batch: _Launch(self.kernel("worst_mean"), (1, 1, batch), (256,),
-                                        (z, self.table, grid * grid, count, location, gain)))
-        self.emit(lambda batch: _Launch(self.kernel("anomaly_map"), (256, 1, batch), (128,),
-                                        (z, weight, offset, self.table, grid)))
-
-    # -- running -----------------------------------------------------------------------------------
-
-    def finish(self) -> None:
-        """Place every buffer in the bytes of an image, first fit, by the launches that name it; compile."""
-        self._allocate(1)
-        lives: dict[_Buffer, list[int]] = {}
-        for i, (_, make) in enumerate(self.steps):
-            for a in make(1).args:
-                if isinstance(a, _Buffer):
-                    lives.setdefault(a, [i, i])[1] = i
-        placed: list[_Buffer] = []
-        for own in lives:
-            begin, end = lives[own]
-            own.offset = 0
-            for other in sorted((p for p in placed if lives[p][0] <= end and lives[p][1] >= begin), key=lambda p: p.offset):
-                if other.offset < own.offset + own.size:
-                    own.offset = max(own.offset, other.offset + other.size)
-            placed.append(own)
-        self.image_bytes = max(b.offset + b.size for b in placed)
-        self.capture_stream = self.cupy.cuda.Stream(non_blocking=True)
-        self.done = self.cupy.cuda.Event(disable_timing=True)
-        self.done.record()
-
-    def _allocate(self, capacity: int) -> None:
-        """Memory for batches up to `capacity`; what was bound to the old addresses goes."""
-        if self.capacity:
-            self.done.synchronize()
-        self.capacity = 0  # should there be no memory
-        self.frames.clear()
-        self.workspace = None  # before the new one, so that both never exist together
-        self.workspace = self.cupy.empty(max(self.image_bytes, 256) * capacity, np.uint8)
-        self.table = self.cupy.empty((capacity, 13), np.int64)
-        self.written = np.zeros((0, 13), np.int64)
-        pinned = [self.cupy.cuda.alloc_pinned_memory(capacity * 13 * 8) for _ in range(self._RING)]
-        self.ring = collections.deque((p, np.frombuffer(p, np.int64, capacity * 13).reshape(capacity, 13),
-                                       self.cupy.cuda.Event(disable_timing=True)) for p in pinned)
-        self.capacity = capacity if self.image_bytes else 0
-
-    def bind(self, launch: _Launch, batch: int) -> _Launch:
-        """Buffers to addresses, numbers to the types that kernels take."""
-        base = self.workspace.data.ptr
-
-        def value(a):
-            if isinstance(a, _Buffer):
-                return np.uint64(base + a.offset * batch)
-            if a is None:
-                return np.uint64(0)
-            return np.int32(a) if isinstance(a, int) else np.float32(a) if isinstance(a, float) else a
-        return launch._replace(args=tuple(map(value, launch.args)))
-
-    def launch(self, launches: Iterable[_Launch]) -> None:
-        for kernel, grid, block, args in launches:
-            kernel(grid, block, args)
-
-    def capture(self, launches: Iterable[_Launch]):
-        """A CUDA graph of launches that have all run before (so that nothing is loaded while capturing)."""
-        with self.capture_stream:
-            self.capture_stream.begin_capture()
-            try:
-                self.launch(launches)
-            finally:
-                graph = self.capture_stream.end_capture()
-        return graph
-
-    def image_row(self, pixels, score: int, target=None) -> list[int]:
-        """The image table's row: see struct Image in kernels/common.cuh. Taps and operators are kept by size."""
-        size = pixels.shape[:2]
-        entry = self.sizes.pop(size, None)
-        if entry is None:
-            row, keep = [], []
-            for n in size:
-                start, weight = resize_taps(n, self.size)
-                keep += [self.constant(start, np.int32), self.constant(weight)]
-                row += [keep[-2].data.ptr, keep[-1].data.ptr, weight.shape[1]]
-            keep += [self.constant(self.map_operator(size[0])), self.constant(self.map_operator(size[1]).T)]
-            entry = row, keep
-        self.sizes[size] = entry  # most recently used last
-        row, keep = entry
-        return [pixels.data.ptr, *size, *row, *((0, 0, 0) if target is None else
-                                                (target.data.ptr, keep[-2].data.ptr, keep[-1].data.ptr)), score]
-
-    def stream_of(self, images: Sequence):
-        """torch's current stream if there are torch tensors among the images, else CuPy's."""
-        torch, cuda = sys.modules.get("torch"), self.cupy.cuda
-        if torch and any(isinstance(image, torch.Tensor) for image in images):
-            pointer = torch.cuda.current_stream(self.gpu.id).cuda_stream
-            return cuda.ExternalStream(pointer) if pointer else cuda.Stream(null=True)
-        return cuda.get_current_stream()
-
-    def to_device(self, image):
-        """u8 (H, W, 3) on this GPU; an array that is there already is not copied."""
-        if not hasattr(image, "__cuda_array_interface__"):
-            return self.cupy.asarray(load_image(image))
-        a = self.cupy.asarray(image)
-        if a.dtype != np.uint8 or a.ndim != 3 or a.shape[2] != 3 or min(a.shape[:2]) < 8 or max(a.shape[:2]) > 32768:
-            raise ShapeError(f"image on the GPU: expected uint8 (H, W, 3) of 8 to 32768 pixels a side, got {a.dtype} {a.shape}")
-        if a.device.id != self.gpu.id:
-            raise ShapeError(f"image on GPU {a.device.id}, the model is on GPU {self.gpu.id}: copy it there")
-        return self.cupy.ascontiguousarray(a)
-
-    def run(self, images: Sequence, with_map: bool = True, with_z: bool = False) -> "_DeviceScores":
-        """Enqueue a batch on the caller's stream; nothing waits for it.
-
-        images: paths or arrays, u8 (H, W, 3), on the host or (CuPy, torch) on the GPU.
-        """
-        batch = len(images)
-        with self.lock, self.gpu, self.stream_of(images) as stream:
-            if batch > self.capacity:
-                self._allocate(batch)
-            while len(self.sizes) > self._RING * max(128, self.capacity):  # never one that a frame in flight points to
-                del self.sizes[next(iter(self.sizes))]
-            stream.wait_event(self.done)  # the workspace is shared between streams
-            pixels = [self.to_device(image) for image in images]
-            scores = self.cupy.empty(batch, np.float32)
-            maps = [self.cupy.empty(p.shape[:2], np.float32) if with_map else None for p in pixels]
-            rows = np.array([self.image_row(p, scores.data.ptr + 4 * i, m) for i, (p, m) in enumerate(zip(pixels, maps))])
-            if not np.array_equal(rows, self.written):
-                self.write_table(rows, stream)
-            frame = self.frames.get(batch)
-            if frame is None:
-                launches = [self.bind(make(batch), batch) for _, make in self.steps]
-                self.launch(launches)
-                self.frames[batch] = _Frame([stage for stage, _ in self.steps], launches, self.capture(launches))
-            else:
-                frame.graph.launch(stream)
-            z = None
-            if with_z:
-                start, size = self.z.offset * batch, 4 * self.positions * batch
-                z = self.workspace[start:start + size].view(np.float32).reshape(batch, self.positions).copy()
-            self.done.record(stream)
-        return _DeviceScores(scores, maps, z, stream)
-
-    def write_table(self, rows: np.ndarray, stream) -> None:
-        pinned, host, copied = self.ring[0]
-        self.ring.rotate(-1)
-        copied.synchronize()  # long past, unless _RING frames are in flight
-        host[:len(rows)] = rows
-        self.cupy.cuda.runtime.memcpyAsync(self.table.data.ptr, host.ctypes.data, rows.nbytes,
-                                           self.cupy.cuda.runtime.memcpyHostToDevice, stream.ptr)
-        copied.record(stream)
-        self.written = rows
-
-
-class _DeviceScores:
-    """What `_CudaEngine.run` left on the GPU, in the order of `stream`: scores (B,), maps, z (B, N)."""
-
-    def __init__(self, scores, maps: list, z, stream):
-        self.scores, self.maps, self.z, self.stream = scores, maps, z, stream
-
-    def to_host(self, array) -> np.ndarray:
-        with self.stream:
-            return array.get()
-
-    @functools.cached_property
-    def host_scores(self) -> np.ndarray:
-        return self.to_host(self.scores)
-
-
-class DeviceResult:
-    """A `Result` that is still on the GPU: an attribute waits and copies when it is first read.
-
-    `device_map` is the anomaly map as a CuPy array (None if no map was asked for), ordered on the
-    stream that was current in the call; it is this result's own memory, and reading it copies nothing.
-    """
-
-    def __init__(self, batch: _DeviceScores, index: int, calibration: np.ndarray, threshold: float):
-        self._batch, self._index, self._calibration, self.threshold = batch, index, calibration, threshold
-        self.device_map = batch.maps[index]
-
-    @property
-    def score(self) -> float:
-        return float(self._batch.host_scores[self._index])
-
-    @property
-    def p_value(self) -> float:
-        return float(conformal_p_value(self.score, self._calibration))
-
-    @property
-    def is_anomaly(self) -> bool:
-        return self.score > self.threshold
-
-    @property
-    def verdict(self) -> str:
-        return "anomaly" if self.is_anomaly else "good"
-
-    @functools.cached_property
-    def anomaly_map(self) -> np.ndarray | None:
-        return None if self.device_map is None else self._batch.to_host(self.device_map)
-
-    @property
-    def regions(self) -> "list[Region]":
-        return find_regions(self.anomaly_map)
-
-
-def _build_cuda_engine(prior: "Prior", precision: str) -> _CudaEngine:
-    """One frame of a model as launches."""
-    e = _CudaEngine(precision)
-    f, n, c = e.features(prior.backbone, prior.settings.size)
-    x = _emit_preconditioning(e, f, n, c, prior, prior.mean)
-    z = _emit_inversion(e, x, n, c, prior.denoiser, prior.timesteps, prior.prediction, prior.calibration["scale"],
-                        prior.calibration["location"])
-    e.score(z, prior)
-    e.finish()
-    return e
-
-
-def _score_on_cuda(prior: "Prior", images: Sequence, with_map: bool, chunk: int) -> list[DeviceResult]:
-    results = []
-    for start in range(0, len(images), chunk):
-        batch = prior._cuda.run(images[start:start + chunk], with_map)
-        results += [DeviceResult(batch, i, prior.calibration["scores"], prior.threshold.value)
-                    for i in range(len(batch.maps))]
-    return results
-
-
-def _nll_on_cuda(prior: "Prior", images: Sequence, maps: Sequence[np.ndarray | None]) -> np.ndarray:
-    """`Prior.nll`: waits, and copies z (B, N) and the maps to the host."""
-    batch = prior._cuda.run(images, any(m is not None for m in maps), with_z=True)
-    for target, own in zip(maps, batch.maps):
-        if target is not None:
-            target[...] = batch.to_host(own)
-    return batch.to_host(batch.z)
-
-
-def bench_cuda(engine: _CudaEngine, images: Sequence[int] = (1, 16, 64, 256), frames: int = 200, pixels: int = 256,
-               values: int = 64 << 20) -> dict:
-    """Device-event timings of a built engine, u8 on the device to score and map, after a warm-up.
-
-    Returns, for each batch of `images` random images of `pixels` a side: p50 and p95 in ms a batch, images a second; for
-    batch 1 also the p50 of each stage (a graph of its own, so a stage includes one graph launch); and for the
-    fused rotation and density on `values` values: bytes moved a second, beside those of a device copy of as many bytes.
-    """
-    cupy, rng = engine.cupy, np.random.default_rng(0)
-    stream = cupy.cuda.Stream(non_blocking=True)
-
-    def timed(work: Callable[[], None], count: int) -> list[float]:
-        events = [cupy.cuda.Event() for _ in range(2 * count)]
-        for _ in range(10):
-            work()
-        for begin, end in zip(events[::2], events[1::2]):
-            begin.record(stream)
-            work()
-            end.record(stream)
-        stream.synchronize()
-        return sorted(cupy.cuda.get_elapsed_time(b, e) for b, e in zip(events[::2], events[1::2]))
-
-    report: dict[str, Any] = {"gpu": cupy.cuda.runtime.getDeviceProperties(engine.gpu.id)["name"].decode(),
-                              "precision": str(engine.real), "frames": frames, "batches": {}, "stages_p50_ms": {}}
-    with stream:
-        for batch in images:
-            frame = [cupy.asarray(rng.integers(0, 256, (pixels, pixels, 3), np.uint8)) for _ in range(batch)]
-            ms = timed(lambda: engine.run(frame), max(10, frames // batch))
-            p50, p95 = ms[len(ms) // 2], ms[int(.95 * (len(ms) - 1))]
-            report["batches"][batch] = {"p50_ms": p50, "p95_ms": p95, "images_per_s": 1e3 * batch / p50}
-            if batch == 1:
-                built = engine.frames[1]
-                for stage in dict.fromkeys(built.stages):
-                    graph = engine.capture([k for s, k in zip(built.stages, built.launches) if s == stage])
-                    ms = timed(lambda: graph.launch(stream), frames)
-                    report["stages_p50_ms"][stage] = ms[len(ms) // 2]
-        c, n = 256, 256
-        rows = values // c
-        x, f = (cupy.empty((rows, c), engine.real) for _ in range(2))
-        z = cupy.empty(rows, np.float32)
-        x.fill(0)
-        f.fill(0)
-        ones = engine.constant(np.ones(n))
-        rotate = engine.bind(_Launch(engine.kernel("rotate_density"), (-(-rows // 4), 1, 1), (128,),
-                                     (x, f, .8, .6, None, ones, ones, z, rows, n, c)), 1)
-        moved = x.nbytes + f.nbytes + z.nbytes
-        copy = cupy.empty(x.nbytes, np.uint8)
-        for name, work, size in (
-                ("rotate_density", lambda: engine.launch([rotate]), moved),
-                ("device_copy", lambda: cupy.cuda.runtime.memcpyAsync(
-                    copy.data.ptr, x.data.ptr, x.nbytes, cupy.cuda.runtime.memcpyDeviceToDevice, stream.ptr), 2 * x.nbytes)):
-            ms = timed(work, 50)
-            report[f"{name}_gb_per_s"] = size / ms[len(ms) // 2] / 1e6
-    report["rotate_share_of_copy"] = report["rotate_density_gb_per_s"] / report["device_copy_gb_per_s"]
-    return report
-
-
-# ------------------------------------------------------------------------------------------------
-# The table of operations: name -> NumPy reference, Numba twin, CUDA source
-#
-# Reference and twin take the same arguments. A twin runs its operation as a program of one, so what
-# the tests walk is what a frame runs.
-# ------------------------------------------------------------------------------------------------
-
-def _alone(build: Callable[[_CpuEngine], Callable[[np.ndarray, np.ndarray], Any]], threads: int | None, *rows) -> Any:
-    """Build a program, run it once, and read the result from workspace and state."""
-    engine = _CpuEngine(threads)
-    inputs, read = build(engine)
-    engine.finish()
-    state = engine.prepare(1)
-    for offset, array, in_state in inputs:
-        (state if in_state else engine.slabs)[0, offset:offset + array.size] = np.asarray(array, np.float32).ravel()
-    engine.run([list(rows[0](engine)) if rows else [0]])
-    return read(engine.slabs[0], state[0])
-
-
-def _columns_padded(x: np.ndarray, to: int) -> np.ndarray:
-    out = np.zeros(x.shape[:-1] + (_round_up(x.shape[-1], to),), np.float32)
-    out[..., :x.shape[-1]] = x
-    return out
-
-
-def _numba_resize_normalize(image, size, mean, std, shift=(0.0, 0.0), *, threads=None):
-    image = np.ascontiguousarray(image)
-
-    def build(e):
-        out = e.resize(size, mean, std)
-        return [], lambda ws, state: ws[out:out + (size + 1) ** 2 * 3].reshape(size + 1, size + 1, 3)[:size, :size].copy()
-    return _alone(build, threads, lambda e: e.image_row(image, size, shift=shift))
-
-
-def _numba_mbconv(x, block, stem_w=None, stem_b=None, *, threads=None):
-    def build(e):
-        if stem_w is None:
-            padded, (h, w) = _columns_padded(x, _LANES), x.shape[:2]
-        else:  # a normalised image with its zero row and column after
-            padded, (h, w) = np.pad(x, ((0, 1), (0, 1), (0, 0))), (x.shape[0] // 2, x.shape[1] // 2)
-        at = e.workspace(*padded.shape)
-        out, h, w = e.mbconv(at, h, w, block, stem_w, stem_b)
-        c, wide = block.channels[2], _round_up(block.channels[2], _LANES)
-        return [(at, padded, False)], lambda ws, state: ws[out:out + h * w * wide].reshape(h, w, wide)[..., :c].copy()
-    return _alone(build, threads)
-
-
-def _stem_mbconv(x, block, stem_w, stem_b):
-    """The first block together with the stem before it: what a frame begins with."""
-    return mbconv(stem(x, stem_w, stem_b, block.act), block)
-
-
-def _numba_pool(x, grid, *, threads=None):
-    def build(e):
-        h, _, c = x.shape
-        padded = _columns_padded(x, _LANES)
-        at, out = e.workspace(*padded.shape), e.state(grid * grid, c)
-        e.emit(_pool, at, h, padded.shape[2], c, grid, out, c)
-        return [(at, padded, False)], lambda ws, state: state[out:out + grid * grid * c].reshape(grid, grid, c).copy()
-    return _alone(build, threads)
-
-
-def _numba_whiten(f, mean, w, *, threads=None):
-    def build(e):
-        n, c = f.shape
-        padded = _columns_padded(f, _PANEL)
-        at = e.state(*padded.shape)
-        out = e.whiten(at, n, padded.shape[1], mean, w if w.ndim == 2 else pack_lower(w))
-        return [(at, padded, True)], lambda ws, state: state[out:out + padded.size].reshape(padded.shape)[:, :c].copy()
-    return _alone(build, threads)
-
-
-def _numba_remove_factors(x, v, *, threads=None):
-    def build(e):
-        padded = _columns_padded(x, _PANEL)
-        at = e.state(*padded.shape)
-        out = e.remove_factors(at, *padded.shape, pack_factors(v))
-        return [(at, padded, True)], lambda ws, state: (
-            state[out:out + padded.size].reshape(padded.shape)[:, :x.shape[1]].copy())
-    return _alone(build, threads)
-
-
-def _numba_linear(x, w, b, act=NONE, residual=None, *, threads=None):
-    def build(e):
-        (n, k), m = x.shape, w.shape[1]
-        wide = _round_up(m, _LANES)
-        at, skip = e.workspace(n, k), e.workspace(n, wide) if residual is not None else -1
-        out, _ = e.linear(at, n, k, w, b, act, skip)
-        inputs = [(at, x, False)] + ([(skip, _columns_padded(residual, _LANES), False)] if residual is not None else [])
-        return inputs, lambda ws, state: ws[out:out + n * wide].reshape(n, wide)[:, :m].copy()
-    return _alone(build, threads)
-
-
-def _numba_mix(x, w, act=NONE, residual=None, *, threads=None):
-    def build(e):
-        padded = _columns_padded(x, _LANES)
-        wide = padded.shape[1]
-        at, skip = e.workspace(*padded.shape), e.workspace(len(w), wide) if residual is not None else -1
-        out = e.mix(at, wide, w, act, skip)
-        inputs = [(at, padded, False)] + ([(skip, _columns_padded(residual, _LANES), False)] if residual is not None else [])
-        return inputs, lambda ws, state: ws[out:out + len(w) * wide].reshape(-1, wide)[:, :x.shape[1]].copy()
-    return _alone(build, threads)
-
-
-def _numba_layer_norm(x, gain, bias, *, threads=None):
-    def build(e):
-        at = e.workspace(*x.shape)
-        out = e.layer_norm(at, *x.shape, gain, bias)
-        return [(at, x, False)], lambda ws, state: ws[out:out + x.size].reshape(x.shape).copy()
-    return _alone(build, threads)
-
-
-def _numba_rotate_density(h, w, b, x, coef, *, threads=None):
-    def build(e):
-        (n, c), padded = x.shape, _columns_padded(x, _PANEL)
-        wide = padded.shape[1]
-        hidden, at, nll = e.workspace(*h.shape), e.state(n, wide), e.state(n)
-        e.rotate(hidden, h.shape[1], w, b, at, n, wide, coef, at, nll, np.ones(n), np.zeros(n))
-        return [(hidden, h, False), (at, padded, True)], lambda ws, state: (
-            state[at:at + n * wide].reshape(n, wide)[:, :c].copy(), state[nll:nll + n].copy())
-    return _alone(build, threads)
-
-
-def _numba_anomaly_map(nll, rows, cols, *, threads=None):
-    out, grid = np.empty((len(rows), len(cols)), np.float32), len(nll)
-    image = np.zeros(out.shape + (3,), np.uint8)
-    tables = [np.ascontiguousarray(a, np.float32) for a in (rows, cols.T)]
-
-    def build(e):
-        at = e.state(grid, grid)
-        e.map(at, grid, np.ones(grid * grid), np.zeros(grid * grid))
-        return [(at, nll, True)], lambda ws, state: out
-    return _alone(build, threads, lambda e: [image.ctypes.data, *out.shape, *[0] * 6, out.ctypes.data,
-                                             *(t.ctypes.data for t in tables)])
-
-
-class Op(NamedTuple):
-    """One operation: reference and twin take the same arguments; cuda names its source in kernels/."""
-    reference: Callable
-    numba: Callable | None
-    cuda: str | None
-
-
-OPS: dict[str, Op] = {
-    "resize_normalize": Op(resize_normalize, _numba_resize_normalize, "resize_normalize"),
-    "stem": Op(stem, None, "stem"),  # Numba fuses it with the first block:
-    "stem_mbconv": Op(_stem_mbconv, _numba_mbconv, None),
-    "mbconv": Op(mbconv, _numba_mbconv, None),
-    "depthwise": Op(depthwise, None, "depthwise"),  # parts of mbconv on CUDA
-    "squeeze_excite": Op(squeeze_excite, None, "squeeze_excite"),
-    "pool": Op(pool, _numba_pool, "pool"),
-    "whiten": Op(whiten, _numba_whiten, "whiten"),
-    "remove_factors": Op(remove_factors, _numba_remove_factors, "remove_factors"),
-    "linear": Op(linear, _numba_linear, "product"),
-    "layer_norm": Op(layer_norm, _numba_layer_norm, "layer_norm"),
-    "mix": Op(mix, _numba_mix, "product"),
-    "rotate_density": Op(rotate_density, _numba_rotate_density, "rotate_density"),
-    "anomaly_map": Op(anomaly_map, _numba_anomaly_map, "anomaly_map"),
-}
+            with _engine_errors():
+                _engines("cuda").import_cupy()
+            return "cuda"
+        except BackendUnavailable:
+            if device == "cuda":
+                raise
+    return "cpu"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2702,6 +870,20 @@ def _check_denoiser(p: dict[str, np.ndarray], n: int, c: int) -> None:
 # ------------------------------------------------------------------------------------------------
 # Gaussian preconditioning
 # ------------------------------------------------------------------------------------------------
+
+_PANEL = 32  # side of a BLOCK, and what C is padded to
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _padded_to(a: np.ndarray, *shape: int) -> np.ndarray:
+    """float32 `a` with zeros after it along every axis."""
+    full = np.zeros(shape, np.float32)
+    full[tuple(slice(n) for n in a.shape)] = a
+    return full
+
 
 # 32 x 32 weights of 8 bits. A column is an output, with a scale of its own; a row is an input.
 BLOCK = np.dtype([("scale", np.float32, (_PANEL,)), ("weight", np.int8, (_PANEL, _PANEL))])
@@ -3106,9 +1288,18 @@ class Settings:
         select_timesteps(self.steps, self.first, self.last)
 
 
-@dataclasses.dataclass(frozen=True)
+class Frames(NamedTuple):
+    """A batch as the reference operations score it; an engine's frames have these attributes too."""
+    scores: np.ndarray  # (B,)
+    maps: list  # float32 (H, W), or None
+    outputs: list  # z (B, N)
+
+    def to_host(self, array):
+        return array
+
+
 class Result:
-    """What one image got.
+    """What one image got. On a GPU an attribute waits and copies when it is first read.
 
     score : standard deviations above the mean of held-out good images (0 is an average good part).
     p_value : share of held-out good images that score as high, conformal.
@@ -3116,22 +1307,45 @@ class Result:
     anomaly_map : float32 (H, W) at the image's own size, the nll of each place: 0 is the average of
         good images, 1 the map's threshold: at the false-alarm rate a good image's maximum exceeds it.
         None if not asked for.
+    device_map : the same as the engine has it; on a GPU a CuPy array, ordered on the call's stream.
+    product : of a model of several products, the one this image was taken for.
     """
-    score: float
-    p_value: float
-    is_anomaly: bool
-    threshold: float
-    anomaly_map: np.ndarray | None = dataclasses.field(default=None, repr=False)
-    product: str = ""  # of a model of several products: the one this image was taken for
+
+    def __init__(self, frames, index: int, prior: "Prior", product: str = ""):
+        self._frames, self._index, self._calibration = frames, index, prior.calibration["scores"]
+        self.threshold, self.product = prior.threshold.value, product
+
+    @functools.cached_property
+    def score(self) -> float:
+        return float(self._frames.to_host(self._frames.scores)[self._index])
+
+    @property
+    def p_value(self) -> float:
+        return float(conformal_p_value(self.score, self._calibration))
+
+    @property
+    def is_anomaly(self) -> bool:
+        return self.score > self.threshold
 
     @property
     def verdict(self) -> str:
         return "anomaly" if self.is_anomaly else "good"
 
     @property
+    def device_map(self):
+        return self._frames.maps[self._index]
+
+    @functools.cached_property
+    def anomaly_map(self) -> np.ndarray | None:
+        return None if self.device_map is None else self._frames.to_host(self.device_map)
+
+    @property
     def regions(self) -> "list[Region]":
         """Where the map is above its threshold; see `find_regions`."""
         return find_regions(self.anomaly_map)
+
+    def __repr__(self) -> str:
+        return f"Result(score={self.score:.4g}, p_value={self.p_value:.4g}, verdict={self.verdict!r})"
 
 
 class Region(NamedTuple):
@@ -3162,26 +1376,45 @@ def find_regions(anomaly_map: np.ndarray | None) -> list[Region]:
 class Prior:
     """A trained model: backbone, preconditioning, denoiser, calibration. Build with `fit` or `load`.
 
-    Safe to use from several threads; calls on one object are serialised.
+    Safe to use from several threads; calls on one object are serialised. Can be pickled and copied.
+
+    settings : how it was built, and the steps and rate it judges with
+    backbone : the frozen network
+    mean : float32 (N, C), of the features of good images at each place
+    whitener : tiles of `pack_lower`; float32 (N, C) for the plain variant
+    denoiser : weights of `denoise`; None: F = 0, the joint Gaussian
+    calibrations : by number of steps, what `_calibrate` returns
+    summary : what training has to say
+    threads, device, precision : see `load`
+    factors : tiles of `pack_factors`, or None
     """
 
     def __init__(self, settings: Settings, backbone: Backbone, mean: np.ndarray, whitener: np.ndarray,
-                 denoiser: dict[str, np.ndarray] | None, calibrations: dict[int, dict[str, np.ndarray]], summary: dict,
-                 threads: int | None = None, device: str = "cpu", precision: str = "float32",
+                 denoiser: dict[str, np.ndarray] | None, calibrations: dict[int, dict[str, np.ndarray]],
+                 summary: dict, threads: int | None = None, device: str = "cpu", precision: str = "float32",
                  factors: np.ndarray | None = None):
-        self.settings, self.backbone, self.mean, self.whitener, self.factors = settings, backbone, mean, whitener, factors
-        self.denoiser, self.calibrations, self.summary, self.threads = denoiser, calibrations, summary, threads
+        self.settings, self.backbone, self.denoiser, self.summary = settings, backbone, denoiser, summary
+        self.mean, self.whitener, self.factors = mean, whitener, factors
+        self.calibrations, self.threads, self.precision = calibrations, threads, precision
         if settings.steps not in calibrations:
             raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, got {settings.steps}")
         self.calibration = calibrations[settings.steps]
         self.grid = settings.size // 16
-        self._lock = threading.Lock()
-        _LOCKED.add(self)
-        self._built: tuple[_CpuEngine, int] | None = None
+        self._built: dict[bool, Engine] = {}  # from pixels, from tokens
         self.validate()
         self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr, settings.threshold)
-        self.device, self.precision = resolve_device(device), precision
-        self._cuda = _build_cuda_engine(self, precision) if self.device == "cuda" else None
+        self.device = resolve_device(device)
+        if self.device == "cuda":
+            try:
+                self._engine()
+            except BackendUnavailable as e:
+                if device == "cuda":
+                    raise
+                _log.warning("scoring on the CPU: %s", e)
+                self.device = "cpu"
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_built": {}}  # an engine is made of addresses
 
     def validate(self) -> None:
         """ModelError unless every array fits the others and is finite."""
@@ -3293,7 +1526,7 @@ class Prior:
                 unreadable.append(str(e))
                 continue
             for steps, prior in priors.items():
-                z[steps].append(prior.nll([image])[0])
+                z[steps].append(prior.z([image])[0])
             progress("calibration", i + 1, len(images))
         count = len(images) - len(unreadable)
         if count < 10:
@@ -3321,9 +1554,7 @@ class Prior:
     @property
     def backend(self) -> str:
         """"cuda", "numba" or "numpy", whichever scores."""
-        if self._cuda:
-            return "cuda"
-        return "numba" if _has_numba() else "numpy"
+        return "cuda" if self.device == "cuda" else "numba" if _cpu_engines() else "numpy"
 
     def score(self, image: str | os.PathLike | np.ndarray, *, with_map: bool = True) -> Result:
         """Score one image, a path or an array (see `load_image`)."""
@@ -3334,20 +1565,64 @@ class Prior:
         """Score many images of any sizes; the same numbers as one by one.
 
         With device="cuda" images may be CuPy or torch CUDA arrays, u8 (H, W, 3), and the results
-        (`DeviceResult`) stay on the GPU until they are read; nothing here waits for it.
+        stay on the GPU until they are read; nothing here waits for it.
         """
-        if self._cuda:
-            return _score_on_cuda(self, images, with_map, chunk)
         results = []
         for start in range(0, len(images), chunk):
-            arrays = [load_image(image) for image in images[start:start + chunk]]
-            maps = [np.empty(a.shape[:2], np.float32) if with_map else None for a in arrays]
-            nll = self.nll(arrays, maps)
-            scores = self._image_scores(nll)
-            p_values = conformal_p_value(scores, self.calibration["scores"])
-            results += [Result(float(s), float(p), bool(s > self.threshold.value), self.threshold.value, m)
-                        for s, p, m in zip(scores, p_values, maps)]
+            pixels = [self._pixels(image) for image in images[start:start + chunk]]
+            frames = self._frames(pixels, with_map)
+            results += [Result(frames, i, self) for i in range(len(pixels))]
         return results
+
+    def z(self, images: Sequence[str | os.PathLike | np.ndarray]) -> np.ndarray:
+        """Standardised negative log-likelihood of each place, float32 (B, N).
+
+        z_n = (|x_T,n|^2 / 2) * scale_n + location_n, in standard deviations of held-out good images.
+        """
+        frames = self._frames([self._pixels(image) for image in images], False)
+        return frames.to_host(frames.outputs[0])
+
+    def _pixels(self, image):
+        """What an engine takes: an array that is on the GPU already, else what `load_image` makes."""
+        if self.device == "cuda" and hasattr(image, "__cuda_array_interface__"):
+            return image
+        return load_image(image)
+
+    def _frames(self, pixels: list, with_map: bool, tokens=None):
+        """A batch scored by the engine or by the reference operations; tokens (B, N, C) in place of pixels."""
+        engine = self._engine(tokens is None)
+        if engine is None:
+            return self._reference_frames(pixels, with_map, tokens)
+        with _engine_errors():
+            return engine.run(pixels, with_map=with_map, outputs=True, given=tokens)
+
+    def _engine(self, from_pixels: bool = True) -> Engine | None:
+        """The engine with the program of a frame, built at first use; None: the reference operations score."""
+        if from_pixels not in self._built:
+            engine = _new_engine(self.device, self.precision, self.threads)
+            if engine is None:
+                return None
+            with _engine_errors():
+                self._emit(engine, from_pixels)
+            self._built[from_pixels] = engine
+        return self._built[from_pixels]
+
+    def _emit(self, e: Engine, from_pixels: bool) -> None:
+        n, c = self.mean.shape
+        if from_pixels:
+            f, columns = e.features(self.backbone, self.settings.size, self.grid, resize_taps)
+        else:
+            f, columns = e.given(n, c)
+        x = e.whiten(f, n, columns, self.mean, self.whitener)
+        if self.factors is not None:
+            x = e.remove_factors(x, n, columns, self.factors)
+        z = _emit_inversion(e, x, n, columns, self.denoiser, self.timesteps, self.prediction,
+                            self.calibration["scale"], self.calibration["location"])
+        location, scale = self.calibration["moments"][:2]
+        e.score(z, self.grid, max(1, round(self.settings.worst * n)), location, scale, *self._map_weights(),
+                self._map_operator)
+        e.keep(z, n)
+        e.finish()
 
     def _image_scores(self, z: np.ndarray) -> np.ndarray:
         location, scale = self.calibration["moments"][:2]
@@ -3363,28 +1638,6 @@ class Prior:
     def _map_operator(self, n_out: int) -> np.ndarray:
         return map_operator(self.grid, n_out, self.settings.smooth)
 
-    def nll(self, images: list[np.ndarray], maps: list[np.ndarray | None] | None = None) -> np.ndarray:
-        """Calibrated negative log-likelihood a position, float32 (B, N); fills `maps` where given.
-
-        images: uint8 (H, W, 3); maps: float32 (H, W) or None; C-contiguous, else ShapeError.
-        z_n = (|x_T,n|^2 / 2) * scale_n + location_n.
-        """
-        maps = maps or [None] * len(images)
-        if self._cuda:
-            return _nll_on_cuda(self, images, maps)
-        for image, m in zip(images, maps):  # kernels see addresses only
-            if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.flags.c_contiguous:
-                raise ShapeError(f"image: expected contiguous uint8 (H, W, 3), got {image.dtype} {image.shape}")
-            if m is not None and (m.dtype != np.float32 or m.shape != image.shape[:2] or not m.flags.c_contiguous):
-                raise ShapeError(f"map: expected contiguous float32 {image.shape[:2]}, got {m.dtype} {m.shape}")
-        if self.backend == "numpy":
-            return self._nll_reference(images, maps)
-        with self._lock:
-            engine, out = self._engine()
-            rows = [engine.image_row(a, self.settings.size, m, self._map_operator) for a, m in zip(images, maps)]
-            states = engine.run(rows)
-            return states[:, out:out + self.grid ** 2].copy()
-
     def latent(self, features: np.ndarray) -> np.ndarray:
         """Reference: features (N, C) -> x_T (N, C), in the features' dtype."""
         n, c = features.shape
@@ -3394,51 +1647,46 @@ class Prior:
         f = (lambda x, t: denoise(self.denoiser, x, t)) if self.denoiser else (lambda x, t: np.zeros_like(x))
         return ddim_invert(x0, f, self.timesteps, self.prediction)
 
-    def _nll_reference(self, images, maps) -> np.ndarray:
-        out = []
-        for image, target in zip(images, maps):
-            x = resize_normalize(image, self.settings.size, self.backbone.mean, self.backbone.std)
-            x_T = self.latent(self.backbone.features(x.astype(np.float32), self.grid))
-            z = 0.5 * np.sum(x_T * x_T, -1) * self.calibration["scale"] + self.calibration["location"]
-            if target is not None:
+    def _reference_frames(self, pixels: list, with_map: bool, tokens=None) -> Frames:
+        rows, maps = [], []
+        for i, image in enumerate(pixels):
+            x_T = self.latent(_reference_tokens(image, self.backbone, self.settings) if tokens is None else tokens[i])
+            rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["scale"] + self.calibration["location"])
+            if with_map:
                 weight, offset = self._map_weights()
-                cells = (weight * z + offset).reshape(self.grid, self.grid)
-                target[...] = anomaly_map(cells, *map(self._map_operator, image.shape[:2]))
-            out.append(z)
-        return np.array(out, np.float32)
-
-    def _engine(self) -> tuple[_CpuEngine, int]:
-        """The program of one frame and where in the state its nll is; built at first use."""
-        if self._built is None:
-            e = _CpuEngine(self.threads)
-            f, n, c = e.features(self.backbone, self.settings.size)
-            x = _emit_preconditioning(e, f, n, c, self, self.mean)
-            nll = _emit_inversion(e, x, n, c, self.denoiser, self.timesteps, self.prediction,
-                                  self.calibration["scale"], self.calibration["location"])
-            e.map(nll, self.grid, *self._map_weights())
-            e.finish()
-            self._built = e, nll
-        return self._built
+                cells = (weight * rows[-1] + offset).reshape(self.grid, self.grid)
+                operators = map(self._map_operator, image.shape[:2])
+                maps.append(anomaly_map(cells, *operators).astype(np.float32))
+        z = np.array(rows, np.float32)
+        return Frames(self._image_scores(z), maps or [None] * len(rows), [z])
 
 
-def _emit_preconditioning(e, f, n: int, c: int, prior: Prior, mean: np.ndarray):
-    """Features -> x0."""
-    x = e.whiten(f, n, c, mean, prior.whitener)
-    return x if prior.factors is None else e.remove_factors(x, n, c, prior.factors)
+def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings, shift=(0.0, 0.0)) -> np.ndarray:
+    """uint8 (H, W, 3) -> features (N, C) by the reference operations."""
+    x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift)
+    return backbone.features(x.astype(np.float32), settings.size // 16)
 
 
-def _emit_inversion(e: _CpuEngine, x: int, n: int, c: int, denoiser: dict | None, timesteps, prediction: str,
-                    scale: np.ndarray, location: np.ndarray) -> int:
-    """x0 at offset x of the state (and overwritten) -> offset of z (n,), see `Prior.nll`."""
-    nll = e.state(n)
+def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | None = None) -> Engine | None:
+    with _engine_errors():
+        if device == "cuda":
+            return _engines("cuda").Engine(precision)
+        engines = _cpu_engines()
+        return engines and engines.Engine(threads)
+
+
+def _emit_inversion(e: Engine, x, n: int, c: int, denoiser: dict | None, timesteps, prediction: str,
+                    scale: np.ndarray, location: np.ndarray):
+    """x0 (overwritten) -> z (n,), see `Prior.z`."""
+    z = e.state(n)
     coefficients = rotation(timesteps, prediction)
     for i, (t, coef) in enumerate(zip(timesteps, coefficients)):
         h, d, w, b = _emit_denoiser(e, x, n, c, denoiser, int(t))
-        e.rotate(h, d, w, b, x, n, c, coef, -1 if i == len(coefficients) - 1 else x, nll, scale, location)
-    return nll
+        e.rotate(h, d, w, b, x, n, c, coef, i == len(coefficients) - 1, z, scale, location)
+    return z
 
 
-def _emit_denoiser(e: _CpuEngine, x: int, n: int, c: int, denoiser: dict | None, t: int):
+def _emit_denoiser(e: Engine, x, n: int, c: int, denoiser: dict | None, t: int):
     """Everything of F(x, t) up to its last product, which `rotate` fuses; F = 0 is a product of depth 0."""
     if denoiser is None:
         return 0, 0, np.zeros((0, c)), np.zeros(c)
@@ -3458,8 +1706,7 @@ def _emit_denoiser(e: _CpuEngine, x: int, n: int, c: int, denoiser: dict | None,
 class MultiPrior:
     """Several products in one model. The one under which an image as a whole is likeliest scores it.
 
-    An image's features are computed once and read under every product (on a GPU, and without numba, each
-    product is a frame of its own). Build with `fit_many` or `Prior.load`.
+    An image's features are computed once and read under every product. Build with `fit_many` or `Prior.load`.
     """
 
     def __init__(self, priors: dict[str, Prior]):
@@ -3468,10 +1715,12 @@ class MultiPrior:
             raise ModelError(f"products of one model need one backbone, size and number of steps, got {sorted(kinds)}")
         self.priors = priors
         first = next(iter(priors.values()))
-        self.backbone, self.device, self.backend, self.grid = first.backbone, first.device, first.backend, first.grid
-        self._lock = threading.Lock()
-        _LOCKED.add(self)
-        self._built = None
+        self.backbone, self.settings, self.grid = first.backbone, first.settings, first.grid
+        self.device, self.backend, self.threads = first.device, first.backend, first.threads
+        self._pixels, self._built = first._pixels, None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_built": None}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one self-contained .npz; atomically."""
@@ -3491,66 +1740,36 @@ class MultiPrior:
 
     def score_batch(self, images: Sequence, *, with_map: bool = True, chunk: int = 16) -> list[Result]:
         """As `Prior.score_batch`."""
-        results = []
+        results, names = [], list(self.priors)
         for start in range(0, len(images), chunk):
-            arrays = [load_image(image) for image in images[start:start + chunk]]
-            maps = [np.empty(a.shape[:2], np.float32) if with_map else None for a in arrays]
-            z, chosen = self._nll(arrays, maps)
-            for i, (k, m) in enumerate(zip(chosen, maps)):
-                name, prior = list(self.priors.items())[k]
-                score = prior._image_scores(z[k, i])
-                results.append(Result(float(score), float(conformal_p_value(score, prior.calibration["scores"])),
-                                      bool(score > prior.threshold.value), prior.threshold.value, m, name))
+            pixels = [self._pixels(image) for image in images[start:start + chunk]]
+            tokens = self._tokens(pixels)
+            frames = [prior._frames(pixels, with_map, tokens) for prior in self.priors.values()]
+            z = np.array([f.to_host(f.outputs[0]) for f in frames])
+            results += [Result(frames[k], i, self.priors[names[k]], names[k])
+                        for i, k in enumerate(z.mean(-1).argmin(0))]
         return results
 
-    def _nll(self, images: list[np.ndarray], maps: list[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
-        """z (K, B, N) under every product and the index of the likeliest; fills its map."""
-        if self.backend != "numba":
-            z = np.stack([prior.nll(images) for prior in self.priors.values()])
-            chosen = z.mean(-1).argmin(0)
-            for image, m, k in zip(images, maps, chosen):
-                if m is not None:
-                    list(self.priors.values())[k].nll([image], [m])
-            return z, chosen
-        with self._lock:
-            engine, features, parts = self._engine()
-            first = next(iter(self.priors.values()))
-            rows = [engine.image_row(a, first.settings.size, m, first._map_operator) for a, m in zip(images, maps)]
-            states = engine.run(rows, features)
-            z = []
-            for inversion, _, at in parts:
-                engine.run(rows, inversion)
-                z.append(states[:, at:at + self.grid ** 2].copy())
-            chosen = np.array(z).mean(-1).argmin(0)
-            for k, (_, last, _) in enumerate(parts):
-                if (chosen == k).any():  # a row without a target draws no map
-                    engine.run([r if c == k else engine.without_map(r) for r, c in zip(rows, chosen)], last)
-            return np.array(z), chosen
-
-    def _engine(self):
-        """One program: features, then for each product inversion and map; built at first use."""
+    def _tokens(self, pixels: list):
+        """Features (B, N, C), on the device that computes them."""
         if self._built is None:
-            priors = list(self.priors.values())
-            e = _CpuEngine(priors[0].threads)
-            f, n, c = e.features(self.backbone, priors[0].settings.size)
-            features, parts = slice(0, len(e.program)), []
-            shared = top = e.floats
-            centred = np.zeros((), np.float32)  # `whiten` centres the features in place: from one mean to the next
-            for p in priors:
-                e.floats = shared  # products take their turns in the same workspace
-                begin = len(e.program)
-                x = _emit_preconditioning(e, f, n, c, p, p.mean - centred)
-                centred = p.mean
-                at = _emit_inversion(e, x, n, c, p.denoiser, p.timesteps, p.prediction, p.calibration["scale"],
-                                     p.calibration["location"])
-                end = len(e.program)
-                e.map(at, p.grid, *p._map_weights())
-                parts.append((slice(begin, end), slice(end, end + 1), at))
-                top = max(top, e.floats)
-            e.floats = top
+            self._built = _feature_engine(self.backbone, self.settings, self.device, self.threads)
+        if self._built is None:
+            return np.stack([_reference_tokens(image, self.backbone, self.settings) for image in pixels])
+        with _engine_errors():
+            return self._built.run(pixels, outputs=True).outputs[0]
+
+
+def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
+                    threads: int | None = None) -> Engine | None:
+    """Pixels -> tokens, its only output."""
+    e = _new_engine(device, threads=threads)
+    if e is not None:
+        grid = settings.size // 16
+        with _engine_errors():
+            e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid, sum(backbone.channels))
             e.finish()
-            self._built = e, features, parts
-        return self._built
+    return e
 
 
 def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
@@ -3584,7 +1803,7 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
     grid, rows, owners, unreadable = settings.size // 16, [], [], []
     n, c = grid * grid, sum(backbone.channels)
     copies = max(0, min(settings.copies, 2400 // max(len(images), 1) - 1))  # bounds memory, not accuracy
-    engine = None
+    engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
     for i, source in enumerate(images):
         try:
             image = load_image(source)
@@ -3593,16 +1812,10 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
             continue
         rng = np.random.default_rng([settings.seed, i])
         batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
-        if _has_numba():
-            if engine is None:
-                engine = _CpuEngine(threads)
-                tokens, _, columns = engine.features(backbone, settings.size)
-                engine.finish()
-            states = engine.run([engine.image_row(a, settings.size, shift=s) for a, s in batch])
-            f = states[:, tokens:tokens + n * columns].reshape(len(batch), n, columns)[:, :, :c]
+        if engine:
+            f = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs[0]
         else:
-            f = np.stack([backbone.features(resize_normalize(a, settings.size, backbone.mean, backbone.std, s)
-                                            .astype(np.float32), grid) for a, s in batch])
+            f = np.stack([_reference_tokens(a, backbone, settings, s) for a, s in batch])
         rows.append(f.astype(np.float16))
         owners += [i] * len(batch)
         progress("features", i + 1, len(images))
@@ -3659,22 +1872,16 @@ def _apply_whitener(features: np.ndarray, mean: np.ndarray, whitener: np.ndarray
 def _nll_of(x0: np.ndarray, denoiser: dict | None, timesteps, prediction: str, threads: int | None = None) -> np.ndarray:
     """|x_T|^2 / 2 of x0 (M, N, C), float32 (M, N)."""
     m, n, c = x0.shape
-    if not _has_numba():
+    e = _new_engine(threads=threads)
+    if e is None:
         def f(x, t):
             return denoise(denoiser, x, t) if denoiser else np.zeros_like(x)
         return np.stack([0.5 * np.square(ddim_invert(x.astype(np.float32), f, timesteps, prediction)).sum(-1)
                          for x in x0])
-    e, columns, out = _CpuEngine(threads), _round_up(c, _PANEL), []
-    at = e.state(n, columns)
-    nll = _emit_inversion(e, at, n, columns, denoiser, timesteps, prediction, np.ones(n), np.zeros(n))
+    x, columns = e.given(n, c)
+    e.keep(_emit_inversion(e, x, n, columns, denoiser, timesteps, prediction, np.ones(n), np.zeros(n)), n)
     e.finish()
-    padded = np.zeros((n, columns), np.float32)
-    for x in x0:
-        padded[:, :c] = x
-        states = e.prepare(1)
-        states[0, at:at + n * columns] = padded.ravel()
-        out.append(e.run([[0]])[0, nll:nll + n].copy())
-    return np.stack(out)
+    return np.concatenate([e.run(None, given=x0[i:i + 16], outputs=True).outputs[0] for i in range(0, m, 16)])
 
 
 def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
@@ -4302,15 +2509,6 @@ def _median_ms(call: Callable[[], Any], seconds: float, least: int = 20) -> np.n
     return np.array(times)
 
 
-def _stages(prior: Prior) -> dict[str, list[slice]]:
-    """The parts of a frame's program, in order."""
-    engine, _ = prior._engine()
-    kinds = engine.program[:, 0]
-    whiten = int(np.flatnonzero(kinds == _whiten.address)[0])
-    return {"resize": slice(0, 1), "features": slice(1, whiten), "inversion": slice(whiten, len(kinds) - 1),
-            "map": slice(len(kinds) - 1, len(kinds))}
-
-
 def bench_speed(prior: Prior, input_size: int, batch: int = 16, seconds: float = 2.0) -> dict:
     """Latency and throughput of this model on this machine; milliseconds, warm, decode apart.
 
@@ -4327,18 +2525,17 @@ def bench_speed(prior: Prior, input_size: int, batch: int = 16, seconds: float =
     batched = _median_ms(lambda: prior.score_batch([image] * batch), seconds, 5)
     first = next(iter(_products(prior).values()))
     report = {"size": first.settings.size, "input_size": input_size, "steps": first.settings.steps,
-              "threads": prior._engine()[0].threads if prior.backend == "numba" else 1,
+              "threads": first._engine().threads if prior.backend == "numba" else 1,
               "frame_p50_ms": np.median(frame), "frame_p95_ms": np.percentile(frame, 95),
               "frame_p99_ms": np.percentile(frame, 99),
               "frames_per_second": 1e3 / np.median(frame), "batch": batch,
               "batch_frames_per_second": 1e3 * batch / np.median(batched),
               "decode_png_ms": np.median(_median_ms(lambda: load_image(np.asarray(Image.open(stream).convert("RGB"))), .3))}
     if prior.backend == "numba" and isinstance(prior, Prior):
-        engine, _ = prior._engine()
-        target = np.empty(image.shape[:2], np.float32)
-        rows = [engine.image_row(image, prior.settings.size, target, prior._map_operator)]
-        for name, part in _stages(prior).items():
-            report[f"{name}_ms"] = np.median(_median_ms(lambda: engine.run(rows, part), seconds / 4))
+        engine = prior._engine()
+        for name, stages in {"resize": ["resize"], "features": ["features"], "map": ["map"],
+                             "inversion": ["whitening", "denoiser", "density"]}.items():
+            report[f"{name}_ms"] = np.median(_median_ms(lambda: engine.run_only(stages, [image]), seconds / 4))
         flops, read = count_work(prior)
         for name in flops:
             report |= {f"{name}_gflop": flops[name] / 1e9, f"{name}_weights_mb": read[name] / 1e6,
@@ -4440,8 +2637,8 @@ def bench_against(prior: Prior, names: Sequence[str], rounds: int = 10, calls: i
         if on_gpu:
             sys.path.insert(0, str(path.parent))
             import other_runtimes
-            pixels = prior._cuda.cupy.asarray(image)
-            runs = {"fastprior": timer(lambda: prior._cuda.run([pixels]).stream.synchronize())}
+            pixels = prior._engine().cupy.asarray(image)
+            runs = {"fastprior": timer(lambda: prior._engine().run([pixels], with_map=True).stream.synchronize())}
             runs |= {name: timer(call) for name, call in other_runtimes.torch_cuda(prior.backbone, size).items()}
         else:
             runs = {"fastprior": timer(lambda: prior.score(image))}
@@ -4449,7 +2646,7 @@ def bench_against(prior: Prior, names: Sequence[str], rounds: int = 10, calls: i
             _write_npz(backbone, prior.backbone.header(), prior.backbone.to_arrays())
             for name in names:
                 child = stack.enter_context(subprocess.Popen(
-                    [sys.executable, str(path), name, str(backbone), str(size), str(prior._engine()[0].threads)],
+                    [sys.executable, str(path), name, str(backbone), str(size), str(prior._engine().threads)],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
 
                 def ask(child=child):
@@ -4475,9 +2672,9 @@ def machine() -> dict[str, str | int]:
     except (OSError, StopIteration):
         pass
     versions = {"python": platform.python_version(), "numpy": np.__version__}
-    if _has_numba():
-        import numba
-        versions["numba"] = numba.__version__
+    if _is_installed("numba"):
+        from importlib.metadata import version
+        versions["numba"] = version("numba")
     return {"cpu": name, "cores": os.cpu_count() or 1, **versions}
 
 
@@ -4769,7 +2966,7 @@ def _build_app():
                             print(json.dumps(rows[-1]), flush=True)
                     prior = prior.with_steps(count)
                     if prior.device == "cuda":
-                        speed = bench_cuda(prior._cuda, pixels=input_size or size)
+                        speed = _engines("cuda").bench_cuda(prior._engine(), pixels=input_size or size)
                     else:
                         speed = bench_speed(prior, input_size or size, batch) | peaks
                     if against:
@@ -4793,13 +2990,15 @@ def _build_app():
         Example: fastprior info part.npz
         """
         facts: dict[str, Any] = {"fastprior": __version__, "file": __file__, **machine()}
-        if _has_numba():
-            import numba
-            facts |= {"backend": "numba (cpu)", "threads": _available_threads()}
-        else:
-            facts |= {"backend": "numpy (slow: pip install numba)", "threads": 1}
         try:
-            cupy = _import_cupy()
+            engines = _engines("cpu")
+            facts |= {"backend": "numba (cpu)" if _is_installed("numba") else "numpy (slow: pip install numba)",
+                      "threads": engines.available_threads()}
+        except BackendUnavailable as e:
+            facts |= {"backend": f"numpy (slow: {e})", "threads": 1}
+        try:
+            with _engine_errors():
+                cupy = _engines("cuda").import_cupy()
             facts["cuda"] = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() + f", CuPy {cupy.__version__}"
         except BackendUnavailable as e:
             facts["cuda"] = f"no: {e}"
