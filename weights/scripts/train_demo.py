@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make weights/demo.npz: a prior of the washers that examples/make_demo.py draws. Needs torch.
 
-    python weights/train_demo.py
+    python weights/scripts/train_demo.py
 """
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-here = Path(__file__).resolve().parent
+here = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(here.parent))
 import fastprior as fp  # noqa: E402
 
