@@ -2529,7 +2529,11 @@ def _build_app():
             raise FastPriorError("--report shows speed against accuracy: give --data too")
         if model and data:
             raise FastPriorError("--model times that model alone: leave out --data, which trains its own")
-        counts, more = _numbers(steps, "steps"), _load_benchmark() if data or against or processes else None
+        counts, device = _numbers(steps, "steps"), resolve_device(device)
+        others = against.split(",") if against else []
+        more = _load_benchmark() if data or others or processes else None
+        if others:
+            more.check_runtimes(others, device)
         peaks = measure_peaks() if device == "cpu" else {}
         _say(" ".join(f"{k}={v}" for k, v in machine().items()), f"fastprior={__version__} dtype=float32",
              *(f"{k}={v:.0f}" for k, v in peaks.items()))
@@ -2540,7 +2544,7 @@ def _build_app():
                 speed = _engines("cuda").bench_cuda(prior._engine(), pixels=pixels)
             else:
                 speed = bench_speed(prior, pixels, batch) | peaks
-            speed |= more.bench_against(prior, against.split(",")) if against else {}
+            speed |= more.bench_against(prior, others) if others else {}
             speed |= more.bench_process(prior) if processes else {}
             print(json.dumps(facts | speed) if as_json else _speed_text(dict(facts), speed), flush=True)
             return facts | speed

@@ -72,11 +72,10 @@ def find_categories(root: str | os.PathLike) -> list[Category]:
 
 
 def _kinds(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Good and anomalous images of a folder that holds a folder for each kind; none without a good kind."""
-    kinds = sorted(folder.iterdir()) if folder.is_dir() else []
-    kinds = [k for k in kinds if k.is_dir() and k.name not in MASKS]
+    """Good and anomalous images of a folder that holds a folder for each kind."""
     good, bad = [], []
-    for kind in kinds if any(k.name.lower() in GOOD for k in kinds) else ():
+    kinds = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    for kind in (k for k in kinds if k.name not in MASKS):
         found = sorted(p for p in kind.rglob("*") if p.suffix.lower() in fp.IMAGE_SUFFIXES and p.is_file())
         (good if kind.name.lower() in GOOD else bad).extend(found)
     return good, bad
@@ -85,13 +84,14 @@ def _kinds(folder: Path) -> tuple[list[Path], list[Path]]:
 def _read_category(folder: Path) -> Category | None:
     data = folder / "Data" if (folder / "Data" / "Images").is_dir() else None
     masks = [data / "Masks"] if data else [folder / name for name in MASKS]
+    images = data / "Images" if data else folder
     train, _ = _kinds(folder / "train")
     if train:
         good, bad = _kinds(folder / "test")
+    elif not images.is_dir() or GOOD.isdisjoint(p.name.lower() for p in images.iterdir()):
+        return None
     else:
-        normal, bad = _kinds(data / "Images" if data else folder)
-        if not bad:
-            return None
+        normal, bad = _kinds(images)
         train, split = [p for i, p in enumerate(normal) if i % 5], folder.parent / "split_csv" / "1cls.csv"
         if data and split.is_file():
             with split.open(newline="") as lines:
@@ -364,8 +364,7 @@ def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable,
             raise fp.ShapeError(f"--images: expected {fp.MIN_IMAGES} to {len(c.train)}, which {c.name} has, "
                                 f"got {list(images)}")
     points = []
-    for name in backbones:
-        backbone = fp.load_backbone(name)
+    for backbone in [fp.load_backbone(name) for name in backbones]:
         base = fp.Settings(backbone=backbone.name, steps=(other or [fp.Settings.steps])[0], **settings)
         base.check()
         files = {}
@@ -519,6 +518,16 @@ def bench_process(prior) -> dict[str, float]:
     return report
 
 
+def check_runtimes(names: Sequence[str], device: str) -> None:
+    known = ["torch"] if device == "cuda" else list(RUNTIMES)
+    for name in names:
+        if name not in known:
+            raise fp.ShapeError(f"--against: expected some of {', '.join(known)}, got {name!r}")
+        for package in (name,) if name == "torch" else (name, "onnx"):
+            if not fp._is_installed(package):
+                raise fp.BackendUnavailable(f"--against {name} needs {package}: pip install {package}")
+
+
 def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20) -> dict[str, float]:
     """Whole frames of ours against the bare backbone in other runtimes, in turn.
 
@@ -528,14 +537,8 @@ def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20
     ours/theirs; same threads, batch 1, float32. On a GPU (torch only, eager and as a CUDA graph) all is one
     process, the arrays are there already, and every call waits for its result.
     """
+    check_runtimes(names, prior.device)
     on_gpu, first = prior.device == "cuda", _first(prior)
-    known = ("torch",) if on_gpu else tuple(RUNTIMES)
-    for name in names:
-        if name not in known:
-            raise fp.ShapeError(f"--against: expected {', '.join(known)}, got {name!r}")
-        for package in (name,) if name == "torch" else (name, "onnx"):
-            if not fp._is_installed(package):
-                raise fp.BackendUnavailable(f"--against {name} needs {package}: pip install {package}")
     size, threads = first.settings.size, min(first.threads or sys.maxsize, fp._available_threads())
     image = _pixels(size)
 

@@ -3,8 +3,8 @@
 
     python examples/false_alarms.py photos/good --splits 30
 
-For each way to calibrate and several rates: what the calibration promises on average, and the share of the other
-30 % of the images that is called an anomaly, with its standard error over the splits. No torch.
+For each way to calibrate and several rates: what the calibration promises on average, and the share of the
+other 30 % of the images that is called an anomaly, with its standard error over the splits. No torch.
 """
 import argparse
 import sys
@@ -24,7 +24,8 @@ args = parser.parse_args()
 images = [fp.load_image(p) for p in fp.find_images(args.good)]
 count = round(.7 * len(images))
 rates = (.02, .05, .1)
-print(f"{args.good}: {len(images)} images, {args.splits} splits, {args.size} px\ncalibration\twished\tpromised\tseen\terror")
+print(f"{args.good}: {len(images)} images, {args.splits} splits, {args.size} px")
+print("calibration", "wished", "promised", "seen", "error", sep="\t")
 for calibration in ("cross", "holdout"):
     seen: dict[float, list] = {r: [] for r in rates}
     for seed in range(args.splits):

@@ -50,7 +50,7 @@ def samples(seed, n=300, levels=None):
 
 
 def images(seed, levels=None, dtype=np.float32):
-    """Seven maps of four sizes: good ones, blobs, borders, corners, diagonals, one pixel, all but one pixel."""
+    """Seven maps of four sizes: good ones, blobs, borders, corners, diagonals, one pixel, all but one."""
     rng = np.random.default_rng(seed)
     masks = [np.zeros(shape, bool) for shape in [(12, 9), (7, 15), (12, 9), (8, 8), (1, 20), (8, 8), (3, 3)]]
     masks[1][2:5, 3:9] = masks[1][6, 14] = masks[1][0, :2] = True
@@ -87,7 +87,8 @@ def test_image_metrics_accept_lists_integers_and_pixels():
     labels, scores = samples(1, n=96, levels=4)
     expected = benchmark.image_metrics(labels, scores)
     assert benchmark.image_metrics(labels.astype(int).tolist(), scores.tolist()) == expected
-    assert benchmark.image_metrics(labels.reshape(8, 12) * 1., scores.reshape(8, 12).astype(np.float16)) == expected
+    halves = scores.reshape(8, 12).astype(np.float16)
+    assert benchmark.image_metrics(labels.reshape(8, 12) * 1., halves) == expected
     assert benchmark.image_metrics(labels, (scores * 4).astype(np.int64)) == expected
 
 
@@ -109,7 +110,8 @@ def test_pixel_metrics_follow_their_definitions(levels):
     masks, maps = images(1, levels)
     got = benchmark.pixel_metrics(masks, maps)
     expected = {"pixel_auroc": roc_auc_score(flat(masks), flat(maps)),
-                "pixel_ap": average_precision_score(flat(masks), flat(maps)), "aupro": naive_aupro(masks, maps, .3)}
+                "pixel_ap": average_precision_score(flat(masks), flat(maps)),
+                "aupro": naive_aupro(masks, maps, .3)}
     assert list(got) == list(expected)
     assert got == pytest.approx(expected, abs=TOLERANCE)
 
@@ -153,18 +155,23 @@ def test_regions_do_not_join_across_images_or_edges():
     assert aupro([a, b], scores, 1) == pytest.approx((1 / 3 + 1) / 2, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("transform", [np.exp, lambda m: 5 * m - 40, lambda m: m ** 3], ids=["exp", "affine", "cube"])
+RISING = {"exp": np.exp, "affine": lambda m: 5 * m - 40, "cube": lambda m: m ** 3}
+
+
+@pytest.mark.parametrize("transform", RISING.values(), ids=RISING)
 @pytest.mark.parametrize("levels", [None, 4])
 def test_rising_transforms_change_nothing(transform, levels):
     masks, maps = images(2, levels, np.float64)
     labels, scores = samples(2, levels=levels)
-    assert benchmark.pixel_metrics(masks, [transform(m) for m in maps]) == benchmark.pixel_metrics(masks, maps)
+    risen = [transform(m) for m in maps]
+    assert benchmark.pixel_metrics(masks, risen) == benchmark.pixel_metrics(masks, maps)
     assert benchmark.image_metrics(labels, transform(scores)) == benchmark.image_metrics(labels, scores)
 
 
 def test_order_of_images_and_reflection_change_nothing():
     masks, maps = images(3, 4)
-    turned = benchmark.pixel_metrics([m[::-1, ::-1].T for m in masks[::-1]], [m[::-1, ::-1].T for m in maps[::-1]])
+    turned = [[m[::-1, ::-1].T for m in arrays[::-1]] for arrays in (masks, maps)]
+    turned = benchmark.pixel_metrics(*turned)
     assert turned == pytest.approx(benchmark.pixel_metrics(masks, maps), abs=TOLERANCE)
 
 

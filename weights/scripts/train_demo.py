@@ -14,8 +14,9 @@ sys.path.insert(0, str(here.parent))
 import fastprior as fp  # noqa: E402
 
 with tempfile.TemporaryDirectory() as folder:
-    subprocess.run([sys.executable, here.parent / "examples" / "make_demo.py", folder, "--good", "200"], check=True)
-    prior = fp.fit(folder, size=128, progress=lambda what, done, of: done == of and print(what, file=sys.stderr))
+    draw = here.parent / "examples" / "make_demo.py"
+    subprocess.run([sys.executable, draw, folder, "--good", "200"], check=True)
+    prior = fp.fit(folder, size=128, progress=lambda what, done, of: done == of and fp._say(what))
     prior.save(Path(folder) / "plain.npz")
     # deflated: a model is read as it is, and this one travels with the package
     with zipfile.ZipFile(Path(folder) / "plain.npz") as plain, \
