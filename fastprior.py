@@ -1315,6 +1315,10 @@ class Result:
         self._frames, self._index, self._calibration = frames, index, prior.calibration["scores"]
         self.threshold, self.product = prior.threshold.value, product
 
+    def __getstate__(self) -> dict:
+        alone = Frames(np.array([self.score]), [self.anomaly_map], [])  # on the host, without its batch
+        return self.__dict__ | {"_frames": alone, "_index": 0}
+
     @functools.cached_property
     def score(self) -> float:
         return float(self._frames.to_host(self._frames.scores)[self._index])
