@@ -3171,6 +3171,8 @@ def main() -> None:
         import typer  # noqa: F401
     except ImportError:
         sys.exit("fastprior: the command line needs typer: pip install typer")
+    _log.addHandler(logging.StreamHandler())
+    _log.setLevel(logging.INFO)
     try:
         _build_app()(standalone_mode=True)
     except FastPriorError as e:
