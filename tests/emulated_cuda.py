@@ -122,7 +122,8 @@ class DeviceArray:
 
     def get(self, stream=None):
         if self.device.id != _Device.current:
-            raise LaunchError(f"an array of GPU {self.device.id} is read while GPU {_Device.current} is current")
+            raise LaunchError(f"an array of GPU {self.device.id} is read while GPU {_Device.current} is the "
+                              "current one")
         return self.host.copy()
 
     def fill(self, value):
@@ -178,7 +179,8 @@ class Kernel:
         if not (fits and 0 < np.prod(block) <= 1024):
             raise LaunchError(f"{self.name}: grid {grid}, block {block}: outside what a GPU takes")
         if len(args) != len(self.kinds):
-            raise LaunchError(f"{self.name}: {len(args)} arguments for {len(self.kinds)} parameters ({self.kinds})")
+            raise LaunchError(f"{self.name}: {len(args)} arguments for {len(self.kinds)} parameters "
+                              f"({self.kinds})")
         values = []
         for i, (arg, kind) in enumerate(zip(args, self.kinds)):
             if kind == "p":
@@ -297,7 +299,8 @@ class FakeCupy(types.ModuleType):
             getDeviceCount=lambda: 1,
             runtimeGetVersion=lambda: 12090, driverGetVersion=lambda: 13000,
             memcpyAsync=self._memcpy,
-            getDeviceProperties=lambda i: {"name": b"emulated", "multiProcessorCount": 4, "major": 9, "minor": 0})
+            getDeviceProperties=lambda i: {"name": b"emulated", "multiProcessorCount": 4, "major": 9,
+                                           "minor": 0})
         self.cuda = types.SimpleNamespace(
             runtime=runtime, Stream=Stream, ExternalStream=Stream, Event=Event, Device=_Device,
             get_current_stream=lambda: self._streams[_Device.current][-1],
@@ -337,9 +340,9 @@ class FakeCupy(types.ModuleType):
 
     def asarray(self, a, dtype=None):
         if not isinstance(a, DeviceArray) and hasattr(a, "__cuda_array_interface__"):
-            interface = a.__cuda_array_interface__
+            foreign = types.SimpleNamespace(__array_interface__=a.__cuda_array_interface__)
             view = object.__new__(DeviceArray)
-            view.__dict__ = {"host": np.asarray(types.SimpleNamespace(__array_interface__=interface)), "_keep": a,
+            view.__dict__ = {"host": np.asarray(foreign), "_keep": a,
                              "device": types.SimpleNamespace(id=_Device.current)}
             return view
         if self._capture is not None:

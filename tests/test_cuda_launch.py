@@ -15,10 +15,10 @@ import fastprior as fp
 from emulated_cuda import DeviceArray, FakeCupy, LaunchError, gxx
 
 engines = fp._engines("cuda")
-pytestmark = pytest.mark.skipif(gxx() is None, reason="no g++ with 16-bit floats: CUDA kernels cannot be emulated")
+pytestmark = pytest.mark.skipif(gxx() is None, reason="no g++ with 16-bit floats to emulate CUDA with")
 
-# Relative to the larger of 1 (a standard deviation) and the value. float32 differs by the order of sums and by
-# the 22 bits of a split factor; float16 rounds every activation to 11 bits, and whitening magnifies that.
+# Relative to the larger of 1 (a standard deviation) and the value. float32 differs by the order of sums and
+# by the 22 bits of a split factor; float16 rounds every activation to 11 bits, and whitening magnifies that.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2}
 
 
@@ -32,7 +32,7 @@ def cuda(monkeypatch):
 
 
 def small_backbone(rng):
-    """Odd channel counts, both kernel sizes and strides, squeeze-excitation, a block without expansion, a skip."""
+    """Odd channel counts, every size and stride, squeeze-excitation, a block without expansion, a skip."""
     def w(*shape, scale):
         return (rng.standard_normal(shape) * scale).astype(np.float16).astype(np.float32)
 
@@ -79,10 +79,11 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
             "peaks": np.linspace(90, 100, 50)}
 
     def make(calibration, **where):
-        return fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {}, factors=factors,
-                        **where)
+        return fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {},
+                        factors=factors, **where)
     raw = make(flat).z(images(seed=9))
-    calibration = flat | {"location": -raw.mean(0) / raw.std(), "scale": np.full(n, 1 / raw.std(), np.float32)}
+    unit = np.float32(1 / raw.std())
+    calibration = flat | {"location": -raw.mean(0) * unit, "scale": np.full(n, unit)}
     return make(calibration, **where), make(calibration)
 
 
@@ -98,7 +99,8 @@ def relative(got, want):
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("case", [
     {}, {"size": 64, "steps": 3}, {"variant": "plain", "steps": 1}, {"denoiser": False},
-    {"backbone": "lite0", "size": 64, "steps": 2}], ids=["small", "three-steps", "plain", "no-denoiser", "lite0"])
+    {"backbone": "lite0", "size": 64, "steps": 2}],
+    ids=["small", "three-steps", "plain", "no-denoiser", "lite0"])
 def test_whole_model_agrees_with_the_cpu(cuda, case, precision):
     gpu, cpu = model(**case, device="cuda", precision=precision)
     batch = images()
@@ -166,14 +168,15 @@ def test_a_frame_is_launched_as_the_kernels_expect(cuda):
     gpu.score(images()[0])
     names = [name for name, *_ in cuda.launches[:len(gpu._engine().steps)]]
     blocks = [["depthwise_31", "squeeze_excite", "product", "pool"],
-              ["product", "depthwise_52", "squeeze_excite", "product"], ["product", "depthwise_31", "product", "pool"],
+              ["product", "depthwise_52", "squeeze_excite", "product"],
+              ["product", "depthwise_31", "product", "pool"],
               ["product", "depthwise_32", "squeeze_excite", "product", "pool"],
               ["product", "depthwise_52", "squeeze_excite", "product"],
               *[["product", "depthwise_51", "squeeze_excite", "product", "pool"]] * 2]
     step = ["product", "layer_norm", "product", "product", "layer_norm", "product", "product", "layer_norm",
             "product", "rotate_density"]
-    assert names == ["resize_normalize", "stem", *sum(blocks, []), "whiten", "project_factors", "remove_factors",
-                     *step, *step, "worst_mean", "anomaly_map"]
+    assert names == ["resize_normalize", "stem", *sum(blocks, []), "whiten", "project_factors",
+                     "remove_factors", *step, *step, "worst_mean", "anomaly_map"]
     rotations = [args for name, _, _, args in cuda.launches if name == "rotate_density"][:2]
     assert (rotations[0][4] != 0, rotations[1][4] != 0) == (True, False)  # at the last step x' goes nowhere
     assert (rotations[0][7] != 0, rotations[1][7] != 0) == (False, True)  # and z only there
@@ -188,9 +191,9 @@ def test_arrays_on_the_gpu_are_not_copied_and_results_stay_there(cuda, monkeypat
     class Foreign:  # another library's CUDA array
         __cuda_array_interface__ = on_gpu[1].__cuda_array_interface__
     gpu.score_batch([on_gpu[0], Foreign(), on_gpu[2]])
-    made, fetched = [], []
+    made, fetched, get = [], [], DeviceArray.get
     monkeypatch.setattr(cuda, "asarray", lambda a, *r, real=cuda.asarray: made.append(a) or real(a, *r))
-    monkeypatch.setattr(DeviceArray, "get", lambda self, real=DeviceArray.get: fetched.append(1) or real(self))
+    monkeypatch.setattr(DeviceArray, "get", lambda self: fetched.append(1) or get(self))
     results = gpu.score_batch([on_gpu[0], Foreign(), on_gpu[2]])
     rows = gpu._engine().table.host[:3]
     assert [int(p) for p in rows[:, 0]] == [a.data.ptr for a in on_gpu]
@@ -198,7 +201,8 @@ def test_arrays_on_the_gpu_are_not_copied_and_results_stay_there(cuda, monkeypat
     want = cpu.score_batch(batch)
     assert relative(np.array([r.score for r in results]), np.array([r.score for r in want])) < 1e-5
     assert len(fetched) == 1  # three scores, one copy
-    assert results[2].device_map.shape == batch[2].shape[:2] and results[2].anomaly_map is results[2].anomaly_map
+    assert results[2].device_map.shape == batch[2].shape[:2]
+    assert results[2].anomaly_map is results[2].anomaly_map
     assert len(fetched) == 2
     assert results[0].p_value == fp.conformal_p_value(results[0].score, gpu.calibration["scores"])
 
@@ -283,7 +287,7 @@ def test_the_image_table_is_copied_only_when_it_changes(cuda):
     frame, results = cuda.asarray(images()[0]), []
     results.append(gpu.score(frame, with_map=False))
     before = len(cuda.copies)
-    results.append(gpu.score(frame, with_map=False))  # the first result is kept, so this one has its own memory
+    results.append(gpu.score(frame, with_map=False))  # the first is kept, so this one has its own memory
     assert len(cuda.copies) == before + 1 and cuda.copies[-1] == 13 * 8
     engine = gpu._engine()
     monkey = engine.written.copy()
@@ -342,11 +346,11 @@ def no_kernels(name):
 
 
 @pytest.mark.parametrize("break_it, message", [
-    (lambda m, c: m.setitem(sys.modules, "cupy", None), "CuPy is missing.*pip install cupy-cuda12x.*cupy-cuda13x"),
+    (lambda m, c: m.setitem(sys.modules, "cupy", None), "CuPy is missing.*pip install cupy-cuda12x.*13x"),
     (lambda m, c: m.setattr(c.cuda.runtime, "driverGetVersion", lambda: 0), "no NVIDIA driver"),
-    (lambda m, c: m.setattr(c.cuda.runtime, "driverGetVersion", lambda: 11080), "knows CUDA up to 11.*needs 12"),
+    (lambda m, c: m.setattr(c.cuda.runtime, "driverGetVersion", lambda: 11080), "CUDA up to 11.*needs 12"),
     (lambda m, c: m.setattr(c.cuda.runtime, "getDeviceCount", lambda: 0), "no GPU is visible"),
-    (lambda m, c: m.setattr(c.cuda.runtime, "getDeviceCount", raising(c.cuda.runtime.CUDARuntimeError("wedged"))),
+    (lambda m, c: m.setattr(c.cuda.runtime, "getDeviceCount", raising(RuntimeError("wedged"))),
      "no GPU answers .wedged"),
     (lambda m, c: m.setattr(fp, "_engines", no_kernels), "copy the folder kernels/"),
 ], ids=["cupy", "driver", "old-driver", "gpu", "wedged", "kernels"])
@@ -369,17 +373,20 @@ class CompileException(Exception):
     """As CuPy's: no RuntimeError, and the compiler's text of many lines."""
 
 
+def no_compiler(error):
+    return lambda m, c: m.setattr(c.RawModule, "get_function", raising(error))
+
+
 @pytest.mark.parametrize("break_it, message", [
     (lambda m, c: turing(m, c, (7, 0)), r"emulated has compute capability 7\.0, 7\.5 .*device='cpu'"),
     (lambda m, c: turing(m, c, (6, 1)), r"capability 6\.1"),
-    (lambda m, c: m.setattr(c.RawModule, "get_function", raising(CompileException("\nkernel.cu(3): bad\nmore"))),
-     r"cannot compile kernels/\w+\.cu \(kernel\.cu\(3\): bad\)"),
-    (lambda m, c: m.setattr(c.RawModule, "get_function", raising(RuntimeError("libnvrtc.so.12: cannot open"))),
-     r"libnvrtc.*cupy-cuda12x\[ctk\]"),
-    (lambda m, c: m.setattr(c.RawModule, "get_function", raising(CompileException())), "CompileException"),
-    (lambda m, c: m.setattr(engines, "__file__", "/nowhere/cuda.py"), "nowhere.*copy the whole folder kernels/"),
-], ids=["volta", "pascal", "source", "nvrtc", "wordless", "cu"])
-def test_an_engine_that_cannot_be_built_is_named_and_auto_falls_back(cuda, monkeypatch, caplog, break_it, message):
+    (no_compiler(CompileException("\nkernel.cu(3): bad\nmore")), r"kernels/\w+\.cu \(kernel\.cu\(3\): bad\)"),
+    (no_compiler(CompileException()), "CompileException"),
+    (no_compiler(RuntimeError("libnvrtc.so.12: cannot open")), r"libnvrtc.*cupy-cuda12x\[ctk\]"),
+    (lambda m, c: m.setattr(engines, "__file__", "/nowhere/cuda.py"), "nowhere.*copy the whole folder"),
+], ids=["volta", "pascal", "source", "wordless", "nvrtc", "cu"])
+def test_an_engine_that_cannot_be_built_says_why_and_auto_falls_back(cuda, monkeypatch, caplog, break_it,
+                                                                     message):
     break_it(monkeypatch, cuda)
     engines.kernel_source.cache_clear()
     with pytest.raises(fp.BackendUnavailable, match=message) as caught:
@@ -389,7 +396,6 @@ def test_an_engine_that_cannot_be_built_is_named_and_auto_falls_back(cuda, monke
     assert gpu.device == "cpu" and gpu.backend == cpu.backend
     assert [r.getMessage() for r in caplog.records] == [f"scoring on the CPU: {caught.value}"]
     assert gpu.score(images()[0]).score == cpu.score(images()[0]).score
-    engines.kernel_source.cache_clear()
 
 
 def test_turing_is_enough(cuda, monkeypatch):

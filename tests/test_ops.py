@@ -1,4 +1,4 @@
-"""Every operation of the table in twins.py: the CPU twin against the float64 reference, odd shapes, NaNs, threads."""
+"""Every operation of the table in twins.py: the CPU twin against its float64 reference; NaN, threads, misfits."""
 import dataclasses
 
 import numpy as np
@@ -40,16 +40,18 @@ def blocks():
 
 
 def lower(rng, n, c):
-    return fp.unpack_lower(fp.pack_lower(np.tril(rng.standard_normal((n, c, c)) / np.sqrt(c))), c).astype(np.float64)
+    w = np.tril(rng.standard_normal((n, c, c)) / np.sqrt(c))
+    return fp.unpack_lower(fp.pack_lower(w), c).astype(np.float64)
 
 
 def cases(name, rng):
-    """Argument tuples; floats come first where there is a choice, so that NaN can be planted in argument 0."""
+    """Argument tuples; floats come first where there is a choice: NaN can be planted in argument 0."""
     a = lambda *shape: rng.standard_normal(shape)  # noqa: E731
     if name == "resize_normalize":
         for h, w, size, shift in ((37, 51, 64, (0., 0.)), (237, 151, 64, (.02, -.03)), (64, 64, 64, (0., 0.)),
                                   (8, 300, 96, (0., 0.)), (513, 9, 32, (-.01, .01))):
-            yield rng.integers(0, 256, (h, w, 3), np.uint8), size, (.485, .456, .406), (.229, .224, .225), shift
+            image = rng.integers(0, 256, (h, w, 3), np.uint8)
+            yield image, size, (.485, .456, .406), (.229, .224, .225), shift
     elif name == "stem_mbconv":
         for side, act in ((32, fp.RELU6), (50, fp.SILU)):
             first = block(rng, 12, 12, 10, 3, 1, act, 3 * (act == fp.SILU), False)
@@ -66,7 +68,8 @@ def cases(name, rng):
             yield a(n, c), a(n, c), a(n, c)
     elif name == "remove_factors":
         for n, c, k in ((3, 5, 2), (1, 32, 1), (9, 45, 33), (36, 100, 64)):
-            yield a(n, c), fp.unpack_factors(fp.pack_factors(a(k, n, c) / np.sqrt(n * c)), k, n, c).astype(np.float64)
+            v = fp.pack_factors(a(k, n, c) / np.sqrt(n * c))
+            yield a(n, c), fp.unpack_factors(v, k, n, c).astype(np.float64)
     elif name == "linear":
         for n, k, m in ((1, 1, 1), (3, 5, 7), (8, 16, 48), (13, 33, 65), (9, 0, 20), (40, 7, 112)):
             for act in (fp.NONE, fp.RELU6, fp.SILU):
@@ -157,7 +160,7 @@ def resized(a: np.ndarray):
 
 
 def misfits(args):
-    """Argument tuples in which one array, also one of a block, does not have the shape or dtype that it had."""
+    """Argument tuples in which one array, also one of a block, has another shape or dtype."""
     for i, arg in enumerate(args):
         if isinstance(arg, fp.Block):
             changed = [dataclasses.replace(arg, arrays=arg.arrays | {name: other})

@@ -1,8 +1,8 @@
 """The CPU kernels as functions of arrays, and OPS: the one table of operations, which the tests walk.
 
-A twin takes what its reference in fastprior.py takes. It builds an `Engine` with that one operation, plants the
-inputs in its memory, where everything else is NaN, runs it, and reads the result: what is tested is what a frame
-runs. Compiled code believes the addresses and sizes that it is handed, so a twin checks its arguments first.
+A twin takes what its reference in fastprior.py takes. It builds an `Engine` with that one operation, plants
+the inputs in its memory, where everything else is NaN, runs it, and reads the result: what is tested is what
+a frame runs. Compiled code believes the addresses and sizes it is handed: a twin checks its arguments first.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLANK = np.zeros((1, 1, 3), np.uint8)  # where an operation reads no pixels
 
 
 def check(**arguments) -> dict[str, int]:
-    """name=(array or None, axes): floats with one size a letter; the sizes. Axes may be a choice: "m | n m"."""
+    """name=(array or None, axes): floats with one size a name; the sizes. Axes may be a choice: "m | n m"."""
     sizes: dict[str, int] = {}
     for name, (array, choices) in arguments.items():
         if array is None:
@@ -31,7 +31,8 @@ def check(**arguments) -> dict[str, int]:
                 sizes = named
                 break
         else:
-            raise fp.ShapeError(f"{name}: expected floats ({choices}) where {sizes}, got {array.dtype} {array.shape}")
+            raise fp.ShapeError(f"{name}: expected floats ({choices}) where {sizes}, "
+                                f"got {array.dtype} {array.shape}")
     return sizes
 
 
@@ -46,8 +47,11 @@ def widened(x: np.ndarray, to: int) -> np.ndarray:
 
 
 def run_alone(build: Callable, threads: int | None, image=_BLANK, shift=(0.0, 0.0), with_map: bool = False):
-    """build(engine) emits the operation and returns its inputs (memory, place, array) and outputs (memory, place,
-    shape), memory being "workspace" or "state". Returns copies of the outputs, and the map."""
+    """Copies of the outputs, and the map.
+
+    build(engine) emits the operation and returns its inputs (memory, place, array) and outputs (memory,
+    place, shape), memory being "workspace" or "state".
+    """
     engine = cpu.Engine(threads)
     inputs, outputs = build(engine)
     engine.finish()
@@ -77,14 +81,14 @@ def resize_normalize(image, size, mean, std, shift=(0.0, 0.0), *, threads=None):
     return out[:size, :size]
 
 
-_BLOCK_AXES = {"expand_w": "in mid", "expand_b": "mid", "dw_w": "k k mid", "dw_b": "mid", "se_reduce_w": "mid s",
-               "se_reduce_b": "s", "se_expand_w": "s mid", "se_expand_b": "mid", "project_w": "mid out",
-               "project_b": "out"}
+_BLOCK_AXES = {"expand_w": "in mid", "expand_b": "mid", "dw_w": "k k mid", "dw_b": "mid",
+               "se_reduce_w": "mid s", "se_reduce_b": "s", "se_expand_w": "s mid", "se_expand_b": "mid",
+               "project_w": "mid out", "project_b": "out"}
 
 
 def mbconv(x, block, stem_w=None, stem_b=None, *, threads=None):
     sizes = check(**{name: (array, _BLOCK_AXES[name]) for name, array in block.arrays.items()})
-    expect(sizes["k"] in (3, 5) and block.stride in (1, 2), f"no kernel for {sizes} and stride {block.stride}")
+    expect(sizes["k"] in (3, 5) and block.stride in (1, 2), f"no such kernel: {sizes}, stride {block.stride}")
     c_in, _, c_out = block.channels
     expect(not block.skip or c_in == c_out and block.stride == 1, "a skip keeps size and channels")
     sizes = check(x=(x, f"h w {c_in if stem_w is None else 3}"), stem_w=(stem_w, f"3 3 3 {c_in}"),
@@ -114,7 +118,8 @@ def pool(x, grid, *, threads=None):
     def build(e):
         planted = widened(x, cpu._LANES)
         place, out = e.workspace(*planted.shape), e.state(grid * grid, c)
-        e.emit(cpu._pool, x=place, h=x.shape[0], stride=planted.shape[2], channels=c, grid=grid, out=out, columns=c)
+        e.emit(cpu._pool, x=place, h=x.shape[0], stride=planted.shape[2], channels=c, grid=grid, out=out,
+               columns=c)
         return [("workspace", place, planted)], [("state", out, (grid, grid, c))]
     return run_alone(build, threads)[0][0]
 
@@ -152,8 +157,8 @@ def linear(x, w, b, act=fp.NONE, residual=None, *, threads=None):
     def build(e):
         wide = fp._round_up(m, cpu._LANES)
         place, skip = e.workspace(n, k), None if residual is None else e.workspace(n, wide)
-        other = e.state(n, k + 5)
-        inputs = [("workspace", place, x), ("state", other, np.pad(x, ((0, 0), (0, 5)), constant_values=np.nan))]
+        other, longer = e.state(n, k + 5), np.pad(x, ((0, 0), (0, 5)), constant_values=np.nan)
+        inputs = [("workspace", place, x), ("state", other, longer)]
         inputs += [] if skip is None else [("workspace", skip, widened(residual, cpu._LANES))]
         outs = (e.linear(place, n, k, w, b, act, skip),
                 e.linear(other, n, k, w, b, act, skip, lda=k + 5, from_state=True))
