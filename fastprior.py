@@ -1271,6 +1271,10 @@ class Result:
         self._frames, self._index, self._calibration = frames, index, prior.calibration["scores"]
         self.threshold, self.product = prior.threshold.value, product
 
+    def __getstate__(self) -> dict:
+        alone = Frames(np.array([self.score]), [self.anomaly_map], [])  # on the host, without its batch
+        return self.__dict__ | {"_frames": alone, "_index": 0}
+
     @functools.cached_property
     def score(self) -> float:
         return float(self._frames.to_host(self._frames.scores)[self._index])
@@ -2653,6 +2657,8 @@ def main() -> None:
         import typer  # noqa: F401
     except ImportError:
         sys.exit("fastprior: the command line needs typer: pip install typer")
+    _log.addHandler(logging.StreamHandler())
+    _log.setLevel(logging.INFO)
     try:
         _build_app()(standalone_mode=True)
     except FastPriorError as e:

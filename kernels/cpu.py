@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import logging
+import operator
 import os
 import stat
 import sys
@@ -192,12 +193,20 @@ def load_kernels() -> None:
         _load_kernels()
 
 
+def _object_file() -> Path:
+    """Named after everything that decides the code."""
+    from importlib.metadata import version
+    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in ("__init__.py", "cpu.py"))
+    key = repr([*_host(), *map(version, ("numba", "llvmlite"))]).encode() + sources
+    return cache_folder() / f"kernels-{hashlib.sha256(key).hexdigest()[:24]}.o"
+
+
 @functools.cache
 def _load_kernels():
     """Returns the engine of LLVM that owns the code."""
     try:
         from llvmlite import binding
-    except ImportError as e:
+    except (ImportError, OSError) as e:  # the latter: its library does not load here
         raise Unavailable(f"numba is missing ({e}): pip install numba") from e
     cpu, features = _host()
     binding.initialize_native_target()
@@ -207,23 +216,16 @@ def _load_kernels():
         cpu=cpu, features=features, opt=3, codemodel="jitdefault",
         reloc="static" if target.name.startswith("x86") else "default")
 
-    def file() -> Path:
-        """Named after everything that decides the code."""
-        from importlib.metadata import version
-        sources = b"".join((Path(__file__).parent / name).read_bytes() for name in ("__init__.py", "cpu.py"))
-        key = repr([cpu, features, *map(version, ("numba", "llvmlite"))]).encode() + sources
-        return cache_folder() / f"kernels-{hashlib.sha256(key).hexdigest()[:24]}.o"
-
     # nothing kept yet, read-only, no home, a frozen program without sources or versions
     nowhere = OSError, RuntimeError, ImportError, ValueError
     try:
-        kept = _read_object(file())
+        kept = _read_object(_object_file())
     except nowhere:
         kept = None
     if kept is None:
         names, code = _compile_kernels(machine)
         try:
-            _write_object(file(), names, code)
+            _write_object(_object_file(), names, code)
         except nowhere as e:
             _log.warning("compiled kernels cannot be kept, each process will compile them (%s)", e)
     else:
@@ -268,6 +270,10 @@ def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
                 whole.link_in(binding.parse_assembly(compiled.inspect_llvm()))
             else:
                 scope[function.__name__] = numba.njit(**options)(function)
+    except (numba.core.errors.NumbaError, RuntimeError) as e:  # the latter: LLVM's
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise Unavailable(f"this numba cannot compile the kernels ({reason}): install the numba that "
+                          "fastprior names") from e
     finally:
         scope.update(marked)
     # Numba's wrappers know what to do if a kernel raises, which none can: its runtime is not needed for that
@@ -1323,6 +1329,7 @@ class Engine:
         wanted = set(operation.fields.names) - {"operation"}
         if set(fields) != wanted:
             raise TypeError(f"{operation.__name__}: missing or unknown fields {sorted(set(fields) ^ wanted)}")
+        fields = {name: operator.index(value) for name, value in fields.items()}
         self._rows.append((self._stage, operation, fields))
 
     def packed(self, w: np.ndarray) -> tuple[int, int]:

@@ -199,11 +199,8 @@ def check_features(backbone, size):
     stages = [fp.pool(s[0].permute(1, 2, 0).double().numpy(), grid).reshape(grid * grid, -1) for s in eager]
     np.testing.assert_allclose(np.concatenate(stages, 1), want, rtol=1e-3, atol=2e-4 * np.abs(want).max())
     image = rng.integers(0, 256, (size, size, 3), np.uint8)
-    engine = fp._CpuEngine()
-    f, n, columns = engine.features(backbone, size)
-    engine.finish()
-    state = engine.run([engine.image_row(image, size)])[0]
-    got = state[f:f + n * columns].reshape(n, columns)[:, :sum(backbone.channels)]
+    engine = fp._feature_engine(backbone, fp.Settings(size=size))
+    got = engine.run([image], outputs=True).outputs[0][0]
     want = backbone.features(fp.resize_normalize(image, size, backbone.mean, backbone.std), grid)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-5 * np.abs(want).max())
 

@@ -26,7 +26,7 @@ def test_a_short_training_keeps_its_level(name, monkeypatch):
 
     some, labels = category.test[::3], category.labels[::3]
     numba = [r.score for r in full.score_batch(some, with_map=False)]
-    monkeypatch.setattr(fp, "_has_numba", lambda: False)
+    monkeypatch.setattr(fp.Prior, "_engine", lambda *_: None)
     reference = [r.score for r in full.score_batch(some, with_map=False)]
     np.testing.assert_allclose(numba, reference, rtol=1e-3, atol=1e-3)
     assert abs(roc_auc_score(labels, numba) - roc_auc_score(labels, reference)) <= .0005

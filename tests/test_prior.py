@@ -13,6 +13,7 @@ from scipy import stats
 
 import fastprior as fp
 from conftest import ROOT
+from twins import cpu
 
 
 def assert_same(a, b):
@@ -54,7 +55,7 @@ def test_score_does_not_depend_on_threads(model_file, pictures):
 def test_numpy_scores_as_numba_does(model_file, pictures, monkeypatch, steps):
     numba = fp.Prior.load(model_file, steps=steps)
     want = numba.score_batch(pictures)
-    monkeypatch.setattr(fp, "_has_numba", lambda: False)
+    monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
     plain = fp.Prior.load(model_file, steps=steps)
     assert (numba.backend, plain.backend) == ("numpy", "numpy")  # both see the patch now
     for a, b in zip(want, plain.score_batch(pictures)):
@@ -85,11 +86,12 @@ def test_threads_are_those_asked_for(trained, pictures, monkeypatch):
         prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser,
                          trained.calibrations, {}, threads=asked, factors=trained.factors)
         assert prior.score(pictures[0]).score == want  # 3 may be more than there are cores
-        pools[asked, allowed] = prior._engine()[0].threads
+        pools[asked, allowed] = prior._engine().threads
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert pools == {(1, ""): 1, (None, "1"): 1, (None, "3"): 3, (2, "3"): 2, (5, "3"): 3} and fp._available_threads() == 3
+    assert pools == {(1, ""): 1, (None, "1"): 1, (None, "3"): 3, (2, "3"): 2, (5, "3"): 3}
+    assert cpu.available_threads() == 3
     monkeypatch.setenv("NUMBA_NUM_THREADS", "none")
-    assert fp._available_threads() == cores
+    assert cpu.available_threads() == cores
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
@@ -152,11 +154,11 @@ def test_helpers_end_with_their_engine():
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         for _ in range(50):
-            engine = fp._CpuEngine(2)
+            engine = fp._engines("cpu").Engine(2)
             engine.whiten(engine.state(4, 32), 4, 32, np.zeros((4, 32)), np.ones((4, 32)))
             engine.finish()
             for _ in range(3):
-                engine.run([[0]])
+                engine.run([np.zeros((1, 1, 3), np.uint8)])
             del engine
             keep = [np.zeros(128, np.uint8) for _ in range(4)]
         until = time.monotonic() + 20
@@ -174,14 +176,14 @@ def test_no_memory_for_one_image_does_not_spoil_the_next(model_file, monkeypatch
     wide = np.random.default_rng(0).integers(0, 256, (64, 8000, 3), np.uint8)
     want = fp.Prior.load(model_file).score(wide).score
     prior.score(wide[:, :64])
-    aligned = fp._aligned
+    aligned = cpu._aligned
 
     def nothing_left(*_):
         raise MemoryError
-    monkeypatch.setattr(fp, "_aligned", nothing_left)
+    monkeypatch.setattr(cpu, "_aligned", nothing_left)
     with pytest.raises(MemoryError):
         prior.score(wide)
-    monkeypatch.setattr(fp, "_aligned", aligned)
+    monkeypatch.setattr(cpu, "_aligned", aligned)
     assert prior.score(wide).score == want
 
 
@@ -192,7 +194,7 @@ def test_a_batch_of_more_sizes_than_are_kept(model_file):
     together = prior.score_batch(images, chunk=300)
     for i in (0, 1, 40, 150, 299):
         assert_same(prior.score(images[i]), together[i])
-    assert len(prior._engine()[0].sizes) <= 300
+    assert len(prior._engine()._tables) <= 300
 
 
 def test_a_denoiser_of_any_hidden_width(trained, pictures):
@@ -201,17 +203,19 @@ def test_a_denoiser_of_any_hidden_width(trained, pictures):
                 "mix0_w2": 30 * np.random.default_rng(0).standard_normal((21, weights["mix0_w2"].shape[1])).astype(np.float32)}
     prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, weights, trained.calibrations, {},
                      factors=trained.factors)
-    np.testing.assert_allclose(prior.nll(pictures[:1]), prior._nll_reference(pictures[:1], [None]), rtol=1e-3, atol=1e-3)
+    want = prior._reference_frames(pictures[:1], False).outputs[0]
+    np.testing.assert_allclose(prior.z(pictures[:1]), want, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("image, m", [
-    (np.zeros((64, 128, 3), np.uint8)[:, ::2], None), (np.zeros((64, 64), np.uint8), None), (np.zeros((64, 64, 3)), None),
-    (np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64))), (np.zeros((64, 64, 3), np.uint8), np.zeros((64, 63), np.float32)),
-], ids=["strided", "grey", "float", "map of doubles", "map of another size"])
-def test_nll_takes_only_what_its_kernels_can_read(trained, image, m):
-    with pytest.raises(fp.ShapeError, match="expected contiguous") as e:
-        trained.nll([image], [m])
-    one_line(e)
+def test_z_takes_what_score_takes_and_is_what_it_reads(trained, pictures, washers):
+    path, image = fp.find_images(washers)[0], pictures[0]
+    z = trained.z([path, image, image[:, ::2], image[..., 0]])
+    assert z.shape == (4, trained.grid ** 2) and z.dtype == np.float32
+    for row, source in zip(z, (path, image, np.ascontiguousarray(image[:, ::2]), image[..., 0])):
+        np.testing.assert_array_equal(trained.z([source])[0], row)
+        assert trained._image_scores(row) == pytest.approx(trained.score(source).score, rel=1e-6)
+    with pytest.raises(fp.ShapeError, match="float64"):
+        trained.z([np.zeros((64, 64, 3))])
 
 
 def test_the_scores_make_sense(trained, washers):
