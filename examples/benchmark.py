@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -469,6 +470,174 @@ def write_report(points: list[dict], folder: Path) -> list[Path]:
 
 
 # ------------------------------------------------------------------------------------------------
+# Speed of a frame on this machine
+# ------------------------------------------------------------------------------------------------
+
+def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backbones: Sequence[str],
+          size: int, input_size: int | None, batch: int, against: Sequence[str], processes: bool,
+          data: Sequence[Path], as_json: bool, device: str, threads: int | None, report: Path | None,
+          **accuracy) -> None:
+    """What `fastprior bench` does with its options; a line or a JSON object for each thing that is timed."""
+    if report and not data:
+        raise fp.FastPriorError("--report shows speed against accuracy: give --data too")
+    if model and data:
+        raise fp.FastPriorError("--model times that model alone: leave out --data, which trains its own")
+    device = fp.resolve_device(device)
+    if against:
+        check_runtimes(against, device)
+    peaks = measure_peaks() if device == "cpu" else {}
+    facts = fp.machine() | {"fastprior": fp.__version__, "dtype": "float32"}
+    fp._say(*(f"{k}={v}" for k, v in facts.items()), *(f"{k}={v:.0f}" for k, v in peaks.items()))
+
+    def measure(prior, **facts) -> dict:
+        pixels = input_size or _first(prior).settings.size
+        if prior.device == "cuda":
+            speed = fp._engines("cuda").bench_cuda(prior._engine(), pixels=pixels)
+        else:
+            speed = bench_speed(prior, pixels, batch) | peaks
+        speed |= bench_against(prior, against) if against else {}
+        speed |= bench_process(prior) if processes else {}
+        print(json.dumps(facts | speed) if as_json else _speed_text(dict(facts), speed), flush=True)
+        return facts | speed
+    if data:
+        run(data, measure, progress, backbones=backbones, steps=steps, size=size, report=report,
+            as_json=as_json, threads=threads, device=device, **accuracy)
+        return
+    for name in [model] if model else backbones:
+        prior = (fp.Prior.load(model, threads=threads, device=device) if model
+                 else untrained(name, size, threads, device))
+        for count in steps:
+            measure(prior.with_steps(count), backbone=Path(name).stem, steps=count,
+                    variant="as trained" if model else "untrained")
+
+
+def _median_ms(call: Callable[[], Any], seconds: float, least: int = 20) -> np.ndarray:
+    """Milliseconds of every call within a time budget, after three calls that are not counted."""
+    for _ in range(3):
+        call()
+    times, began = [], time.perf_counter()
+    while len(times) < least or time.perf_counter() - began < seconds:
+        t = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - t) * 1e3)
+    return np.array(times)
+
+
+def bench_speed(prior, input_size: int, batch: int = 16, seconds: float = 2.0) -> dict:
+    """Latency and throughput of this model on this machine; milliseconds, warm, decode apart.
+
+    The frame is `Prior.score` on a uint8 array of input_size^2: resize, features, inversion, density,
+    map and Python. Stages are the same program run in parts.
+    """
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (input_size // 16, input_size // 16, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(noise).resize((input_size, input_size), Image.BICUBIC))
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    frame = _median_ms(lambda: prior.score(image), seconds)
+    batched = _median_ms(lambda: prior.score_batch([image] * batch), seconds, 5)
+    first = _first(prior)
+
+    def decode():
+        return np.asarray(Image.open(stream).convert("RGB"))
+    report = {"size": first.settings.size, "input_size": input_size, "steps": first.settings.steps,
+              "threads": first._engine().threads if prior.backend == "numba" else 1,
+              "frame_p50_ms": np.median(frame), "frame_p95_ms": np.percentile(frame, 95),
+              "frame_p99_ms": np.percentile(frame, 99),
+              "frames_per_second": 1e3 / np.median(frame), "batch": batch,
+              "batch_frames_per_second": 1e3 * batch / np.median(batched),
+              "decode_png_ms": np.median(_median_ms(decode, .3))}
+    if prior.backend == "numba" and isinstance(prior, fp.Prior):
+        engine = prior._engine()
+        for name, stages in {"resize": ["resize"], "features": ["features"], "map": ["map"],
+                             "inversion": ["whitening", "denoiser", "density"]}.items():
+            ms = _median_ms(lambda: engine.run_only(stages, [image]), seconds / 4)
+            report[f"{name}_ms"] = np.median(ms)
+        flops, read = count_work(prior)
+        for name in flops:
+            report |= {f"{name}_gflop": flops[name] / 1e9, f"{name}_weights_mb": read[name] / 1e6,
+                       f"{name}_gflop_per_s": flops[name] / report[f"{name}_ms"] / 1e6}
+    return {k: float(v) if isinstance(v, np.floating) else v for k, v in report.items()}
+
+
+def count_work(prior) -> tuple[dict[str, float], dict[str, float]]:
+    """Operations (a multiplication and an addition are two) and bytes of weights read, a frame, by stage."""
+    flops = read = 0.0
+    side = prior.settings.size // 2
+    for i, block in enumerate(prior.backbone.blocks):
+        p = block.arrays
+        weights = dict(p) | ({"stem": prior.backbone.stem_w} if i == 0 else {})
+        out = -(-side // block.stride)
+        for name, a in weights.items():
+            if name in ("stem", "expand_w"):
+                flops += 2 * a.size * side * side
+            elif name in ("dw_w", "project_w"):
+                flops += 2 * a.size * out * out
+            read += 4 * a.size
+        side = out
+    n, d = prior.grid ** 2, prior.denoiser or {}
+    a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
+    a_step += 2 * d["in_w"].shape[1] * sum(a.size for k, a in d.items() if "_token" in k) if d else 0
+    factors = np.empty(0, fp.BLOCK) if prior.factors is None else prior.factors
+    weights = prior.whitener["weight"] if prior.whitener.dtype == fp.BLOCK else prior.whitener
+    products = weights.size + 2 * factors["weight"].size
+    steps = prior.settings.steps
+    return ({"features": flops, "inversion": 2.0 * products + steps * a_step},
+            {"features": read,
+             "inversion": (prior.whitener.nbytes + 2.0 * factors.nbytes
+                           + steps * 4.0 * sum(a.size for a in d.values()))})
+
+
+def measure_peaks(seconds: float = .5) -> dict[str, float]:
+    """What this machine reaches now: float32 matrix product (NumPy's BLAS, its threads) and memory copy."""
+    a = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    out = np.empty_like(a)
+    product = _median_ms(lambda: np.dot(a, a, out=out), seconds, 5).min()
+    big = [np.ones(1 << 25, np.float32) for _ in range(2)]  # zeros would be one page, read from the cache
+    copy = _median_ms(lambda: np.copyto(big[1], big[0]), seconds, 5).min()
+    return {"matmul_gflop_per_s": 2 * 1024 ** 3 / product / 1e6,
+            "copy_gb_per_s": 2 * big[0].nbytes / copy / 1e6}
+
+
+def untrained(backbone: str, size: int, threads: int | None = None, device: str = "cpu",
+              precision: str = "float32") -> "fp.Prior":
+    """A prior of random numbers with the shapes of a trained one: for timing, its scores mean nothing."""
+    settings = fp.Settings(backbone=backbone, size=size)
+    settings.check()
+    net = fp.load_backbone(backbone)
+    n, c = (size // 16) ** 2, sum(net.channels)
+    rng, panels = np.random.default_rng(0), -(-c // fp._PANEL)
+    denoiser = fp.initial_denoiser(n, c, settings)
+    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32),
+                   "moments": np.array([0., 1., 0.]), "scores": np.arange(100.), "peaks": np.arange(100.)}
+    counts = panels * (panels + 1) // 2, panels * -(-settings.factors // fp._PANEL)
+    whitener, factors = (
+        fp.quantize(scale * rng.standard_normal((n, count, fp._PANEL, fp._PANEL), np.float32))
+        for scale, count in zip((.01, .001), counts))
+    return fp.Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
+                 {k: calibration for k in range(1, 51)}, {}, threads, device, precision,
+                 factors=factors.reshape(n * panels, -1))
+
+
+def _speed_text(facts: dict, speed: dict) -> str:
+    """What was timed in a line, then every figure under its name."""
+    import textwrap
+
+    def flat(of: dict, prefix: str = ""):
+        for name, value in of.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name} ")
+            else:
+                yield f"{prefix}{name} {value:.4g}" if isinstance(value, float) else f"{prefix}{name} {value}"
+    head = f"{facts.pop('backbone')}, {facts.pop('variant')}, {facts.pop('steps')} steps"
+    if "frame_p50_ms" in speed:
+        head += (f": {speed['frame_p50_ms']:.2f} ms a frame (p95 {speed['frame_p95_ms']:.2f}), "
+                 f"{speed['frames_per_second']:.0f} frames/s")
+    return head + "\n" + textwrap.indent(textwrap.fill(", ".join(flat(facts | speed)), 108), "  ")
+
+
+# ------------------------------------------------------------------------------------------------
 # Whole processes, and the bare backbone in other runtimes
 # ------------------------------------------------------------------------------------------------
 
@@ -499,7 +668,7 @@ def bench_process(prior) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         model, image = Path(folder) / "model.npz", Path(folder) / "image.png"
         prior.save(model)
-        report["model_load_s"] = float(np.median(fp._median_ms(lambda: fp.Prior.load(model), 0, 3)) / 1e3)
+        report["model_load_s"] = float(np.median(_median_ms(lambda: fp.Prior.load(model), 0, 3)) / 1e3)
         Image.fromarray(_pixels(_first(prior).settings.size)).save(image)
         # the kernel's own count (getrusage) would include what this process held when it forked
         tell = "atexit.register(lambda: print(open('/proc/self/status').read(), file=sys.stderr))"
@@ -539,22 +708,23 @@ def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20
     """
     check_runtimes(names, prior.device)
     on_gpu, first = prior.device == "cuda", _first(prior)
-    size, threads = first.settings.size, min(first.threads or sys.maxsize, fp._available_threads())
+    size, threads = first.settings.size, prior._engine().threads
     image = _pixels(size)
 
     def timer(call):
-        return lambda: float(np.median(fp._median_ms(call, 0, calls)))
+        return lambda: float(np.median(_median_ms(call, 0, calls)))
     with contextlib.ExitStack() as stack:
         if on_gpu:
-            pixels = prior._engine().cupy.asarray(image)
-            runs = {"fastprior": timer(lambda: prior._engine().run([pixels], with_map=True).stream.synchronize())}
+            engine = prior._engine()
+            pixels = engine.cupy.asarray(image)
+            runs = {"fastprior": timer(lambda: engine.run([pixels], with_map=True).stream.synchronize())}
             runs |= {name: timer(call) for name, call in torch_cuda(prior.backbone, size).items()}
         else:
             runs = {"fastprior": timer(lambda: prior.score(image))}
             backbone = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "backbone.npz"
             fp._write_npz(backbone, prior.backbone.header(), prior.backbone.to_arrays())
             for name in names:
-                serve = "fastprior._load_benchmark().serve(*sys.argv[1:])"
+                serve = 'fastprior._room("benchmark").serve(*sys.argv[1:])'
                 child = stack.enter_context(subprocess.Popen(
                     _command(serve, name, backbone, size, threads), text=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE))
@@ -580,7 +750,7 @@ def serve(name: str, backbone: str, size: str, threads: str) -> None:
     """A child of `bench_against`: answers every line on stdin, a number of calls, with their median in ms."""
     call = RUNTIMES[name](fp.Backbone.from_arrays(*fp._read_npz(backbone)), int(size), int(threads))
     for line in sys.stdin:
-        print(float(np.median(fp._median_ms(call, 0, int(line)))), flush=True)
+        print(float(np.median(_median_ms(call, 0, int(line)))), flush=True)
 
 
 # Each returns a callable that runs the backbone alone, batch 1, float32, up to the stage outputs.

@@ -9,9 +9,11 @@ import zipfile
 import numpy as np
 import pytest
 
-import benchmark
 import fastprior as fp
 from conftest import ROOT, SHARED
+
+benchmark = fp._room("benchmark")
+backbones = fp._room("backbones")
 
 torch = pytest.importorskip("torch", reason="torch is in the extras `train` and `test`")
 B4 = SHARED / "backbones" / "tf_efficientnet_b4_stride16.safetensors"
@@ -48,19 +50,19 @@ def lite_state(names="timm"):
 
 def test_both_naming_schemes_give_the_same_network():
     states = [{k: v.numpy() for k, v in lite_state(names).items()} for names in ("timm", "flat")]
-    a, b = (fp.import_backbone(state, "x") for state in states)
+    a, b = (backbones.import_backbone(state, "x") for state in states)
     assert a.channels == b.channels == (8, 12, 16, 20, 24) and a.stages == b.stages == (0, 2, 3, 4, 5)
     for one, two in zip(a.blocks, b.blocks):
         assert (one.stride, one.act, one.skip) == (two.stride, two.act, two.skip) and one.act == fp.RELU6
         for k in one.arrays:
             np.testing.assert_array_equal(one.arrays[k], two.arrays[k])
     with pytest.raises(fp.ModelError, match="expected an EfficientNet"):
-        fp.import_backbone({"conv_stem.weight": np.zeros((8, 3, 3, 3))}, "x")
+        backbones.import_backbone({"conv_stem.weight": np.zeros((8, 3, 3, 3))}, "x")
 
 
 def test_batch_norm_is_folded():
     state = lite_state()
-    backbone = fp.import_backbone({k: v.numpy() for k, v in state.items()}, "x")
+    backbone = backbones.import_backbone({k: v.numpy() for k, v in state.items()}, "x")
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     functional = torch.nn.functional
     y = functional.conv2d(functional.pad(x, (0, 1, 0, 1)), state["conv_stem.weight"], stride=2)
@@ -77,7 +79,7 @@ def test_pth_is_read_as_torch_reads_it(tmp_path, legacy):
              "brain": torch.arange(3).bfloat16(), "parameter": torch.nn.Parameter(torch.ones(2))}
     path = tmp_path / "w.pth"
     torch.save({"state_dict": state} if legacy else state, path, _use_new_zipfile_serialization=not legacy)
-    got = fp.read_state_dict(path)
+    got = backbones.read_state_dict(path)
     assert got.keys() == state.keys()
     for k, v in state.items():
         np.testing.assert_array_equal(got[k], v.detach().double().numpy())
@@ -88,7 +90,7 @@ def test_safetensors_are_read(tmp_path):
     state = {k: v.numpy() for k, v in lite_state().items()}
     state["half"] = np.arange(4, dtype=np.float16)
     pytest.importorskip("safetensors.numpy").save_file(state, tmp_path / "w.safetensors")
-    got = fp.read_state_dict(tmp_path / "w.safetensors")
+    got = backbones.read_state_dict(tmp_path / "w.safetensors")
     assert got.keys() == state.keys()
     for k, v in state.items():
         np.testing.assert_array_equal(got[k], v)

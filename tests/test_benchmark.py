@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-import benchmark
 import fastprior as fp
 from conftest import ROOT
+
+benchmark = fp._room("benchmark")
 
 
 # -- layouts -------------------------------------------------------------------------------------
@@ -150,9 +151,9 @@ def bench(data, backbone, tmp_path, monkeypatch):
     for kernels in fp._cache_folder().glob("kernels-*"):
         shutil.copy(kernels, tmp_path / "cache" / "fastprior")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(fp, "measure_peaks", dict)
-    monkeypatch.setattr(fp, "bench_speed", lambda *_: {"frame_p50_ms": 2., "frame_p95_ms": 3.,
-                                                       "frames_per_second": 500.})
+    monkeypatch.setattr(benchmark, "measure_peaks", dict)
+    monkeypatch.setattr(benchmark, "bench_speed", lambda *_: {"frame_p50_ms": 2., "frame_p95_ms": 3.,
+                                                              "frames_per_second": 500.})
 
     def run(*arguments, data=(data / "disc",)):
         options = [x for path in data for x in ("--data", str(path))]
@@ -276,7 +277,7 @@ def test_an_interrupted_training_is_not_kept(bench, monkeypatch):
 
 @pytest.fixture(scope="module")
 def small():
-    return fp.untrained("lite0", 64)
+    return benchmark.untrained("lite0", 64)
 
 
 def test_against_times_both(small):
@@ -326,8 +327,8 @@ def test_a_copy_inside_another_package_loads_its_own(tmp_path):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the host was imported')")
     shutil.copy(ROOT / "fastprior.py", package)
     code = ("import sys; sys.path.insert(0, '.')\nimport host.vendor.fastprior as fp\n"
-            "try: fp._load_benchmark()\nexcept fp.BackendUnavailable as e: print(e)\n"
-            "else: print(fp._load_benchmark().fp is fp)\n"
+            "try: fp._room('benchmark')\nexcept fp.BackendUnavailable as e: print(e)\n"
+            "else: print(fp._room('benchmark').fp is fp)\n"
             "print(sorted({'fastprior', 'benchmark', 'examples'} & set(sys.modules)))")
 
     def run():
@@ -335,7 +336,8 @@ def test_a_copy_inside_another_package_loads_its_own(tmp_path):
         return done.stdout.splitlines(), done.stderr
     missing, nothing = run()[0]
     assert "copy the folder examples/ beside fastprior.py" in missing
-    shutil.copy(ROOT / "examples" / "benchmark.py", package / "examples")
+    for name in ("__init__", "benchmark"):
+        shutil.copy(ROOT / "examples" / f"{name}.py", package / "examples")
     assert run() == (["True", "[]"], "")
 
 

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import benchmark
 import fastprior as fp
 from conftest import SHARED
+
+benchmark = fp._room("benchmark")
 
 MVTEC = SHARED / "data" / "mvtec"
 pytestmark = pytest.mark.skipif(not MVTEC.is_dir(), reason=f"no real images at {MVTEC}")

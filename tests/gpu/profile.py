@@ -21,7 +21,7 @@ parser.add_argument("--batch", type=int, default=1)
 parser.add_argument("--repeats", type=int, default=50)
 args = parser.parse_args()
 
-prior = fp.untrained(args.backbone, args.size, device="cuda", precision=args.precision)
+prior = fp._room("benchmark").untrained(args.backbone, args.size, device="cuda", precision=args.precision)
 engine = prior._engine()
 cupy = engine.cupy
 image = cupy.asarray(np.random.default_rng(0).integers(0, 256, (args.size, args.size, 3), np.uint8))
