@@ -422,7 +422,7 @@ def _available_threads() -> int:
     """NUMBA_NUM_THREADS, or the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     text = os.environ.get("NUMBA_NUM_THREADS", "")
-    return int(text) if text.isdecimal() and int(text) else cores
+    return int(text) if re.fullmatch("0*[1-9][0-9]{0,2}", text) else cores
 
 
 @functools.cache
@@ -3132,10 +3132,10 @@ def _without_pillow_limits(pixels: int):
 
 
 def _turned(image):
-    """Loaded, and turned as its EXIF says."""
+    """Loaded, and turned as its EXIF says; of a TIFF, Pillow's loading turns it, and some versions leave the tag."""
     from PIL import ImageOps
     image.load()
-    return image if image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image)
+    return image if image.format == "TIFF" or image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image) -> np.ndarray:
@@ -3182,57 +3182,59 @@ class _Found:
         self.seen: set[str] = set()  # real paths
         self.source = ""
 
-    def size(self) -> int:
-        return len(self.images) + len(self.errors) + self.left_out["seen by another name"]
-
-    def problems(self) -> list[str]:
-        return [f"{path}: {text}" for path, text in self.errors.items()]
-
     def __str__(self) -> str:
         parts = [f"{n} {reason}" for reason, n in self.left_out.items() if n]
         if self.suffixes:
             parts.append(f"{sum(self.suffixes.values())} not images ({', '.join(sorted(self.suffixes))})")
         return "; ".join(filter(None, (self.source, f"left out: {', '.join(parts)}" * bool(parts))))
 
-    def folder(self, folder: Path, base: Path | None = None, good: bool = False, deep: bool = True) -> None:
+    def size(self) -> int:
+        return len(self.images) + len(self.errors) + self.left_out["seen by another name"]
+
+    def problems(self) -> list[str]:
+        return [f"{path}: {text}" for path, text in self.errors.items()]
+
+    def folder(self, folder: Path, base: Path | None = None, without: str = "", deep: bool = True) -> None:
         """What lies under `folder`, links followed, but hidden names, masks as data sets keep them, and outputs of ours.
 
-        base: names of outputs are relative to it. good: and nothing from folders named as bad ones are.
+        base: names of outputs are relative to it. without: the kind of folder (see _FOLDERS) that is left out too.
         """
         stack, found = [folder], {}
         while stack:
             here = stack.pop()
             real = os.path.realpath(here)
             try:
-                entries = sorted(os.scandir(here), key=lambda e: (e.is_symlink(), e.name))
+                entries = sorted(os.scandir(here), key=lambda e: (e.is_symlink(), e.name)) if real not in self.seen else None
             except OSError as e:
                 self.errors[str(here)] = f"cannot be read ({e.strerror})"
                 continue
-            if real in self.seen:
+            if entries is None:
                 self.left_out["seen by another name"] += 1
                 continue
             self.seen.add(real)
-            folders = {e.name: _kind(e.name) for e in entries if e.is_dir()}
+            folders = {e.name: _kind(e.name) for e in entries if os.path.isdir(e.path)}
             stems = {Path(e.name).stem for e in entries if e.name not in folders and _is_image(e.name)}
             in_layout = stems or set(folders.values()) - {"", "mask"}
             for e in entries:
+                kind, path = folders.get(e.name), Path(e.path)
                 if e.name.startswith(".") or e.name in _NOT_MEANT:
                     self.left_out["hidden"] += 1
-                elif e.name not in folders:
-                    self.file(Path(e.path), f"{real}/{e.name}", found, base or folder, stems)
-                elif folders[e.name] == "mask" and in_layout or good and folders[e.name] == "bad" or not deep:
-                    self.leave(Path(e.path))
+                elif kind is None:
+                    self.file(path, f"{real}/{e.name}", found, base or folder, stems)
+                elif kind == "mask" and in_layout or kind and kind == without or not deep:
+                    self.leave(path)
                 else:
-                    stack.append(Path(e.path))
+                    stack.append(path)
         self.images |= dict(sorted(found.items()))
 
     def file(self, path: Path, real: str, found: dict, base: Path, stems=frozenset()) -> None:
+        """One file of a folder or glob, into `found`."""
+        real = os.path.realpath(path) if path.is_symlink() else real
         try:
             is_file = stat.S_ISREG(os.stat(path).st_mode)
         except OSError as e:
             self.errors[str(path)] = f"cannot be read ({e.strerror})"
             return
-        real = os.path.realpath(path) if path.is_symlink() else real
         if not _is_image(path.name):
             self.suffixes[path.suffix or "no suffix"] += 1
         elif _OUTPUT.search(path.name):
@@ -3242,7 +3244,7 @@ class _Found:
         elif real in self.seen:
             self.left_out["seen by another name"] += 1
         elif not is_file:
-            self.errors[str(path)] = "a device, no image file"
+            self.errors[str(path)] = "a pipe or device, no image file"
         else:
             self.seen.add(real)
             found[path] = path.relative_to(base)
@@ -3257,65 +3259,69 @@ def _is_image(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def find_images(path: str | os.PathLike) -> list[Path]:
-    """Image files under a folder (of an MVTec AD category: under train/good), sorted; or the file itself."""
-    name, path = os.fspath(path), Path(path)
+def find_images(path: str | os.PathLike, without: str = "") -> list[Path]:
+    """Image files under a folder (of an MVTec AD category: under train/good), sorted; or the file itself.
+
+    without="good": only those that lie in no folder named as good ones are (ok, normal, ...).
+    """
     if os.path.isfile(path):
-        return [path]
-    if not name or not os.path.isdir(path):
-        raise ImageError(f"{name or repr(name)}: no such file or folder")
-    found = _Found()
-    found.folder(path / "train" / "good" if (path / "train" / "good").is_dir() else path)
+        return [Path(path)]
+    if not os.fspath(path) or not os.path.isdir(path):
+        raise ImageError(f"{os.fspath(path)!r}: no such file or folder")
+    found, path = _Found(), Path(path)
+    found.folder(path / "train" / "good" if not without and (path / "train" / "good").is_dir() else path, without=without)
+    return _some(found, path)
+
+
+def _some(found: _Found, path: Path) -> list[Path]:
     if not found.images:
         raise ImageError(f"{path}: no images here (looked for {', '.join(sorted(IMAGE_SUFFIXES))}) {found}".rstrip())
     return list(found.images)
 
 
 def find_good(path: str | os.PathLike) -> _Found:
-    """The images to train on: those of good/ (ok, normal, train/good, ...) where folders have such names.
+    """The images to train on: those of good/ (ok, normal, train/good, Data/Images/Normal, ...) where there are such folders.
 
     ImageError where names and places of folders do not say which images are good ones.
     """
-    here, found, aside = Path(path), _Found(), []
-    if not os.fspath(path) or not os.path.isdir(here):
+    found = _Found()
+    if not os.fspath(path) or not os.path.isdir(path):
         found.images = {file: file for file in find_images(path)}
         return found
-    own = here.resolve()
-    if _kind(own.name) in ("bad", "mask") or _kind(own.parent.name) == "mask":
-        raise ImageError(f"{here}: named as bad images or masks are; expected a folder of good images")
-    is_good = _kind(own.name) == "good"
+    here, aside = Path(path), []
+    kind = _kind(os.path.basename(os.path.abspath(here)))
     while True:
         try:
             entries = [e for e in os.scandir(here) if not e.name.startswith(".") and e.name not in _NOT_MEANT]
         except OSError as e:
             raise ImageError(f"{here}: cannot be read ({e.strerror})") from e
-        folders = {Path(e.path): _kind(e.name) for e in entries if e.is_dir()}
-        loose = any(_is_image(e.name) for e in entries if not e.is_dir())
-        chosen = [f for f, kind in folders.items() if kind in ("good", "train")]
-        if not chosen and not loose and len([f for f, kind in folders.items() if kind != "mask"]) == 1:
-            chosen = [f for f, kind in folders.items() if kind in ("", "wrapper")]  # the only one there is
-        names = ", ".join(sorted(f"{f.name}/" for f in folders)[:6])
-        if len(chosen) > 1 or chosen and loose or loose and not is_good and "mask" in folders.values():
-            raise ImageError(f"{here}: which images are good is not clear from {'images beside ' * loose}{names}; "
-                             "name the folder of good images")
-        if not chosen:
+        folders = {Path(e.path): _kind(e.name) for e in entries if os.path.isdir(e.path)}
+        loose = any(_is_image(e.name) and not _OUTPUT.search(e.name) for e in entries if Path(e.path) not in folders)
+        chosen = [f for f, k in folders.items() if k in ("good", "train")]
+        others = [f for f, k in folders.items() if k != "mask"]
+        if not chosen and not loose and len(others) == 1 and folders[others[0]] in ("", "wrapper"):
+            chosen = others  # the only one there is
+        unclear = len(chosen) > 1 or chosen and loose or kind != "good" and loose and "mask" in folders.values()
+        if unclear or not chosen:
             break
         aside += [f for f in folders if f != chosen[0]]
         here = chosen[0]
-        if folders[here] == "good":
-            is_good = True
+        kind = folders[here] if folders[here] in ("good", "train") else kind
+        if kind == "good":
             break
-    if folders and not loose and not is_good:
-        raise ImageError(f"{here}: only folders ({names}), none named as good: name the one of good images "
-                         "(for a folder for each product, --multi)")
-    found.folder(here, good=True, deep=is_good)
+    whole = Path(os.path.abspath(here))
+    named = {_kind(whole.name), _kind(whole.parent.name) == "mask" and "mask"}
+    if kind != "good" and (unclear or folders and not loose or named & {"bad", "mask"} or
+                           kind != "train" and "mask" in map(_kind, (f.name for f in aside))):
+        names = ", ".join(sorted(f"{f.name}/" for f in folders)[:6])
+        raise ImageError(f"{here}: which images are good is not clear ({'images beside ' * bool(loose and folders)}"
+                         f"{names or 'by its name, none'}); give the folder of good images (for a folder a product, --multi)")
+    found.folder(here, without="bad", deep=kind == "good")
     for folder in sorted(aside):
         found.leave(folder)
-    found.source = f"{len(found.images)} images from {here}"
     if found.left_out["masks beside their images"]:
-        raise ImageError(f"{here}: masks lie beside images, so some of these are not good: name a folder of good images")
-    if not found.images:
-        raise ImageError(f"{here}: no images here (looked for {', '.join(sorted(IMAGE_SUFFIXES))}) {found}".rstrip())
+        raise ImageError(f"{here}: masks lie beside images, so some of these are not good; name a folder of good images")
+    found.source = f"{len(_some(found, here))} images from {here}"
     return found
 
 
@@ -4959,11 +4965,14 @@ def _write_png(folder: Path, name: Path, kind: str, array: np.ndarray, source: P
     from PIL import Image, PngImagePlugin
     owner = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()
     path = folder / name.with_name(f"{name.name}.{kind}.png")
-    with contextlib.suppress(FileNotFoundError):
-        with open(path, "rb") as f, contextlib.suppress(Exception):
-            other = _open_pillow(f).info.get("fastprior") != owner
-        if other:
-            path = path.with_name(f"{name.name}.{owner[:8]}.{kind}.png")
+    try:
+        with open(path, "rb") as f:
+            taken = _open_pillow(f).info.get("fastprior") != owner
+    except FileNotFoundError:
+        taken = False
+    except Exception:  # a decoder, and a file that is none of ours
+        taken = True
+    path = path.with_name(f"{name.name}.{owner[:8]}.{kind}.png") if taken else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
     info = PngImagePlugin.PngInfo()
@@ -5145,7 +5154,7 @@ def _build_app():
         changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
         with _Bars() as bars:
             prior = prior.calibrate(good, progress=bars, **changes)
-            tried = prior.score_batch(find_images(known_bad), with_map=False, errors="return") if known_bad else []
+            tried = prior.score_batch(find_images(known_bad, without="good"), with_map=False, errors="return") if known_bad else []
         bad = [r.score for r in tried if isinstance(r, Result)]
         unreadable = prior.summary["unreadable"] + [r for r in tried if isinstance(r, Exception)]
         if known_bad and not bad:
@@ -5404,18 +5413,20 @@ def main() -> None:
     """Entry point of the command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
     code = 2
     try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.reconfigure(errors="backslashreplace")  # names are any bytes, and terminals of any code page
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError):  # a closed stream is None
+                stream.reconfigure(errors="backslashreplace")  # names are any bytes, and terminals of any code page
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of decoders
             warnings.simplefilter("once", ImageWarning)
             warnings.showwarning = lambda text, *_: _say(f"warning: {text}")
-            code = _run()
+            code = _run_app()
         if sys.stdout:
             sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
     except BaseException as e:  # the last edge; a SystemExit here is what click makes of a closed pipe
+        code = 2
         if "--debug" in sys.argv:
             import traceback
             traceback.print_exc()
@@ -5431,7 +5442,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _run() -> int:
+def _run_app() -> int:
     try:
         import typer
     except ImportError as e:
