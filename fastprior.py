@@ -32,16 +32,22 @@ Licence: MIT (see LICENSE). Source of truth: this file; tests walk `OPS`, the ta
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import logging
 import math
 import os
+import re
+import stat
 import sys
+import threading
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -946,63 +952,397 @@ def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) ->
 # Images
 # ------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".avif",
+                  ".pbm", ".pgm", ".ppm", ".pnm"}
+_FORMATS = "PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "AVIF"  # no other decoder of Pillow's is ever asked
+_EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "PA", "La", "RGBa", "CMYK", "YCbCr", "HSV"}  # Pillow's modes
+_MOST_PIXELS = 1 << 28
+_DEPTHS = 8, 10, 12, 14, 16
+_HOT = .001  # share of an image's values that may lie above its depth: hot pixels, glints
+_PILLOW = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(_PILLOW=threading.Lock()))
 
 
-def load_image(source: str | os.PathLike | np.ndarray) -> np.ndarray:
-    """File or array -> contiguous uint8 (H, W, 3), RGB. Grey is repeated, alpha dropped, 16 bits cut to 8."""
-    if isinstance(source, (str, os.PathLike)):
-        return _decode(Path(source))
-    if hasattr(source, "__cuda_array_interface__"):
-        raise ShapeError("image: this array is on a GPU and the model on the CPU: Prior.load(..., device='cuda'), or copy it")
-    a = np.asarray(source)
-    if a.ndim == 3 and a.shape[2] in (3, 4):
-        a = a[:, :, :3]
-    elif a.ndim == 3 and a.shape[2] == 1 or a.ndim == 2:
-        a = np.repeat(a.reshape(a.shape[0], a.shape[1], 1), 3, 2)
-    else:
-        raise ShapeError(f"image: expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got shape {a.shape}")
-    if a.dtype == np.uint16:
-        a = (a >> 8).astype(np.uint8)
-    if a.dtype != np.uint8:
-        raise ShapeError(f"image: expected uint8 (or uint16), got {a.dtype}; scale to 0..255 first")
-    if min(a.shape[:2]) < 8 or max(a.shape[:2]) > 32768:
-        raise ShapeError(f"image: expected 8 to 32768 pixels a side, got {a.shape[1]}x{a.shape[0]}")
-    return np.ascontiguousarray(a)
+class ImageWarning(UserWarning):
+    """Values of an image lie above the depth that was declared for it, and are cut."""
 
 
-def _decode(path: Path) -> np.ndarray:
+def load_image(source, bits: int | None = None) -> np.ndarray:
+    """File, array or PIL image -> contiguous uint8 (H, W, 3), RGB. Grey is repeated, alpha dropped, EXIF's turn made.
+
+    bits: how many of 16 bits a value are in use, 8, 10, 12, 14 or 16 (of 12, white is 4095); values above are
+    cut, with an ImageWarning. Without it, 16, for an image that uses as many; of others the depth is not known.
+    ImageError for a file, ShapeError for an array or PIL image, that cannot be read rightly: among them floats,
+    signed and 32-bit values, animations, several pages, more than 2^28 pixels.
+    """
+    is_file = isinstance(source, (str, os.PathLike))
     try:
-        from PIL import Image, ImageOps
+        a = _pixels(source)
+        a = a if a.dtype == np.uint8 else _to_eight_bits(a, bits)
+        return np.ascontiguousarray(a if a.ndim == 3 else np.repeat(a[:, :, None], 3, 2))
+    except BackendUnavailable:
+        raise
+    except Exception as e:  # whatever a decoder makes of foreign bytes
+        text = str(e) if isinstance(e, FastPriorError) else f"not a readable image ({str(e) or type(e).__name__})"
+        name = os.fsdecode(source) if is_file else "image"
+        raise (ImageError if is_file else ShapeError)(_printable(f"{name}: {text}")) from e
+
+
+def find_depth(images: Iterable) -> int | None:
+    """The smallest depth (see `load_image`) that holds all but a thousandth of the 16-bit values; None without any."""
+    beyond, count = np.zeros(len(_DEPTHS)), 0
+    for source in images:
+        with contextlib.suppress(Exception):  # what cannot be read is said when it is to be used
+            a = _pixels(source, deep_only=True)
+            if a is not None:
+                beyond, count = beyond + _beyond(a), count + a.size
+    return _depth(beyond, count) if count else None
+
+
+def _beyond(a: np.ndarray) -> np.ndarray:
+    return np.array([np.count_nonzero(a >> bits) if bits < 16 else 0 for bits in _DEPTHS])
+
+
+def _depth(beyond: np.ndarray, count: int) -> int:
+    return next(bits for bits, n in zip(_DEPTHS, beyond) if n <= _HOT * count)
+
+
+def _to_eight_bits(a: np.ndarray, bits: int | None) -> np.ndarray:
+    """uint16 -> uint8."""
+    beyond = _beyond(a)
+    if bits is None:
+        bits = _depth(beyond, a.size)
+        if bits < 16:
+            raise ShapeError(f"16 bits a value, and it uses {bits} of them or fewer: how bright white is must be said "
+                             "(bits=12, train --bits 12) or seen in training")
+    elif bits not in _DEPTHS:
+        raise ShapeError(f"bits: expected one of {', '.join(map(str, _DEPTHS))}, got {bits!r}")
+    if beyond[_DEPTHS.index(bits)]:
+        warnings.warn(f"values above {bits} bits are cut: darker light, or another depth (train --bits)", ImageWarning)
+        a = np.minimum(a, (1 << bits) - 1)
+    return (a >> (bits - 8)).astype(np.uint8)
+
+
+def _check_size(height: int, width: int) -> None:
+    if min(height, width) < 8 or max(height, width) > 65535 or height * width > _MOST_PIXELS:
+        raise ShapeError(f"expected 8 to 65535 pixels a side and at most {_MOST_PIXELS / 1e6:.0f} million, got {width}x{height}")
+
+
+def _pixels(source, deep_only: bool = False) -> np.ndarray | None:
+    """uint8 (H, W, 3) or (H, W), or uint16, as the source holds them; with deep_only None in place of uint8."""
+    if isinstance(source, (str, os.PathLike)):
+        return _decode(source, deep_only)
+    if "PIL.Image" in sys.modules and isinstance(source, sys.modules["PIL.Image"].Image):
+        return _from_pillow(source, deep_only)
+    if hasattr(source, "__cuda_array_interface__"):
+        raise ShapeError("this array is on a GPU and the model on the CPU: Prior.load(..., device='cuda'), or copy it")
+    a = np.asarray(source)
+    if a.ndim != 2 and (a.ndim != 3 or a.shape[2] not in (1, 3, 4)):
+        raise ShapeError(f"expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got shape {a.shape}")
+    if a.dtype.kind != "u" or a.dtype.itemsize > 2:
+        raise ShapeError(f"expected uint8 or uint16, got {a.dtype}; scale to 0..255 first")
+    _check_size(*a.shape[:2])
+    a = a if a.ndim == 2 else a[:, :, 0] if a.shape[2] == 1 else a[:, :, :3]
+    return None if deep_only and a.dtype.itemsize == 1 else a
+
+
+def _decode(path: str | os.PathLike, deep_only: bool) -> np.ndarray | None:
+    """`_pixels` of a file. Any exception."""
+    try:
+        from PIL import Image  # noqa: F401
     except ImportError as e:
         raise BackendUnavailable("Pillow is needed to read image files: pip install pillow, or pass uint8 arrays") from e
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                a = np.asarray(image).astype(np.int64)
-                return load_image((a.clip(0, 65535) >> 8).astype(np.uint8) if a.max() > 255 else a.clip(0).astype(np.uint8))
-            return load_image(np.asarray(image.convert("RGB")))
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ShapeError("a folder or a device, no image file")
+        f = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     except FileNotFoundError as e:
-        raise ImageError(f"{path}: no such file") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        if isinstance(e, ShapeError):
-            raise ImageError(f"{path}: {e}") from e
-        raise ImageError(f"{path}: not a readable image ({e})") from e
+        raise ShapeError("no such file") from e
+    except OSError as e:
+        raise ShapeError(f"cannot be read ({e.strerror})") from e
+    with f:
+        image = _open_pillow(f)
+        if image.format == "PNG":  # the decoder does not look at the checksums of what it decodes
+            image.verify()
+            image = _open_pillow(f)
+        return _from_pillow(image, deep_only, lambda: _open_pillow(f))
 
 
-def find_images(path: str | os.PathLike) -> list[Path]:
-    """Image files under a folder (of an MVTec AD category: under train/good), sorted; or the file itself."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ImageError(f"{path}: no such file or folder")
-    if (path / "train" / "good").is_dir():
-        path = path / "train" / "good"
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not found:
-        raise ImageError(f"{path}: no images here (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+def _open_pillow(f):
+    """`PIL.Image.open` for our formats, without its limit of size (that is a global variable, and a warning)."""
+    from PIL import Image
+    f.seek(0)
+    start = f.read(16)
+    for find_plugins in (Image.preinit, Image.init):  # the second is slow
+        find_plugins()
+        for factory, accept in (Image.OPEN[name] for name in _FORMATS if name in Image.OPEN):
+            if accept(start) is True:
+                f.seek(0)
+                return factory(f, None)
+    known = ", ".join(name for name in _FORMATS if name in Image.OPEN)
+    raise ShapeError(f"no image of a kind that is read here ({known})" if start else "an empty file")
+
+
+def _from_pillow(image, deep_only: bool = False, again: Callable | None = None) -> np.ndarray | None:
+    """`_pixels` of a PIL image. again(): opens it once more, for the low bytes of 16-bit colours."""
+    _check_size(image.height, image.width)
+    tiles = getattr(image, "tile", None) or [("libtiff", (0, 0, 0, 0), 0, "")]
+    layout = tiles[0][3] if isinstance(tiles[0][3], tuple) else (tiles[0][3],)  # as Pillow names it: RGB;16B
+    white = layout[1] if image.format == "PPM" and len(layout) == 2 else 255
+    colours = re.fullmatch(r"RGB[AX]?;16[LBN]", str(layout[0]))
+    deep = image.mode.startswith("I") or bool(colours)
+    trouble = _tiff_trouble(image, deep, tiles) if image.format == "TIFF" else ""
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # of a JPEG with more behind it, the first is meant
+        trouble = "several pages or frames: save the one that is meant"
+    elif image.mode not in _EIGHT_BITS and not deep:
+        trouble = f"values of kind {image.mode}: save it as grey or RGB with 8 or 16 bits a value"
+    elif not deep and (re.search(r"(?<!BGR);16", str(layout[0])) or white > 255) or colours and not again:
+        trouble = f"16 bits a value, of a kind that Pillow cuts to 8 ({layout[0]}): save it as a grey or RGB PNG"
+    if trouble:
+        raise ShapeError(trouble)
+    if deep_only and not deep:
+        return None
+    with _without_pillow_limits(image.height * image.width):
+        if not colours and deep:
+            a = np.asarray(_turned(image))
+            if a.min() < 0 or a.max() > 65535:
+                raise ShapeError(f"values from {a.min()} to {a.max()}: expected 0 to 65535")
+            return (a if white == 255 else np.rint(a * (white / 65535))).astype(np.uint16)  # Pillow scales a PGM's white
+        a = _to_rgb(_turned(image))
+        if colours:  # Pillow reads the high bytes; the low ones are the high ones of the other byte order
+            low, native = again(), {"little": "L", "big": "B"}[sys.byteorder]
+            other = colours[0][:-1] + ("B" if colours[0][-1].replace("N", native) == "L" else "L")
+            low.tile = [getattr(t, "_make", tuple)((*t[:3], other if isinstance(t[3], str) else (other, *t[3][1:])))
+                        for t in low.tile]
+            a = a.astype(np.uint16) << 8 | _to_rgb(_turned(low))
+        return a
+
+
+def _tiff_trouble(image, deep: bool, tiles: list) -> str:
+    """What Pillow would read wrongly and say nothing."""
+    def tag(number: int, default: int) -> tuple:
+        value = image.tag_v2.get(number, default)
+        return value if isinstance(value, tuple) else (value,)
+    planes = len(image.getbands()) if tag(284, 1) == (2,) else 1
+    covered = sum((x1 - x0) * (y1 - y0) for codec, (x0, y0, x1, y1), *_ in tiles if codec != "libtiff")  # which checks it
+    return next((text for text, wrong in {
+        "signed or floating-point values: save it with 8 or 16 bits a value": set(tag(339, 1)) - {1, 4},
+        "16 bits a value with white at 0: save it with black at 0": deep and tag(262, 0) == (0,),
+        "16 bits a value in separate planes: save it with the colours together": planes > 1 and max(tag(258, 1)) > 8,
+        "a preview of another image": tag(254, 0)[0] & 1,
+        "a palette of 8 bits where 16 belong": max(tag(320, 256)) < 256,
+        "YCbCr that is not compressed": tag(262, 0) == (6,) and tag(259, 1) == (1,),
+        "strips or tiles are missing": 0 < covered < planes * image.height * image.width}.items() if wrong), "")
+
+
+@contextlib.contextmanager
+def _without_pillow_limits(pixels: int):
+    """Where Pillow's limit of size or its reading of truncated files would matter, neither; both are put back."""
+    from PIL import Image, ImageFile
+    if not (_PILLOW.locked() or ImageFile.LOAD_TRUNCATED_IMAGES or pixels > (Image.MAX_IMAGE_PIXELS or pixels)):
+        yield
+        return
+    with _PILLOW:
+        host = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = host
+
+
+def _turned(image):
+    """Loaded, and turned as its EXIF says; of a TIFF, Pillow's loading turns it, and some versions leave the tag."""
+    from PIL import ImageOps
+    image.load()
+    return image if image.format == "TIFF" or image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image) -> np.ndarray:
+    """A PIL image of 8 bits -> (H, W, 3), in strips: Pillow's copies are many."""
+    out = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, (1 << 22) // image.width)
+    for y in range(0, image.height, rows):
+        strip = image.crop((0, y, image.width, min(y + rows, image.height)))
+        strip.info.clear()  # transparency is no colour, and Pillow warns of some
+        if strip.mode in ("La", "RGBa"):
+            strip = strip.convert(strip.mode.upper())
+        out[y:y + rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+    return out
+
+
+_NOT_MEANT = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}  # and names with a dot before
+_OUTPUT = re.compile(r"\.(map|mask)\.png$", re.IGNORECASE)  # what `score` writes
+_MASK_OF = re.compile(r"[_-](mask|label|gt)$", re.IGNORECASE)
+_FOLDERS = {  # what a folder's name says of the images in it
+    "mask": "groundtruth gt mask masks label labels annotation annotations segmentation segmentations",
+    "bad": "bad ng ko nok notok notgood nogood nio abnormal anomaly anomalies anomalous defect defects defective fail "
+           "failed fault faulty reject rejects rejected broken scrap",
+    "split": "test testing val valid validation",
+    "good": "good ok okay normal pass passed nodefect nodefects defectfree anomalyfree io",
+    "train": "train training",
+    "wrapper": "data images image imgs img"}
+
+
+def _kind(name: str) -> str:
+    """A key of _FOLDERS for a folder's name: as a whole (no-defect), or for the words in it (good_parts); else ""."""
+    words = re.findall("[a-z]+", name.lower())
+    negated = {"no", "not", "non", "without"} & set(words)
+    return next((kind for parts in (["".join(words)], [] if negated else words)
+                 for kind, known in _FOLDERS.items() if set(parts) & set(known.split())), "")
+
+
+class _Found:
+    """Images under folders, each once; what was left out, counted by reason; what cannot be read."""
+
+    def __init__(self):
+        self.images: dict[Path, Path] = {}  # and the name of an output for it
+        self.left_out, self.suffixes = collections.Counter(), collections.Counter()
+        self.errors: dict[str, str] = {}
+        self.seen: set[str] = set()  # real paths
+        self.source = ""
+
+    def __str__(self) -> str:
+        parts = [f"{n} {reason}" for reason, n in self.left_out.items() if n]
+        if self.suffixes:
+            parts.append(f"{sum(self.suffixes.values())} not images ({', '.join(sorted(self.suffixes))})")
+        return "; ".join(filter(None, (self.source, f"left out: {', '.join(parts)}" * bool(parts))))
+
+    def size(self) -> int:
+        return len(self.images) + len(self.errors) + self.left_out["seen by another name"]
+
+    def problems(self) -> list[str]:
+        return [f"{path}: {text}" for path, text in self.errors.items()]
+
+    def folder(self, folder: Path, base: Path | None = None, without: str = "", deep: bool = True) -> None:
+        """What lies under `folder`, links followed, but hidden names, masks as data sets keep them, and outputs of ours.
+
+        base: names of outputs are relative to it. without: the kind of folder (see _FOLDERS) that is left out too.
+        """
+        stack, found = [folder], {}
+        while stack:
+            here = stack.pop()
+            real = os.path.realpath(here)
+            try:
+                entries = sorted(os.scandir(here), key=lambda e: (e.is_symlink(), e.name)) if real not in self.seen else None
+            except OSError as e:
+                self.errors[str(here)] = f"cannot be read ({e.strerror})"
+                continue
+            if entries is None:
+                self.left_out["seen by another name"] += 1
+                continue
+            self.seen.add(real)
+            folders = {e.name: _kind(e.name) for e in entries if os.path.isdir(e.path)}
+            stems = {Path(e.name).stem for e in entries if e.name not in folders and _is_image(e.name)}
+            in_layout = stems or set(folders.values()) - {"", "mask"}
+            for e in entries:
+                kind, path = folders.get(e.name), Path(e.path)
+                if e.name.startswith(".") or e.name in _NOT_MEANT:
+                    self.left_out["hidden"] += 1
+                elif kind is None:
+                    self.file(path, f"{real}/{e.name}", found, base or folder, stems)
+                elif kind == "mask" and in_layout or kind and kind == without or not deep:
+                    self.leave(path)
+                else:
+                    stack.append(path)
+        self.images |= dict(sorted(found.items()))
+
+    def file(self, path: Path, real: str, found: dict, base: Path, stems=frozenset()) -> None:
+        """One file of a folder or glob, into `found`."""
+        real = os.path.realpath(path) if path.is_symlink() else real
+        try:
+            is_file = stat.S_ISREG(os.stat(path).st_mode)
+        except OSError as e:
+            self.errors[str(path)] = f"cannot be read ({e.strerror})"
+            return
+        if not _is_image(path.name):
+            self.suffixes[path.suffix or "no suffix"] += 1
+        elif _OUTPUT.search(path.name):
+            self.left_out["maps and masks of fastprior"] += 1
+        elif path.suffix.lower() in (".png", ".bmp") and _MASK_OF.sub("", path.stem) in stems - {path.stem}:
+            self.left_out["masks beside their images"] += 1
+        elif real in self.seen:
+            self.left_out["seen by another name"] += 1
+        elif not is_file:
+            self.errors[str(path)] = "a pipe or device, no image file"
+        else:
+            self.seen.add(real)
+            found[path] = path.relative_to(base)
+
+    def leave(self, folder: Path) -> None:
+        inside = _Found()
+        inside.folder(folder)
+        self.left_out[f"in {folder.name}/"] += len(inside.images)
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def find_images(path: str | os.PathLike, without: str = "") -> list[Path]:
+    """Image files under a folder (of an MVTec AD category: under train/good), sorted; or the file itself.
+
+    without="good": only those that lie in no folder named as good ones are (ok, normal, ...).
+    """
+    if os.path.isfile(path):
+        return [Path(path)]
+    if not os.fspath(path) or not os.path.isdir(path):
+        raise ImageError(f"{os.fspath(path)!r}: no such file or folder")
+    found, path = _Found(), Path(path)
+    found.folder(path / "train" / "good" if not without and (path / "train" / "good").is_dir() else path, without=without)
+    return _some(found, path)
+
+
+def _some(found: _Found, path: Path) -> list[Path]:
+    if not found.images:
+        raise ImageError(f"{path}: no images here (looked for {', '.join(sorted(IMAGE_SUFFIXES))}) {found}".rstrip())
+    return list(found.images)
+
+
+def find_good(path: str | os.PathLike) -> _Found:
+    """The images to train on: those of good/ (ok, normal, train/good, Data/Images/Normal, ...) where there are such folders.
+
+    ImageError where names and places of folders do not say which images are good ones.
+    """
+    found = _Found()
+    if not os.fspath(path) or not os.path.isdir(path):
+        found.images = {file: file for file in find_images(path)}
+        return found
+    here, aside = Path(path), []
+    kind = _kind(os.path.basename(os.path.abspath(here)))
+    while True:
+        try:
+            entries = [e for e in os.scandir(here) if not e.name.startswith(".") and e.name not in _NOT_MEANT]
+        except OSError as e:
+            raise ImageError(f"{here}: cannot be read ({e.strerror})") from e
+        folders = {Path(e.path): _kind(e.name) for e in entries if os.path.isdir(e.path)}
+        loose = any(_is_image(e.name) and not _OUTPUT.search(e.name) for e in entries if Path(e.path) not in folders)
+        chosen = [f for f, k in folders.items() if k in ("good", "train")]
+        others = [f for f, k in folders.items() if k != "mask"]
+        if not chosen and not loose and len(others) == 1 and folders[others[0]] in ("", "wrapper"):
+            chosen = others  # the only one there is
+        unclear = len(chosen) > 1 or chosen and loose or kind != "good" and loose and "mask" in folders.values()
+        if unclear or not chosen:
+            break
+        aside += [f for f in folders if f != chosen[0]]
+        here = chosen[0]
+        kind = folders[here] if folders[here] in ("good", "train") else kind
+        if kind == "good":
+            break
+    whole = Path(os.path.abspath(here))
+    named = {_kind(whole.name), _kind(whole.parent.name) == "mask" and "mask"}
+    if kind != "good" and (unclear or folders and not loose or named & {"bad", "mask"} or
+                           kind != "train" and "mask" in map(_kind, (f.name for f in aside))):
+        names = ", ".join(sorted(f"{f.name}/" for f in folders)[:6])
+        raise ImageError(f"{here}: which images are good is not clear ({'images beside ' * bool(loose and folders)}"
+                         f"{names or 'by its name, none'}); give the folder of good images (for a folder a product, --multi)")
+    found.folder(here, without="bad", deep=kind == "good")
+    for folder in sorted(aside):
+        found.leave(folder)
+    if found.left_out["masks beside their images"]:
+        raise ImageError(f"{here}: masks lie beside images, so some of these are not good; name a folder of good images")
+    found.source = f"{len(_some(found, here))} images from {here}"
     return found
 
 
@@ -1104,6 +1444,7 @@ class Settings:
     threshold: float | None = None  # a fixed one instead
     calibration: str = "cross"
     seed: int = 0
+    bits: int | None = None  # of 16-bit images, see `load_image`; None: found in training, which saw none if it stays so
 
     def check(self) -> None:
         checks = {
@@ -1118,6 +1459,7 @@ class Settings:
             "floor": (0 < self.floor <= 1, "a share in (0, 1]"),
             "factors": (0 <= self.factors <= _MOST_FACTORS, f"0 to {_MOST_FACTORS}"),
             "width": (self.width % 16 == 0, "a multiple of 16"),
+            "bits": (self.bits is None or self.bits in _DEPTHS, f"one of {', '.join(map(str, _DEPTHS))}"),
         }
         for name, (good, expected) in checks.items():
             if not good:
@@ -1355,21 +1697,21 @@ class Prior:
         is split conformal and exact. settings: `fpr`, `threshold`. Nothing is trained, and the order of
         scores does not change. ImageError if fewer than 10 can be read.
         """
-        if isinstance(images, (str, os.PathLike)):
-            images = find_images(images)
+        found = find_good(images) if isinstance(images, (str, os.PathLike)) else _Found()
+        images = list(found.images or images)
         priors = {steps: self.with_steps(steps) for steps in self.calibrations}
         z: dict[int, list] = {steps: [] for steps in priors}
-        unreadable = []
+        unreadable = found.problems()
         for i, source in enumerate(images):
             try:
-                image = load_image(source)
+                image = load_image(source, self.settings.bits)
             except (ImageError, ShapeError) as e:
                 unreadable.append(str(e))
                 continue
             for steps, prior in priors.items():
                 z[steps].append(prior.z([image])[0])
             progress("calibration", i + 1, len(images))
-        count = len(images) - len(unreadable)
+        count = len(z[self.settings.steps])
         if count < 10:
             raise ImageError(f"{count} readable good images: at least 10 are needed to calibrate"
                              + (f" (first problem: {unreadable[0]})" if unreadable else ""))
@@ -1402,17 +1744,19 @@ class Prior:
         return self.score_batch([image], with_map=with_map)[0]
 
     def score_batch(self, images: Sequence[str | os.PathLike | np.ndarray], *, with_map: bool = True,
-                    chunk: int = 16) -> list[Result]:
+                    chunk: int = 16, errors: str = "raise") -> list[Result]:
         """Score many images of any sizes; the same numbers as one by one.
+
+        errors="return": an image that cannot be read has its ImageError or ShapeError in place of a result.
 
         With device="cuda" images may be CuPy or torch CUDA arrays, u8 (H, W, 3), and the results
         stay on the GPU until they are read; nothing here waits for it.
         """
-        results = []
-        for start in range(0, len(images), chunk):
-            pixels = [self._pixels(image) for image in images[start:start + chunk]]
+        results: list = [None] * len(images)
+        for places, pixels in _load_chunks(images, self.settings.bits, chunk, errors, results, self.device):
             frames = self._frames(pixels, with_map)
-            results += [Result(frames, i, self) for i in range(len(pixels))]
+            for i, place in enumerate(places):
+                results[place] = Result(frames, i, self)
         return results
 
     def z(self, images: Sequence[str | os.PathLike | np.ndarray]) -> np.ndarray:
@@ -1420,14 +1764,9 @@ class Prior:
 
         z_n = (|x_T,n|^2 / 2) * scale_n + location_n, in standard deviations of held-out good images.
         """
-        frames = self._frames([self._pixels(image) for image in images], False)
+        (_, pixels), = _load_chunks(images, self.settings.bits, len(images), "raise", [], self.device)
+        frames = self._frames(pixels, False)
         return frames.to_host(frames.outputs[0])
-
-    def _pixels(self, image):
-        """What an engine takes: an array that is on the GPU already, else what `load_image` makes."""
-        if self.device == "cuda" and hasattr(image, "__cuda_array_interface__"):
-            return image
-        return load_image(image)
 
     def _frames(self, pixels: list, with_map: bool, tokens=None):
         """A batch scored by the engine or by the reference operations; tokens (B, N, C) in place of pixels."""
@@ -1554,11 +1893,13 @@ class MultiPrior:
         kinds = {(p.backbone.name, p.settings.size, p.settings.steps) for p in priors.values()}
         if len(kinds) != 1:
             raise ModelError(f"products of one model need one backbone, size and number of steps, got {sorted(kinds)}")
+        if len({p.settings.bits for p in priors.values()} - {None}) > 1:
+            raise ModelError("products of one model need one depth of their 16-bit images (bits)")
         self.priors = priors
         first = next(iter(priors.values()))
         self.backbone, self.settings, self.grid = first.backbone, first.settings, first.grid
         self.device, self.backend, self.threads = first.device, first.backend, first.threads
-        self._pixels, self._built = first._pixels, None
+        self._built = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_built": None}
@@ -1579,16 +1920,15 @@ class MultiPrior:
         """As `Prior.score`; the result names the product."""
         return self.score_batch([image], with_map=with_map)[0]
 
-    def score_batch(self, images: Sequence, *, with_map: bool = True, chunk: int = 16) -> list[Result]:
+    def score_batch(self, images: Sequence, *, with_map: bool = True, chunk: int = 16, errors: str = "raise") -> list[Result]:
         """As `Prior.score_batch`."""
-        results, names = [], list(self.priors)
-        for start in range(0, len(images), chunk):
-            pixels = [self._pixels(image) for image in images[start:start + chunk]]
+        results, priors = [None] * len(images), list(self.priors.items())
+        for places, pixels in _load_chunks(images, _bits(self), chunk, errors, results, self.device):
             tokens = self._tokens(pixels)
-            frames = [prior._frames(pixels, with_map, tokens) for prior in self.priors.values()]
+            frames = [prior._frames(pixels, with_map, tokens) for _, prior in priors]
             z = np.array([f.to_host(f.outputs[0]) for f in frames])
-            results += [Result(frames[k], i, self.priors[names[k]], names[k])
-                        for i, k in enumerate(z.mean(-1).argmin(0))]
+            for i, (place, k) in enumerate(zip(places, z.mean(-1).argmin(0))):
+                results[place] = Result(frames[k], i, priors[k][1], priors[k][0])
         return results
 
     def _tokens(self, pixels: list):
@@ -1611,6 +1951,34 @@ def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
             e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid, sum(backbone.channels))
             e.finish()
     return e
+
+
+def _bits(model: "Prior | MultiPrior") -> int | None:
+    return next((prior.settings.bits for prior in _products(model).values() if prior.settings.bits), None)
+
+
+def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, results: list,
+                 device: str = "cpu"):
+    """Yields places and arrays of at most `chunk` images and about 64 million pixels; what `errors` asks for into results."""
+    if isinstance(images, (str, os.PathLike)) or errors not in ("raise", "return"):
+        raise ShapeError("score_batch: expected a list of images, and errors='raise' or 'return'")
+    places, arrays = [], []
+    for i, image in enumerate(images):
+        try:
+            if device != "cuda" or not hasattr(image, "__cuda_array_interface__"):
+                image = load_image(image, bits)
+        except (ImageError, ShapeError) as e:
+            if errors == "raise":
+                raise
+            results[i] = e
+            continue
+        places.append(i)
+        arrays.append(image)
+        if len(arrays) == chunk or sum(math.prod(a.shape[:2]) for a in arrays) > 1 << 26:
+            yield places, arrays
+            places, arrays = [], []
+    if arrays:
+        yield places, arrays
 
 
 def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
@@ -1647,7 +2015,7 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
     engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
     for i, source in enumerate(images):
         try:
-            image = load_image(source)
+            image = load_image(source, settings.bits)
         except (ImageError, ShapeError) as e:
             unreadable.append(str(e))
             continue
@@ -1834,14 +2202,14 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
 
     Parameters
     ----------
-    images : folder, or sequence of paths or uint8 arrays.
+    images : folder (see `find_good`), or sequence of paths or uint8 arrays.
     iterations : at most this many training steps (default 900; the held-out loss may stop it earlier).
         0: no denoiser and no torch, the density is that of the joint Gaussian (places and shared factors).
     minutes : at most this long in the denoiser's training.
 
     Raises
     ------
-    ImageError if fewer than MIN_IMAGES images can be read; BackendUnavailable without torch.
+    ImageError if fewer than MIN_IMAGES images can be read, or less than half of them; BackendUnavailable without torch.
 
     Calibration "cross" scores every image by Gaussians that did not see it (5 folds) while the
     final Gaussian uses all images; the denoiser has seen four of the five folds. "holdout" keeps a
@@ -1849,8 +2217,9 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     """
     began = time.perf_counter()
     if isinstance(images, (str, os.PathLike)):
-        images = find_images(images)
-    images = list(images)
+        images = find_good(images)
+    found = images if isinstance(images, _Found) else _Found()
+    images = list(found.images or images)
     config = Settings(**settings)
     config.check()
     if iterations is None or iterations > 0:
@@ -1858,10 +2227,14 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     if len(images) < MIN_IMAGES:
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or more are better")
     backbone = load_backbone(config.backbone)
-    config = dataclasses.replace(config, backbone=backbone.name)
-    whitened = _whiten_features(*extract_features(images, config, backbone, threads, progress), config, progress)
+    config = dataclasses.replace(config, backbone=backbone.name, bits=config.bits or find_depth(images))
+    features, owner, unreadable = extract_features(images, config, backbone, threads, progress)
+    unreadable = found.problems() + unreadable
+    if 2 * len(unreadable) > len(images):
+        raise ImageError(f"{len(unreadable)} of {len(images) + len(found.errors)} images cannot be read, the first: {unreadable[0]}")
+    whitened = _whiten_features(features, owner, unreadable, config, progress)
     prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress)
-    prior.summary["seconds"] = round(time.perf_counter() - began, 1)
+    prior.summary |= {"seconds": round(time.perf_counter() - began, 1), "found": str(found), "not_read": len(unreadable)}
     return prior
 
 
@@ -1871,11 +2244,13 @@ Prior.fit = staticmethod(fit)
 def fit_many(root: str | os.PathLike, *, progress: Progress = _quiet, **options) -> MultiPrior:
     """`fit` for every product of ROOT (a folder each: of good images, or a category in MVTec AD's layout), in one model."""
     root = Path(root)
-    folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in _NOT_MEANT) if root.is_dir() else []
     if not folders:
         raise ImageError(f"{root}: expected a folder of good images for each product")
-    options = {"backbone": load_backbone(options.pop("backbone", Settings.backbone))} | options
-    return MultiPrior({folder.name: fit(folder, progress=lambda what, done, of, name=folder.name:
+    good = {folder: find_good(folder) for folder in folders}
+    bits = options.pop("bits", None) or find_depth(file for found in good.values() for file in found.images)
+    options = {"backbone": load_backbone(options.pop("backbone", Settings.backbone)), "bits": bits} | options
+    return MultiPrior({folder.name: fit(good[folder], progress=lambda what, done, of, name=folder.name:
                                         progress(f"{name}: {what}", done, of), **options) for folder in folders})
 
 
@@ -2016,17 +2391,19 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions: "Iterable[Regio
     The scale is logarithmic and the same for every image: colour begins at 0.3 of the threshold,
     about what a good image reaches somewhere, and is full at 10 times it.
     """
-    strength = np.clip(np.log(np.maximum(anomaly_map, 1e-6) / .3) / math.log(10 / .3), 0, 1)
-    at = strength * (len(_INFERNO) - 1)
-    colour = np.stack([np.interp(at, np.arange(len(_INFERNO)), _INFERNO[:, c]) for c in range(3)], -1)
-    alpha = np.clip(strength * 5, 0, .65)[..., None]
-    out = np.rint(image * (1 - alpha) + colour * alpha).astype(np.uint8)
+    out = np.empty_like(image)
+    rows = max(1, (1 << 20) // image.shape[1])  # strips: the steps between are many times larger than the image
+    for part in (slice(y, y + rows) for y in range(0, len(image), rows)):
+        strength = np.clip(np.log(np.maximum(anomaly_map[part], 1e-6) / .3) / math.log(10 / .3), 0, 1)
+        at = strength * (len(_INFERNO) - 1)
+        colour = np.stack([np.interp(at, np.arange(len(_INFERNO)), _INFERNO[:, c]) for c in range(3)], -1)
+        alpha = np.clip(strength * 5, 0, .65)[..., None]
+        out[part] = np.rint(image[part] * (1 - alpha) + colour * alpha).astype(np.uint8)
     line = max(1, min(image.shape[:2]) // 256)
     for r in regions:
-        inside = np.zeros(image.shape[:2], bool)
-        inside[r.top:r.bottom, r.left:r.right] = True
-        inside[r.top + line:r.bottom - line, r.left + line:r.right - line] = False
-        out[inside] = 255, 255, 255
+        box = out[r.top:r.bottom, r.left:r.right]
+        for edge in (box[:line], box[-line:], box[:, :line], box[:, -line:]):
+            edge[...] = 255
     return out
 
 
@@ -2054,25 +2431,31 @@ def machine() -> dict[str, str | int]:
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-def _images_under(patterns: Iterable[str]) -> list[Path]:
-    """Files, folders and globs -> image files, in order, each once."""
+def _images_under(patterns: Iterable[str]) -> _Found:
+    """Files, folders and globs -> image files, each once."""
     import glob
-    found: dict[Path, None] = {}
+    found = _Found()
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-                            and "ground_truth" not in p.parts)
-            if not inside:
-                raise ImageError(f"{path}: no images here (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-        elif path.exists():
-            inside = [path]
+        path, before = Path(pattern), found.size()
+        if pattern and os.path.isdir(path):
+            found.folder(path)
+        elif pattern and os.path.lexists(path):
+            found.images.setdefault(path, Path(path.name))
+            continue
         else:
-            inside = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
-            if not inside:
-                raise ImageError(f"{pattern}: no such file, folder or glob")
-        found.update(dict.fromkeys(inside))
-    return list(found)
+            fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+            matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+            kinds = {_kind(match.name) for match in matches if match.is_dir()}
+            for match in matches:
+                if match.is_dir() and _kind(match.name) == "mask" and kinds - {"", "mask"}:
+                    found.leave(match)
+                elif match.is_dir():
+                    found.folder(match, fixed)
+                else:
+                    found.file(match, os.path.realpath(match), found.images, fixed)
+        if found.size() == before:
+            found.errors[pattern] = "no images here" if os.path.isdir(path) and pattern else "no such file, folder or glob of images"
+    return found
 
 
 def demo_model() -> Path:
@@ -2086,8 +2469,8 @@ class _Bars:
     def __enter__(self):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
-        console = Console(stderr=True)
-        self.bars = Bars(TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console = Console(file=sys.stderr or io.StringIO())
+        self.bars = Bars(TextColumn("{task.description:>12}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                          console=console, disable=not console.is_terminal)
         self.tasks: dict[str, Any] = {}
         self.bars.start()
@@ -2102,8 +2485,20 @@ class _Bars:
         self.bars.update(self.tasks[what], completed=done, total=total)
 
 
+def _printable(text: object) -> str:
+    """One line that moves no cursor and forges no row: what cannot be printed as Python escapes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def _say(*text) -> None:
-    print(*text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody listens
+        if sys.stderr:
+            print(_printable(" ".join(map(str, text))), file=sys.stderr, flush=True)
+
+
+def _json(value) -> str:
+    """Strict JSON: what is not a number is null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
 def _promise(t: Threshold, n: int) -> str:
@@ -2119,13 +2514,44 @@ def _products(model: Prior | MultiPrior) -> dict[str, Prior]:
 
 
 def _check_output(path: Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise FastPriorError(f"{path}: the folder {path.absolute().parent} does not exist")
+    """Before the work, not after: can `path` be written?"""
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FastPriorError(f"{path}: the folder {target.parent} does not exist")
+    if target.exists() and not target.is_file():
+        raise FastPriorError(f"{path}: a folder or a device; expected a file to write")
+    trial = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as e:
+        raise FastPriorError(f"{path}: cannot be written ({e.strerror})") from e
 
 
-def _write_png(path: Path, array: np.ndarray) -> str:
-    from PIL import Image
-    Image.fromarray(array).save(path)
+def _write_png(folder: Path, name: Path, kind: str, array: np.ndarray, source: Path) -> str:
+    """An output for `source`, at its own place below `folder`; returns its path. It never replaces that of another image."""
+    import hashlib
+    from PIL import Image, PngImagePlugin
+    owner = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()
+    path = folder / name.with_name(f"{name.name}.{kind}.png")
+    try:
+        with open(path, "rb") as f:
+            taken = _open_pillow(f).info.get("fastprior") != owner
+    except FileNotFoundError:
+        taken = False
+    except Exception:  # a decoder, and a file that is none of ours
+        taken = True
+    path = path.with_name(f"{name.name}.{owner[:8]}.{kind}.png") if taken else path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
+    info = PngImagePlugin.PngInfo()
+    info.add_text("fastprior", owner)
+    try:
+        Image.fromarray(array).save(temporary, "PNG", pnginfo=info)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return str(path)
 
 
@@ -2149,7 +2575,7 @@ def _build_app():
     threads_option = typer.Option(None, "--threads", min=1, help="CPU threads (default: all, or NUMBA_NUM_THREADS).")
 
     @app.command()
-    def train(good: Path = typer.Argument(..., help="Folder of good images, or a category in MVTec AD's layout."),
+    def train(good: str = typer.Argument(..., help="Folder of good images, or one with good/ (ok, normal, train/good) in it."),
               output: Path = typer.Option(..., "-o", "--output", help="Model file to write (.npz)."),
               backbone: str = typer.Option("lite0", help="lite0, lite1, lite2, timm:NAME, or a weight file."),
               size: int = typer.Option(Settings.size, help="Side the image is resized to, pixels, a multiple of 32."),
@@ -2160,6 +2586,7 @@ def _build_app():
               calibration: str = typer.Option(Settings.calibration, help="cross (uses every image) or holdout (exact)."),
               fpr: float = typer.Option(Settings.fpr, help="False-alarm rate to set the threshold for."),
               seed: int = typer.Option(Settings.seed, help="Seed of everything random."),
+              bits: int = typer.Option(None, help="Of 16-bit images: 8, 10, 12, 14 or 16 (default: found in them)."),
               multi: bool = typer.Option(False, "--multi", help="GOOD holds a folder for each product; one model for all."),
               threads: int = threads_option):
         """Train a model on good images.
@@ -2172,16 +2599,20 @@ def _build_app():
         with _Bars() as bars:
             made = (fit_many if multi else fit)(
                 good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, backbone=backbone,
-                size=size, steps=steps, variant=variant, calibration=calibration, fpr=fpr, seed=seed)
+                size=size, steps=steps, variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits)
         made.save(output)
         for name, prior in _products(made).items():
             s = prior.summary
             if name:
                 _say(f"{name}:")
+            _say(s["found"])
             for line in s["unreadable"]:
-                _say(f"left out: {line}")
+                _say(f"cannot be read: {line}")
+            if s["not_read"]:
+                _say(f"{s['not_read']} images could not be read")
+            depth = f", {prior.settings.bits} bits" if prior.settings.bits else ""
             loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
-            _say(f"{s['images']} images, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
+            _say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
                  f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
             _say(_promise(prior.threshold, len(prior.calibration["scores"])))
         print(output)
@@ -2209,40 +2640,60 @@ def _build_app():
         if model is None:
             model = demo_model()
             _say(f"no --model given: using the demo model, which knows the washers of examples/ ({model})")
-        files = _images_under(paths)
+        found = _images_under(paths)
+        if str(found):
+            _say(found)
+        failed, anomalies, scores = 0, 0, {}
+
+        def refuse(text: str, row: dict) -> None:
+            nonlocal failed
+            failed += 1
+            _say(f"error: {text}")
+            if as_json:
+                print(_json(row | {"error": text}), flush=True)
+        for path, text in found.errors.items():
+            refuse(f"{path or repr(path)}: {text}", {"path": path})
+        if not found.images:
+            raise typer.Exit(2)
         prior = Prior.load(model, threads=threads, steps=steps, fpr=fpr, threshold=threshold, device=device)
-        for folder in filter(None, (map_folder, mask_folder)):
-            folder.mkdir(parents=True, exist_ok=True)
-        names = _map_names(files)
-        failed = anomalies = 0
-        scores: dict[str, list] = {}
         with _Bars() as bars:
-            for i, path in enumerate(files):
+            for i, (path, name) in enumerate(found.images.items()):
+                row = {"path": str(path)}
                 try:
-                    image = load_image(path)
+                    image = load_image(path, _bits(prior))
                     r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
-                except (ImageError, ShapeError) as e:
-                    failed += 1
-                    _say(f"error: {e}")
-                    if as_json:
-                        print(json.dumps({"path": str(path), "error": str(e)}), flush=True)
+                    if not math.isfinite(r.score):
+                        raise ShapeError("its score is not a number")
+                except (FastPriorError, MemoryError) as e:
+                    refuse(str(e) if isinstance(e, ImageError) else f"{path}: {str(e) or 'out of memory'}", row)
                     continue
                 anomalies += r.is_anomaly
                 product = getattr(r, "product", "")
                 scores.setdefault(product, []).append(r.score)
-                row = {"path": str(path), "score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
+                row |= {"score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
                 row |= {"product": product} if product else {}
-                if as_json:
-                    row |= {"threshold": round(r.threshold, 4),
-                            "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
-                if map_folder:
-                    row["map"] = _write_png(map_folder / names[i], overlay(image, r.anomaly_map, r.regions))
-                if mask_folder:
-                    row["mask"] = _write_png(mask_folder / names[i], (r.anomaly_map > 1).astype(np.uint8) * 255)
+                unwritten = ""
+                try:
+                    if as_json:
+                        row |= {"threshold": round(r.threshold, 4),
+                                "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
+                    if map_folder:
+                        row["map"] = _write_png(map_folder, name, "map", overlay(image, r.anomaly_map, r.regions), path)
+                    if mask_folder:
+                        row["mask"] = _write_png(mask_folder, name, "mask", (r.anomaly_map > 1).astype(np.uint8) * 255, path)
+                except (OSError, ValueError, MemoryError) as e:
+                    unwritten = f"{path}: scored, but its map or mask cannot be written ({getattr(e, 'strerror', None) or e})"
                 cells = [str(path), f"{r.score:.2f}", f"{r.p_value:.4f}", r.verdict, *filter(None, [product])]
-                print(json.dumps(row) if as_json else "\t".join(cells), flush=True)
-                if len(files) > 1:
-                    bars("scoring", i + 1, len(files))
+                if not as_json:
+                    print("\t".join(map(_printable, cells)), flush=True)
+                elif not unwritten:
+                    print(_json(row), flush=True)
+                if unwritten:
+                    refuse(unwritten, row)
+                if len(found.images) > 1:
+                    bars("scoring", i + 1, len(found.images))
+        if failed and len(found.images) + len(found.errors) > 1:
+            _say(f"{failed} of {len(found.images) + len(found.errors)} could not be scored, or their maps not written")
         for product, own in scores.items():
             known = _products(prior)[product]
             moved = drift(own, known.calibration["scores"], known.threshold.value)
@@ -2251,10 +2702,10 @@ def _build_app():
         raise typer.Exit(2 if failed else int(anomalies > 0))
 
     @app.command()
-    def calibrate(good: Path = typer.Argument(..., help="Folder of new good images, not those of training."),
+    def calibrate(good: str = typer.Argument(..., help="Folder of new good images, not those of training."),
                   model: Path = typer.Option(..., "-m", "--model", help="Model file to start from."),
                   output: Path = typer.Option(..., "-o", "--output", help="Model file to write (may be the same)."),
-                  known_bad: Path = typer.Option(None, "--known-bad", help="Folder of bad images: shows both errors."),
+                  known_bad: str = typer.Option(None, "--known-bad", help="Folder of bad images: shows both errors."),
                   fpr: float = typer.Option(None, help="False-alarm rate to set the threshold for (default: the model's)."),
                   threshold: float = typer.Option(None, help="A fixed threshold instead."),
                   device: str = device_option, threads: int = threads_option):
@@ -2272,9 +2723,13 @@ def _build_app():
         changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
         with _Bars() as bars:
             prior = prior.calibrate(good, progress=bars, **changes)
-            bad = [prior.score(load_image(p), with_map=False).score for p in find_images(known_bad)] if known_bad else []
+            tried = prior.score_batch(find_images(known_bad, without="good"), with_map=False, errors="return") if known_bad else []
+        bad = [r.score for r in tried if isinstance(r, Result)]
+        unreadable = prior.summary["unreadable"] + [r for r in tried if isinstance(r, Exception)]
+        if known_bad and not bad:
+            raise ImageError(f"--known-bad: none of {len(tried)} images can be read, the first: {tried[0]}")
         prior.save(output)
-        for line in prior.summary["unreadable"]:
+        for line in unreadable:
             _say(f"left out: {line}")
         _say(_promise(prior.threshold, len(prior.calibration["scores"])))
         if known_bad:
@@ -2351,7 +2806,7 @@ def _build_app():
                        "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()), **prior.summary,
                        "promise": _promise(prior.threshold, len(prior.calibration["scores"]))}
                 facts |= {f"{name}: {k}": v for k, v in own.items()} if name else own
-        print(json.dumps(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
+        print(_json(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
 
     return app
 
@@ -2363,35 +2818,59 @@ def _numbers(text: str, name: str) -> list[int]:
         raise ShapeError(f"--{name}: expected numbers separated by commas, got {text!r}") from e
 
 
-def _map_names(files: list[Path]) -> list[str]:
-    """One PNG name an image: its path below the folder that all share, with underscores."""
-    parents = [p.absolute().parent for p in files]
-    common = Path(os.path.commonpath(parents)) if files else Path()
-    return ["_".join(p.absolute().relative_to(common).with_suffix("").parts) + p.suffix.lower().replace(".", "_") + ".png"
-            for p in files]
-
 
 def main() -> None:
-    """Entry point of the command: domain errors become one line and exit code 2."""
+    """Entry point of the command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
+    code = 2
     try:
-        import typer  # noqa: F401
-    except ImportError:
-        sys.exit("fastprior: the command line needs typer: pip install typer")
-    _log.addHandler(logging.StreamHandler())
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError):  # a closed stream is None
+                stream.reconfigure(errors="backslashreplace")  # names are any bytes, and terminals of any code page
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of decoders
+            warnings.simplefilter("once", ImageWarning)
+            warnings.showwarning = lambda text, *_: _say(f"warning: {text}")
+            code = _run_app()
+        if sys.stdout:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as e:  # the last edge; a SystemExit here is what click makes of a closed pipe
+        code = 2
+        if "--debug" in sys.argv:
+            import traceback
+            traceback.print_exc()
+        _say(f"error: {e}" if isinstance(e, FastPriorError) else "error: cannot write to standard output" if isinstance(e, SystemExit)
+             else f"error: {type(e).__name__}: {e} (--debug shows where)")
+    if code == 130:
+        _say("interrupted")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # else Python tries again as it ends, and ends with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _run_app() -> int:
+    try:
+        import typer
+    except ImportError as e:
+        raise BackendUnavailable("the command line needs typer: pip install typer") from e
+    if not _log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("fastprior: %(message)s"))
+        _log.addHandler(handler)
     _log.setLevel(logging.INFO)
     try:
-        _build_app()(standalone_mode=True)
-    except FastPriorError as e:
-        if "--debug" in sys.argv:
+        return _build_app()(standalone_mode=False) or 0
+    except typer.Abort as e:
+        raise KeyboardInterrupt from e
+    except Exception as e:
+        if not hasattr(e, "show"):  # what click says of wrong options
             raise
-        _say(f"error: {e}")
-        sys.exit(2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted")
-        sys.exit(130)
+        e.show()
+        return 2
 
 
 if __name__ == "__main__":
