@@ -77,7 +77,7 @@ def _kinds(folder: Path) -> tuple[list[Path], list[Path]]:
     good, bad = [], []
     kinds = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     for kind in (k for k in kinds if k.name not in MASKS):
-        found = sorted(p for p in kind.rglob("*") if p.suffix.lower() in fp.IMAGE_SUFFIXES and p.is_file())
+        found = sorted(p for p in kind.rglob("*") if p.suffix.lower() in fp._room("folders").IMAGE_SUFFIXES and p.is_file())
         (good if kind.name.lower() in GOOD else bad).extend(found)
     return good, bad
 
