@@ -35,6 +35,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import logging
@@ -42,6 +43,7 @@ import math
 import os
 import re
 import stat
+import struct
 import sys
 import threading
 import time
@@ -428,54 +430,41 @@ class Backbone:
 
     @staticmethod
     def from_arrays(header: dict, arrays: dict[str, np.ndarray]) -> "Backbone":
-        try:
-            blocks = []
-            for i, spec in enumerate(header["blocks"]):
-                prefix = f"block{i}_"
-                own = {k[len(prefix):]: v.astype(np.float32) for k, v in arrays.items() if k.startswith(prefix)}
-                block = Block(own, int(spec["stride"]), int(spec["act"]), bool(spec["skip"]))
-                _check_block(block, i)
-                blocks.append(block)
-            made = Backbone(str(header["name"]), tuple(map(float, header["mean"])), tuple(map(float, header["std"])),
-                            int(header["act"]), arrays["stem_w"].astype(np.float32), arrays["stem_b"].astype(np.float32),
-                            tuple(blocks), tuple(map(int, header["stages"])))
-            _check_backbone(made)
-            return made
-        except (KeyError, TypeError, ValueError, IndexError) as e:
-            if isinstance(e, ModelError):
-                raise
-            raise ModelError(f"backbone: incomplete or inconsistent ({type(e).__name__}: {e})") from e
+        """Inverse of `header` and `to_arrays`; for what is no backbone, see `_decoding`."""
+        own = {k: a.astype(np.float32) for k, a in arrays.items() if a.dtype == np.float16}
+        blocks = []
+        for i, h in enumerate(header["blocks"]):
+            arrays = {k.removeprefix(f"block{i}_"): a for k, a in own.items() if k.startswith(f"block{i}_")}
+            blocks.append(Block(arrays, int(h["stride"]), int(h["act"]), bool(h["skip"])))
+        mean, std = (tuple(map(float, header[k])) for k in ("mean", "std"))
+        made = Backbone(str(header["name"]), mean, std, int(header["act"]), own["stem_w"], own["stem_b"],
+                        tuple(blocks), tuple(map(int, header["stages"])))
+        _check_backbone(made)
+        return made
 
 
-def _check_block(block: Block, i: int) -> None:
-    p = block.arrays
-    c_in, mid, out = block.channels
-    want = {"dw_w": (p["dw_w"].shape[0],) * 2 + (mid,), "dw_b": (mid,), "project_w": (mid, out), "project_b": (out,)}
-    if "expand_w" in p:
-        want |= {"expand_w": (c_in, mid), "expand_b": (mid,)}
-    if "se_reduce_w" in p:
-        s = p["se_reduce_w"].shape[1]
-        want |= {"se_reduce_w": (mid, s), "se_reduce_b": (s,), "se_expand_w": (s, mid), "se_expand_b": (mid,)}
-    for name, shape in want.items():
-        if p[name].shape != shape:
-            raise ModelError(f"backbone: block {i} {name}: expected shape {shape}, got {p[name].shape}")
-    if p["dw_w"].shape[0] not in (3, 5) or block.stride not in (1, 2):
-        raise ModelError(f"backbone: block {i}: only 3x3 and 5x5 kernels with stride 1 or 2 are known")
+_BLOCK_SHAPES = dict(dw_w="kkm", dw_b="m", project_w="mo", project_b="o", expand_w="im", expand_b="m",
+                     se_reduce_w="mr", se_reduce_b="r", se_expand_w="rm", se_expand_b="m")
 
 
 def _check_backbone(b: Backbone) -> None:
     """ModelError unless stem, blocks and stages fit one another: the kernels take it for granted."""
-    channels, stride = b.stem_w.shape[-1], 2
-    good = b.stem_w.shape == (3, 3, 3, channels) and b.stem_b.shape == (channels,) and len(b.mean) == len(b.std) == 3
+    channels = _check_arrays({"stem_w": b.stem_w, "stem_b": b.stem_b}, {"stem_w": "333c", "stem_b": "c"})["c"]
+    stride, stages = 2, list(b.stages)
+    good = stages == sorted(set(stages) & set(range(len(b.blocks)))) and stages[-1:] == [len(b.blocks) - 1]
+    good &= b.act in (RELU6, SILU) and len(b.mean) == len(b.std) == 3
+    good &= all(abs(v) <= 10 for v in b.mean) and all(1e-3 <= v <= 10 for v in b.std)
     for i, block in enumerate(b.blocks):
+        parts = {"dw", "project"} | {k.partition("_")[0] for k in block.arrays}
+        shapes = {k: v for k, v in _BLOCK_SHAPES.items() if k.partition("_")[0] in parts}
+        kernel = _check_arrays(block.arrays, shapes)["k"]
         c_in, _, c_out = block.channels
-        good &= c_in == channels and block.act in (RELU6, SILU) and (i > 0 or "expand_w" not in block.arrays)
+        good &= kernel in (3, 5) and block.stride in (1, 2) and c_in == channels
         good &= not block.skip or block.stride == 1 and c_in == c_out
+        # kernels fuse stem and first block: it has no activation of its own and can't expand or add its input
+        good &= block.act == b.act and (i > 0 or not block.skip and "expand_w" not in block.arrays)
         channels, stride = c_out, stride * block.stride
-    stages = list(b.stages)
-    good &= bool(stages) and stages == sorted(set(stages)) and stages[0] >= 0 and stages[-1] == len(b.blocks) - 1
-    arrays = [b.stem_w, b.stem_b, *(a for block in b.blocks for a in block.arrays.values())]
-    if not (good and stride == 16 and b.act in (RELU6, SILU) and min(b.std) > 0 and all(np.isfinite(a).all() for a in arrays)):
+    if not (good and stride == 16):
         raise ModelError("backbone: stem, blocks and stages do not fit together")
 
 
@@ -495,7 +484,8 @@ def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
         return name
     shipped = _data_folder("weights") / f"{os.fspath(name)}.npz"
     if shipped.is_file():
-        return Backbone.from_arrays(*_read_npz(shipped))
+        with _decoding(shipped):
+            return Backbone.from_arrays(*_read_npz(shipped))
     if name == "lite0":
         raise ModelError(f"{shipped} is missing: copy the folder weights/ beside fastprior.py")
     return _room("backbones").load_backbone(os.fspath(name))
@@ -689,23 +679,6 @@ def denoise(p: dict[str, np.ndarray], x: np.ndarray, t: int) -> np.ndarray:
 
 def _num_mixers(p: dict) -> int:
     return sum(name.endswith("_token1") for name in p)
-
-
-def _check_denoiser(p: dict[str, np.ndarray], n: int, c: int) -> None:
-    try:
-        d, k = p["in_w"].shape[1], p["time_w"].shape[1]
-        want = {"in_w": (c, d), "pos": (n, d), "time_w": (2 * len(_FREQUENCIES), k), "time_b": (k,),
-                "shift_w": (k, d), "gain_w": (k, c), "norm_gain": (d,), "norm_bias": (d,), "out_w": (d, c), "out_b": (c,)}
-        for i in range(_num_mixers(p)):
-            m, e = p[f"mix{i}_token1"].shape[0], p[f"mix{i}_w1"].shape[1]
-            want |= {f"mix{i}_token1": (m, n), f"mix{i}_token2": (n, m), f"mix{i}_w1": (d, e), f"mix{i}_b1": (e,),
-                     f"mix{i}_w2": (e, d), f"mix{i}_b2": (d,)}
-            want |= {f"mix{i}_norm{j}_{part}": (d,) for j in (1, 2) for part in ("gain", "bias")}
-        wrong = [name for name, shape in want.items() if p[name].shape != shape] + sorted(set(p) - set(want))
-    except (KeyError, IndexError) as e:
-        raise ModelError(f"denoiser: incomplete ({e})") from e
-    if wrong or d % 16:
-        raise ModelError(f"denoiser: unexpected shape or name: {', '.join(wrong) or 'width'}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1187,59 +1160,219 @@ def jitter(image: np.ndarray, rng: np.random.Generator, light: float = .15,
 
 
 # ------------------------------------------------------------------------------------------------
-# The model file: one .npz, no pickles
+# The model file: one .npz of stored entries with a digest, no pickles
 # ------------------------------------------------------------------------------------------------
 
-FORMAT = 1
+FORMAT = 2
 _MOST_FACTORS = 64  # that kernels/remove_factors.cu takes
-_MAX_BYTES = 4 << 30
+_MAX_BYTES, _MAX_HEADER = 2 << 30, 4 << 20  # a longer zip has other records
+_DTYPES = {repr(np.lib.format.dtype_to_descr(t)).encode(): t
+           for t in (BLOCK, *map(np.dtype, ("f2", "f4", "f8", "i8", "u1")))}
+_NPY = re.compile(rb"(?s)\x93NUMPY\x01\0..\{'descr': (.+), 'fortran_order': False, 'shape': \((.*)\), \} *\n")
+
+
+@contextlib.contextmanager
+def _decoding(path: str | os.PathLike):
+    """Whatever foreign bytes raise becomes a ModelError of one line that names the file."""
+    try:
+        yield
+    except Exception as e:
+        why = "cannot be read" if isinstance(e, OSError) else "not a fastprior model, or damaged"
+        raise ModelError(f"{path}: {e if isinstance(e, FastPriorError) else f'{why} ({e!r:.200})'}") from e
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """SHA-256 over names, types, shapes and values, u8 (32,)."""
+    sha = hashlib.sha256()
+    for name, a in sorted(arrays.items()):
+        sha.update(f"{name} {a.dtype.descr} {a.shape}\n".encode())
+        sha.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
+    return np.frombuffer(sha.digest(), np.uint8)
 
 
 def _read_npz(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
-    """Header and arrays of a file written by `_write_npz`; ModelError for anything else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
-                raise ModelError(f"{path}: larger than {_MAX_BYTES >> 30} GiB, no model of ours")
-            arrays = {}
-            for entry in archive.infolist():
-                data = archive.read(entry)  # checks the CRC
-                stream = io.BytesIO(data)
-                version = np.lib.format.read_magic(stream)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read(stream)
-                if fortran or dtype != BLOCK and (dtype.hasobject or dtype.kind not in "fiub"):
-                    raise ModelError(f"{path}: {entry.filename} is not a plain array")
-                if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
-                    raise ModelError(f"{path}: {entry.filename} is cut short")
-                arrays[entry.filename.removesuffix(".npy")] = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
-        header = json.loads(arrays.pop("header").tobytes())
-    except FileNotFoundError as e:
-        raise ModelError(f"{path}: no such model file") from e
-    except ModelError:
-        raise
-    except Exception as e:  # whatever zip, header and JSON make of a file that is none of ours
-        raise ModelError(f"{path}: not a fastprior model, or damaged ({e})") from e
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ModelError(f"{path}: format {header.get('format') if isinstance(header, dict) else None!r}, this version "
-                         f"reads format {FORMAT}; train it again or install the fastprior that wrote it")
-    return header, arrays
+    """Header and arrays as `_write_npz` writes them, else ModelError. Nothing is inflated or unpickled."""
+    with _decoding(path):
+        if not Path(path).is_file():
+            raise ModelError("no such model file")
+        with open(path, "rb") as f:
+            length = f.seek(0, os.SEEK_END)
+            f.seek(max(0, length - 42))
+            of_64, magic, size, start, comment = struct.unpack("<4s16x4s8xIIH", f.read())
+            if (of_64 == b"PK\6\7" or magic != b"PK\5\6" or comment or start + size + 22 != length
+                    or size > _MAX_HEADER or length > _MAX_BYTES):
+                raise ValueError("a zip of another kind, or cut short")
+            arrays, archive = {}, zipfile.ZipFile(f)
+            for e in sorted(archive.infolist(), key=lambda e: e.filename != "header.npy"):
+                name, length, stored = e.filename.removesuffix(".npy"), length - e.file_size, e.compress_size
+                if e.compress_type or e.flag_bits or e.file_size != stored or length < 0 or name in arrays:
+                    raise ValueError(f"{name!r:.80} is compressed, encrypted, too long or there twice")
+                data = archive.read(e)
+                head = _NPY.match(data[:512])
+                shape = head and tuple(map(int, head[2].replace(b",", b" ").split()))
+                dtype = head and _DTYPES.get(head[1])
+                if not dtype or math.prod(shape) * dtype.itemsize != len(data) - head.end():
+                    raise ValueError(f"{name!r:.80} is not a plain array")
+                arrays[name] = np.frombuffer(data, dtype, offset=head.end()).reshape(shape)
+                if name == "header":  # first, that a file of another format is called so
+                    text = arrays[name][:_MAX_HEADER].tobytes()
+                    header = json.loads(text)
+                    number = header["format"]
+                    if type(number) is int and number != FORMAT:
+                        whose = "a newer" if number > FORMAT else "an older"
+                        raise ModelError(f"written by {whose} fastprior, format {number!r:.20}, not {FORMAT}")
+        if type(number) is not int or json.dumps(header, sort_keys=True, allow_nan=False).encode() != text:
+            raise ValueError("the header is not as fastprior writes it")
+        if arrays.pop("sha256").tobytes() != _digest(arrays).tobytes():
+            raise ValueError("the digest is that of another content")
+    return header, {name: a for name, a in arrays.items() if name != "header"}
 
 
 def _write_npz(path: str | os.PathLike, header: dict, arrays: dict[str, np.ndarray]) -> None:
     """Written to a temporary name, then renamed: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    text = np.frombuffer(json.dumps({"format": FORMAT} | header, sort_keys=True).encode(), np.uint8)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    target = Path(os.path.realpath(path))  # a link stays a link
+    temporary = target.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            np.savez(f, header=text, **{k: np.ascontiguousarray(v) for k, v in arrays.items()})
-        os.replace(temporary, path)
-    except OSError as e:
-        raise FastPriorError(f"{path}: cannot be written ({e.strerror})") from e
+        if target.exists() and not target.is_file():
+            raise OSError(0, "it exists and is no file")
+        plain = json.loads(json.dumps({"format": FORMAT} | header))
+        text = json.dumps(plain, sort_keys=True, allow_nan=False).encode()
+        arrays = {"header": np.frombuffer(text, np.uint8), **arrays}
+        arrays = {k: np.ascontiguousarray(a) for k, a in arrays.items()}
+        with open(temporary, "xb") as f:
+            np.savez(f, **arrays, sha256=_digest(arrays))
+            f.flush()
+            os.fsync(f.fileno())
+            if f.tell() > _MAX_BYTES:
+                raise OSError(0, "larger than a model can be")
+        os.replace(temporary, target)
+    except (OSError, TypeError, ValueError) as e:
+        raise FastPriorError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _arrays_of(p: Prior) -> dict[str, np.ndarray]:
+    """All but the backbone's, by their names in a file."""
+    arrays = {"mean": p.mean, "whitener": p.whitener} | ({} if p.factors is None else {"factors": p.factors})
+    arrays |= {f"denoiser/{k}": a for k, a in (p.denoiser or {}).items()}
+    return arrays | {f"calibration/{n}/{k}": a for n, own in p.calibrations.items() for k, a in own.items()}
+
+
+def _pack_model(priors: dict[str, Prior]) -> tuple[dict, dict[str, np.ndarray]]:
+    """Header and arrays of a file. A single prior is called ""; of several, the i-th has its arrays in i/."""
+    backbone, parts = next(iter(priors.values())).backbone, []
+    arrays = {f"backbone/{k}": a for k, a in backbone.to_arrays().items()}
+    for i, (name, p) in enumerate(priors.items()):
+        arrays |= {f"{i}/{k}" if name else k: a for k, a in _arrays_of(p).items()}
+        settings = dataclasses.asdict(p.settings) | {"backbone": backbone.name}
+        parts.append((name, {"settings": settings, "summary": p.summary}))
+    kind = parts[0][1] | {"kind": "prior"} if "" in priors else {"kind": "priors", "products": parts}
+    return {"fastprior": __version__, "backbone": backbone.header()} | kind, arrays
+
+
+def _unpack_model(header: dict, arrays: dict[str, np.ndarray], threads: int | None) -> dict[str, Prior]:
+    """Inverse of `_pack_model`; for what is no model, see `_decoding`."""
+    def group(prefix: str, of: dict) -> dict:
+        return {k[len(prefix):]: a for k, a in of.items() if k.startswith(prefix)}
+    if header.get("kind") not in ("prior", "priors"):
+        raise ModelError(f"holds a {header.get('kind')!r:.40}, not a trained model")
+    backbone, priors = Backbone.from_arrays(header["backbone"], group("backbone/", arrays)), {}
+    for i, (name, part) in enumerate(header["products"] if header["kind"] == "priors" else [("", header)]):
+        settings, own = Settings(**part["settings"]), group(f"{i}/", arrays) if name else arrays
+        steps = sorted({k.split("/")[1] for k in own if k.startswith("calibration/")})
+        calibrations = {int(k): group(f"calibration/{k}/", own) for k in steps}
+        denoiser = group("denoiser/", own) or None
+        priors[name] = Prior(settings, backbone, own["mean"], own["whitener"], denoiser, calibrations,
+                             dict(part["summary"]), threads, factors=own.get("factors"))
+    again, known = _pack_model(priors)  # a model is taken as it would be written, and as nothing else
+    again |= {"format": FORMAT, "fastprior": str(header["fastprior"])}
+    if arrays.keys() != known.keys() or len({json.dumps(h, sort_keys=True) for h in (header, again)}) > 1:
+        raise ModelError("unknown or missing arrays or fields, or fields of another type")
+    return priors
+
+
+def _check_arrays(given: dict, shapes: dict[str, str], **sizes: int) -> dict[str, int]:
+    """Sizes by letter (one a dimension); ModelError if one differs or values are absurd."""
+    if given.keys() != shapes.keys():
+        raise ModelError(f"missing or unknown arrays: {sorted(given.keys() ^ shapes.keys())!r:.200}")
+    sizes["3"] = 3
+    for name, letters in shapes.items():
+        a = given[name]
+        fits = a.size and a.ndim == len(letters)
+        if not fits or any(sizes.setdefault(k, m) != m for k, m in zip(letters, a.shape)):
+            wanted = ", ".join(str(sizes.get(k, k)) for k in letters)
+            raise ModelError(f"{name}: shape {a.shape} does not fit, expected ({wanted})")
+        if a.dtype.kind != "f" or not -1e15 <= a.min() <= a.max() <= 1e15:
+            raise ModelError(f"{name} holds numbers that are not finite, or absurd")
+    return sizes
+
+
+_CALIBRATION_SHAPES = dict(location="n", scale="n", moments="3", scores="s", peaks="s")
+_DENOISER_SHAPES = dict(in_w="cd", pos="nd", time_w="tk", time_b="k", shift_w="kd", gain_w="kc",
+                        norm_gain="d", norm_bias="d", out_w="dc", out_b="c")
+_MIXER_SHAPES = dict(token1="mn", token2="nm", w1="de", b1="e", w2="ed", b2="d",
+                     norm1_gain="d", norm1_bias="d", norm2_gain="d", norm2_bias="d")
+
+
+def _check_model(p: Prior) -> None:
+    """ModelError unless all fits together, a frame has a sane size and no image can make infinite numbers."""
+    settings, n, c = p.settings, p.grid ** 2, sum(p.backbone.channels)
+    panels, groups, mixers = -(-c // _PANEL), -(-settings.factors // _PANEL), _num_mixers(p.denoiser or {})
+    shapes = {"mean": "nc", "whitener": "nbp" if p.whitener.dtype == BLOCK else "nc"}
+    shapes |= {"factors": "qgp"} if groups else {}
+    shapes |= {f"denoiser/{k}": v for k, v in _DENOISER_SHAPES.items() if p.denoiser}
+    for i in range(mixers):
+        own = {ord("m"): chr(65 + 2 * i), ord("e"): chr(66 + 2 * i)}  # capitals: hidden sizes, its own
+        shapes |= {f"denoiser/mix{i}_{k}": v.translate(own) for k, v in _MIXER_SHAPES.items()}
+    shapes |= {f"calibration/{n}/{k}": v for n in p.calibrations for k, v in _CALIBRATION_SHAPES.items()}
+    given = {k: a["scale"] if a.dtype == BLOCK or k == "factors" else a for k, a in _arrays_of(p).items()}
+    sizes = _check_arrays(given, shapes, n=n, c=c, t=2 * len(_FREQUENCIES), p=_PANEL, q=n * panels, g=groups,
+                          b=panels * (panels + 1) // 2)
+    for steps, own in p.calibrations.items():
+        select_timesteps(steps, settings.first, settings.last)
+        rising = len(own["scores"]) > 1 and all((np.diff(own[k]) >= 0).all() for k in ("scores", "peaks"))
+        if not (rising and own["scale"].min() > 0 and own["moments"][1] > 0 and own["moments"][2] >= 0):
+            raise ModelError(f"calibration/{steps}: scales are not above zero, or scores do not rise")
+    d, hidden = sizes.get("d", 0), sum(size for k, size in sizes.items() if k.isupper())
+    floats, side = settings.steps * (3 * (mixers + 1) * n * d + max(n, d) * hidden), settings.size // 2
+    for block in p.backbone.blocks:
+        floats += side ** 2 * sum(block.channels[1:])
+        side //= block.stride
+    if d % 16 or floats > 1 << 28:
+        raise ModelError(f"no width or size of ours: {d} in the denoiser, {4 * floats:.0e} bytes a frame")
+    if not _largest_number(p) < 1e34:  # float32 ends at 1e38, and up to 4096 of them are added
+        raise ModelError("numbers so large that a score could overflow")
+
+
+def _largest_number(p: Prior) -> float:
+    """No number on any image's way to score and map is larger, by the largest weights."""
+    def most(a: np.ndarray) -> float:
+        return float(np.abs(a["scale"]).max()) * 127 if a.dtype == BLOCK else float(np.abs(a).max())
+    own, (n, c), net, h = p.calibration, p.mean.shape, p.backbone, 0.0
+    if net.act == RELU6:
+        layers = ((b.arrays["project_w"], b.arrays["project_b"]) for b in net.blocks)
+        x = sum(float(6 * np.abs(w).sum(0).max() + np.abs(b).max()) for w, b in layers)
+    else:  # nothing bounds SiLU: the features of a picture, and a wide margin
+        picture = np.random.default_rng(0).standard_normal((16, 16, 3), np.float32) / min(net.std)
+        with np.errstate(all="ignore"):
+            x = 1e4 * most(net.features(picture, 1))
+    x = (x + most(p.mean)) * most(p.whitener) * (c + _PANEL)
+    if p.factors is not None:
+        x *= 1 + p.settings.factors * n * (c + _PANEL) * most(p.factors) * most(p.factors)
+    if p.denoiser:
+        w = {k: most(a) * a.shape[0] ** (a.ndim - 1) for k, a in p.denoiser.items()}  # the gain of a sum
+        time, d = w["time_w"] + w["time_b"], len(p.denoiser["out_w"])
+        f = w["out_w"] * (d * w["norm_gain"] + w["norm_bias"]) + w["out_b"]
+        x += p.settings.steps * f * (1 + time * w["gain_w"])  # a rotation turns x and F
+        q = max(max(a.shape) * max(most(a), 1) for a in p.denoiser.values())  # a mixer adds 6 q^3 at most
+        h = x * w["in_w"] + w["pos"] + time * w["shift_w"] + 6 * _num_mixers(w) * q * q * q
+    z = c * x * x * max(1, most(own["scale"])) + most(own["location"])
+    mean, deviation, zero = map(float, own["moments"])
+    span = max(float(own["peaks"][0]), 1.001 * zero) - zero  # of a map at any false-alarm rate, at least
+    on_map = (z / float(own["scale"].min()) + zero) / span if span > 0 else math.inf
+    return max(z, h * h, on_map, (z + abs(mean)) / deviation)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1274,23 +1407,27 @@ class Settings:
     bits: int | None = None  # of 16-bit images, see `load_image`; None: found in training, which saw none if it stays so
 
     def check(self) -> None:
-        checks = {
-            "size": (self.size % 32 == 0 and 64 <= self.size <= 1024, "a multiple of 32 from 64 to 1024"),
-            "variant": (self.variant in ("whitened", "plain"), "'whitened' or 'plain'"),
-            "calibration": (self.calibration in ("cross", "holdout"), "'cross' or 'holdout'"),
-            "fpr": (0 < self.fpr < 1, "a rate between 0 and 1"),
-            "threshold": (self.threshold is None or math.isfinite(self.threshold), "a score"),
-            "worst": (0 < self.worst <= 1, "a share in (0, 1]"),
-            "copies": (0 <= self.copies <= 64, "0 to 64"),
-            "shrink": (0 <= self.shrink <= 1, "0 to 1"),
-            "floor": (0 < self.floor <= 1, "a share in (0, 1]"),
-            "factors": (0 <= self.factors <= _MOST_FACTORS, f"0 to {_MOST_FACTORS}"),
-            "width": (self.width % 16 == 0, "a multiple of 16"),
-            "bits": (self.bits is None or self.bits in _DEPTHS, f"one of {', '.join(map(str, _DEPTHS))}"),
-        }
-        for name, (good, expected) in checks.items():
-            if not good:
-                raise ShapeError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        """ShapeError unless every setting is of the type of its default and in its range."""
+        last = NUM_TRAIN_TIMESTEPS - 1
+        allowed = {"size": range(64, 1025, 32), "steps": range(1, 201), "first": range(last),
+                   "last": range(1, last + 1), "factors": range(_MOST_FACTORS + 1), "copies": range(65),
+                   "width": range(16, 1025, 16), "mixers": range(14), "seed": range(2 ** 63),
+                   "bits": _DEPTHS, "variant": ("whitened", "plain"), "calibration": ("cross", "holdout"),
+                   "shrink": [0, 1], "floor": [1e-9, 1], "worst": [1e-9, 1], "smooth": [0, 64],  # low, high
+                   "fpr": [1e-9, 1 - 1e-9], "threshold": [-1e9, 1e9]}
+        for name, of in allowed.items():
+            v, low, high = getattr(self, name), of[0], of[-1]
+            good, expected = type(v) in (int, str) and v in of, f"{low!r} or {high!r}"
+            if isinstance(of, range):
+                kind = "an integer" if of.step == 1 else f"a multiple of {of.step}"
+                expected = f"{kind} from {low} to {high}"
+            elif isinstance(of, list):
+                good = isinstance(v, (int, float)) and type(v) is not bool and low <= v <= high
+                expected = f"a number from {low} to {high}"
+            elif name == "bits":
+                expected = "8, 10, 12, 14 or 16"
+            if not good and not (v is None and name in ("threshold", "bits")):
+                raise ShapeError(f"{name}: expected {expected}, got {v!r:.60}")
         select_timesteps(self.steps, self.first, self.last)
 
 
@@ -1403,6 +1540,7 @@ class Prior:
                  denoiser: dict[str, np.ndarray] | None, calibrations: dict[int, dict[str, np.ndarray]],
                  summary: dict, threads: int | None = None, device: str = "cpu", precision: str = "float32",
                  factors: np.ndarray | None = None):
+        settings.check()
         self.settings, self.backbone, self.denoiser, self.summary = settings, backbone, denoiser, summary
         self.mean, self.whitener, self.factors = mean, whitener, factors
         self.calibrations, self.threads, self.precision = calibrations, threads, precision
@@ -1411,7 +1549,7 @@ class Prior:
         self.calibration = calibrations[settings.steps]
         self.grid = settings.size // 16
         self._built: dict[bool, Engine] = {}  # from pixels, from tokens
-        self.validate()
+        _check_model(self)
         self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr, settings.threshold)
         self.device = resolve_device(device)
         if self.device == "cuda":
@@ -1426,47 +1564,11 @@ class Prior:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_built": {}}  # an engine is made of addresses
 
-    def validate(self) -> None:
-        """ModelError unless every array fits the others and is finite."""
-        n, c = self.grid ** 2, sum(self.backbone.channels)
-        panels = -(-c // _PANEL)
-        packed = self.whitener.dtype == BLOCK
-        if self.whitener.dtype == np.float16:
-            raise ModelError("whitener: expected blocks of 8 bits, got float16, as an older fastprior wrote it; "
-                             "train the model again")
-        if self.mean.shape != (n, c) or self.whitener.shape != (n, panels * (panels + 1) // 2 if packed else c):
-            raise ModelError(f"mean {self.mean.shape} and whitener {self.whitener.shape} do not fit {n} positions "
-                             f"of {c} channels")
-        groups = -(-self.settings.factors // _PANEL)
-        factors = np.empty((n * panels, 0), BLOCK) if self.factors is None else self.factors
-        if factors.dtype != BLOCK or factors.shape != (n * panels, groups):
-            raise ModelError(f"factors {factors.shape} do not fit {self.settings.factors} factors, {n} positions, {c} channels")
-        if self.denoiser is not None:
-            _check_denoiser(self.denoiser, n, c)
-        shape_of_scores = self.calibration.get("scores", np.empty(0)).shape
-        for name, shape in {"location": (n,), "scale": (n,), "moments": (3,), "peaks": shape_of_scores}.items():
-            if self.calibration.get(name, np.empty(0)).shape != shape:
-                raise ModelError(f"calibration: {name} should have shape {shape}")
-        scales = {"whitener": self.whitener["scale"] if packed else self.whitener, "factors": factors["scale"]}
-        for name, a in {"mean": self.mean, **scales, **self.calibration, **(self.denoiser or {})}.items():
-            if not np.isfinite(a).all():
-                raise ModelError(f"{name} holds values that are not finite")
-
     # -- file ------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one self-contained .npz; atomically."""
-        header, arrays = self._own()
-        arrays |= {f"backbone/{k}": v for k, v in self.backbone.to_arrays().items()}
-        _write_npz(path, {"kind": "prior", "fastprior": __version__, "backbone": self.backbone.header()} | header, arrays)
-
-    def _own(self) -> tuple[dict, dict[str, np.ndarray]]:
-        """Header and arrays of all but the backbone."""
-        arrays = {"mean": self.mean, "whitener": self.whitener}
-        arrays |= {} if self.factors is None else {"factors": self.factors}
-        arrays |= {f"calibration/{steps}/{k}": v for steps, own in self.calibrations.items() for k, v in own.items()}
-        arrays |= {f"denoiser/{k}": v for k, v in (self.denoiser or {}).items()}
-        return {"settings": dataclasses.asdict(self.settings), "summary": self.summary}, arrays
+        _write_npz(path, *_pack_model({"": self}))
 
     @staticmethod
     def load(path: str | os.PathLike, *, threads: int | None = None, steps: int | None = None,
@@ -1479,35 +1581,18 @@ class Prior:
         "float16" (half the memory traffic; scores differ in the third digit).
         """
         header, arrays = _read_npz(path)
+        with _decoding(path):
+            priors = _unpack_model(header, arrays, threads)
+            made = priors.get("") or MultiPrior(priors)
         changes = {k: v for k, v in {"steps": steps, "fpr": fpr, "threshold": threshold}.items() if v is not None}
+        if not changes and device == "cpu":
+            return made
         if fpr is not None and threshold is None:
             changes["threshold"] = None  # the rate that is asked for now, not the file's fixed threshold
-
-        def group(prefix: str, of: dict) -> dict:
-            return {k[len(prefix):]: v for k, v in of.items() if k.startswith(prefix)}
-
-        def own(header: dict, arrays: dict) -> Prior:
-            settings = dataclasses.replace(Settings(**header["settings"]), **changes)
-            settings.check()
-            calibrations: dict[int, dict] = {}
-            for name, a in group("calibration/", arrays).items():
-                number, field = name.split("/")
-                calibrations.setdefault(int(number), {})[field] = a
-            return Prior(settings, backbone, arrays["mean"], arrays["whitener"], group("denoiser/", arrays) or None,
-                         calibrations, header["summary"], threads, device, precision, arrays.get("factors"))
-        try:
-            if header["kind"] not in ("prior", "priors"):
-                raise ModelError(f"{path}: holds a {header['kind']}, not a trained model")
-            backbone = Backbone.from_arrays(header["backbone"], group("backbone/", arrays))
-            if header["kind"] == "prior":
-                return own(header, arrays)
-            return MultiPrior({name: own(part, group(f"{i}/", arrays)) for i, (name, part) in enumerate(header["products"])})
-        except (KeyError, TypeError, AttributeError) as e:
-            raise ModelError(f"{path}: incomplete model ({e})") from e
-        except ValueError as e:
-            if isinstance(e, FastPriorError):
-                raise
-            raise ModelError(f"{path}: inconsistent model ({e})") from e
+        for name, p in priors.items():
+            p.device, p.precision = device, precision  # `_with` hands them on
+            priors[name] = p._with(dataclasses.replace(p.settings, **changes), p.calibrations, p.summary)
+        return priors.get("") or MultiPrior(priors)
 
     def with_steps(self, steps: int) -> "Prior":
         """The same model with another number of DDIM inversion steps (one it is calibrated for)."""
@@ -1589,9 +1674,11 @@ class Prior:
 
         z_n = (|x_T,n|^2 / 2) * scale_n + location_n, in standard deviations of held-out good images.
         """
-        (_, pixels), = _load_chunks(images, self.settings.bits, len(images), "raise", [], self.device)
-        frames = self._frames(pixels, False)
-        return frames.to_host(frames.outputs[0])
+        rows = [np.empty((0, self.grid ** 2), np.float32)]
+        for _, pixels in _load_chunks(images, self.settings.bits, 16, "raise", [], self.device):
+            frames = self._frames(pixels, False)
+            rows.append(frames.to_host(frames.outputs[0]))
+        return np.concatenate(rows)
 
     def _frames(self, pixels: list, with_map: bool, tokens=None):
         """A batch scored by the engine or by the reference operations; tokens (B, N, C) in place of pixels."""
@@ -1720,6 +1807,8 @@ class MultiPrior:
             raise ModelError(f"products of one model need one backbone, size and number of steps, got {sorted(kinds)}")
         if len({p.settings.bits for p in priors.values()} - {None}) > 1:
             raise ModelError("products of one model need one depth of their 16-bit images (bits)")
+        if not all(isinstance(k, str) and 0 < len(k) < 256 and k.isprintable() for k in priors):
+            raise ModelError(f"products: expected printable names of 1 to 255 letters, got {[*priors]!r:.90}")
         self.priors = priors
         first = next(iter(priors.values()))
         self.backbone, self.settings, self.grid = first.backbone, first.settings, first.grid
@@ -1731,12 +1820,7 @@ class MultiPrior:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one self-contained .npz; atomically."""
-        parts = {name: prior._own() for name, prior in self.priors.items()}
-        arrays = {f"backbone/{k}": v for k, v in self.backbone.to_arrays().items()}
-        for i, (_, own) in enumerate(parts.values()):
-            arrays |= {f"{i}/{k}": v for k, v in own.items()}
-        _write_npz(path, {"kind": "priors", "fastprior": __version__, "backbone": self.backbone.header(),
-                          "products": [(name, header) for name, (header, _) in parts.items()]}, arrays)
+        _write_npz(path, *_pack_model(self.priors))
 
     def with_steps(self, steps: int) -> "MultiPrior":
         return MultiPrior({name: prior.with_steps(steps) for name, prior in self.priors.items()})

@@ -70,7 +70,6 @@ def import_backbone(state: dict[str, np.ndarray], name: str) -> "fp.Backbone":
                 block = fp.Block({k: half(v) for k, v in arrays.items()}, stride, act, False)
                 c_in, _, c_out = block.channels
                 blocks.append(dataclasses.replace(block, skip=stride == 1 and c_in == c_out))
-                fp._check_block(blocks[-1], len(blocks) - 1)
                 i += 1
             if i == 0:
                 raise fp.ModelError(f"{name}: no blocks.{s}.0 in the weights; expected an EfficientNet with "
@@ -80,7 +79,9 @@ def import_backbone(state: dict[str, np.ndarray], name: str) -> "fp.Backbone":
         raise fp.ModelError(f"{name}: the weights have no {e}; expected an EfficientNet in timm's "
                             "names") from e
     mean, std = ((.5,) * 3, (.5,) * 3) if lite else ((.485, .456, .406), (.229, .224, .225))
-    return fp.Backbone(name, mean, std, act, half(stem_w), half(stem_b), tuple(blocks), tuple(stages))
+    made = fp.Backbone(name, mean, std, act, half(stem_w), half(stem_b), tuple(blocks), tuple(stages))
+    fp._check_backbone(made)
+    return made
 
 
 def _rename_flat(state: dict) -> dict:

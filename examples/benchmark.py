@@ -610,7 +610,7 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
     rng, panels = np.random.default_rng(0), -(-c // fp._PANEL)
     denoiser = fp.initial_denoiser(n, c, settings)
     calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32),
-                   "moments": np.array([0., 1., 0.]), "scores": np.arange(100.), "peaks": np.arange(100.)}
+                   "moments": np.array([0., 1., 0.]), "scores": np.arange(100.), "peaks": np.arange(1., 101.)}
     counts = panels * (panels + 1) // 2, panels * -(-settings.factors // fp._PANEL)
     whitener, factors = (
         fp.quantize(scale * rng.standard_normal((n, count, fp._PANEL, fp._PANEL), np.float32))

@@ -31,7 +31,7 @@ def lite_state(names="timm"):
     flat = names == "flat"
     state["_conv_stem.weight" if flat else "conv_stem.weight"] = r(8, 3, 3, 3)
     norm("_bn0" if flat else "bn1", 8)
-    stages = [(8, 3, 1), (12, 3, 2), (16, 5, 1), (20, 3, 1), (24, 5, 1)]
+    stages = [(10, 3, 1), (12, 3, 2), (16, 5, 1), (20, 3, 1), (24, 5, 1)]
     for stage, (c_out, kernel, count) in enumerate(stages):
         for i in range(count):
             mid = c_in if stage == 0 else 2 * c_in
@@ -51,7 +51,7 @@ def lite_state(names="timm"):
 def test_both_naming_schemes_give_the_same_network():
     states = [{k: v.numpy() for k, v in lite_state(names).items()} for names in ("timm", "flat")]
     a, b = (backbones.import_backbone(state, "x") for state in states)
-    assert a.channels == b.channels == (8, 12, 16, 20, 24) and a.stages == b.stages == (0, 2, 3, 4, 5)
+    assert a.channels == b.channels == (10, 12, 16, 20, 24) and a.stages == b.stages == (0, 2, 3, 4, 5)
     for one, two in zip(a.blocks, b.blocks):
         assert (one.stride, one.act, one.skip) == (two.stride, two.act, two.skip) and one.act == fp.RELU6
         for k in one.arrays:

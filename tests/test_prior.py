@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import threading
-import zipfile
 
 import numpy as np
 import pytest
@@ -231,93 +230,6 @@ def test_maps_have_the_size_of_their_image(trained, pictures):
     assert trained.score(rgb[..., 0]).score == trained.score(np.repeat(rgb[..., :1], 3, 2)).score
 
 
-# -- files ---------------------------------------------------------------------------------------
-
-def rewritten(source, target, change):
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for entry in old.namelist():
-            data = change(entry, old.read(entry))
-            if data is not None:
-                new.writestr(entry, data)
-    return target
-
-
-def test_damaged_models_are_named_and_refused(model_file, tmp_path):
-    data = model_file.read_bytes()
-    bad = tmp_path / "bad.npz"
-    variants = [data[:cut] for cut in (0, 1, 100, len(data) // 3, len(data) - 10)] + [b"PK\3\4 no zip", b"\x93NUMPY"]
-    flipped = bytearray(data)
-    flipped[len(data) // 2] ^= 255
-    for content in (*variants, bytes(flipped)):
-        bad.write_bytes(content)
-        with pytest.raises(fp.ModelError, match="bad.npz") as e:
-            fp.Prior.load(bad)
-        one_line(e)
-    np.savez(bad, a=np.zeros(3))
-    with pytest.raises(fp.ModelError, match="not a fastprior model"):
-        fp.Prior.load(bad)
-    np.savez(bad, header=np.array([{"evil": 1}], object), allow_pickle=True)
-    with pytest.raises(fp.ModelError, match="bad.npz"):
-        fp.Prior.load(bad)
-    for header in (b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,", b"[" * 3000):
-        with zipfile.ZipFile(bad, "w") as crafted:
-            crafted.writestr("mean.npy", b"\x93NUMPY\1\0" + (len(header) + 1).to_bytes(2, "little") + header + b"\n")
-        with pytest.raises(fp.ModelError, match="bad.npz") as e:
-            fp.Prior.load(bad)
-        one_line(e)
-    with pytest.raises(fp.ModelError, match="no such model"):
-        fp.Prior.load(tmp_path / "none.npz")
-    with pytest.raises(fp.ModelError, match="not a trained model|incomplete"):
-        fp.Prior.load(ROOT / "weights" / "lite0.npz")
-
-
-def npy(array):
-    import io
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize("change, match", [
-    (lambda k, d: npy(np.zeros((3, 3), np.float32)) if k == "mean.npy" else d, "do not fit"),
-    (lambda k, d: None if k == "whitener.npy" else d, "incomplete"),
-    (lambda k, d: None if k == "denoiser/in_w.npy" else d, "denoiser: incomplete"),
-    (lambda k, d: None if k == "factors.npy" else d, "factors .* do not fit"),
-    (lambda k, d: npy(np.zeros((35, 1), fp.BLOCK)) if k == "factors.npy" else d, "factors .* do not fit"),
-    (lambda k, d: npy(np.zeros((36, 5), "f4,i1")) if k == "whitener.npy" else d, "not a plain array"),
-    (lambda k, d: npy(np.asfortranarray(np.zeros((36, 45), fp.BLOCK))) if k == "whitener.npy" else d, "not a plain array"),
-    (lambda k, d: npy(np.zeros((36, 45, 32, 32), np.float16)) if k == "whitener.npy" else d, "train the model again"),
-    (lambda k, d: None if k == "calibration/2/peaks.npy" else d, "peaks"),
-    (lambda k, d: npy(np.full(36, np.nan, np.float32)) if k == "calibration/2/scale.npy" else d, "not finite"),
-    (lambda k, d: d.replace(b'"format": 1', b'"format": 9') if k == "header.npy" else d, "this version reads format 1"),
-    (lambda k, d: d.replace(b'"size": 96', b'"size": 95') if k == "header.npy" else d, "multiple of 32"),
-    (lambda k, d: d.replace(b'"steps"', b'"stops"') if k == "header.npy" else d, "stops"),
-    (lambda k, d: npy(np.zeros((3, 3, 3, 31), np.float16)) if k == "backbone/stem_w.npy" else d, "backbone|inconsistent|fit"),
-], ids=["shape", "whitener", "denoiser", "no factors", "factors", "fields", "order", "older", "calibration", "nan", "format", "size", "setting", "backbone"])
-def test_inconsistent_models_are_refused(model_file, tmp_path, change, match):
-    bad = rewritten(model_file, tmp_path / "bad.npz", change)
-    with pytest.raises(fp.FastPriorError, match=match) as e:
-        fp.Prior.load(bad)
-    one_line(e)
-
-
-def test_saving_is_all_or_nothing(trained, model_file, tmp_path, monkeypatch):
-    target = tmp_path / "m.npz"
-    trained.save(target)
-    before = target.read_bytes()
-
-    def full(f, **arrays):
-        f.write(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(fp.FastPriorError, match="No space left"):
-        trained.save(target)
-    assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.npz"]
-    for nowhere in (tmp_path / "no folder" / "m.npz", target / "m.npz", tmp_path / ("m" * 300 + ".npz")):
-        with pytest.raises(fp.FastPriorError, match="cannot be written"):
-            trained.save(nowhere)
-
-
 # -- training ------------------------------------------------------------------------------------
 
 def test_too_few_images(pictures, washers, tmp_path):
@@ -337,7 +249,7 @@ def test_too_few_images(pictures, washers, tmp_path):
 
 
 @pytest.mark.parametrize("setting, match", [
-    ({"size": 100}, "multiple of 32"), ({"steps": 0}, "num_steps"), ({"fpr": 0}, "between 0 and 1"), ({"variant": "x"}, "whitened"),
+    ({"size": 100}, "multiple of 32"), ({"steps": 0}, "steps"), ({"fpr": 0}, "a number from"), ({"variant": "x"}, "whitened"),
     ({"calibration": "x"}, "holdout"), ({"copies": -1}, "copies"), ({"width": 10}, "multiple of 16")])
 def test_settings_are_checked_before_the_work(setting, match, washers):
     with pytest.raises(fp.ShapeError, match=match):

@@ -6,7 +6,6 @@
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 here = Path(__file__).resolve().parents[1]
@@ -17,10 +16,5 @@ with tempfile.TemporaryDirectory() as folder:
     draw = here.parent / "examples" / "make_demo.py"
     subprocess.run([sys.executable, draw, folder, "--good", "200"], check=True)
     prior = fp.fit(folder, size=128, progress=lambda what, done, of: done == of and fp._say(what))
-    prior.save(Path(folder) / "plain.npz")
-    # deflated: a model is read as it is, and this one travels with the package
-    with zipfile.ZipFile(Path(folder) / "plain.npz") as plain, \
-            zipfile.ZipFile(here / "demo.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
-        for entry in plain.infolist():
-            packed.writestr(zipfile.ZipInfo(entry.filename), plain.read(entry), zipfile.ZIP_DEFLATED)
+prior.save(here / "demo.npz")
 print(f"\n{here / 'demo.npz'}", prior.summary)
