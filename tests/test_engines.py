@@ -1,4 +1,4 @@
-"""The engines: one interface, fields that are checked, memory by threads; a prior that travels between processes."""
+"""The engines: one interface, checked fields, memory by threads; a prior that travels between processes."""
 import copy
 import inspect
 import multiprocessing
@@ -74,7 +74,8 @@ def test_memory_grows_with_the_threads_and_no_faster(trained, monkeypatch):
         engine = cpu.Engine(threads)
         trained._emit(engine, True)
         shapes[threads] = engine._memory.shape
-    assert [n for n, _ in shapes.values()] == [1, 2, 64] and len({floats for _, floats in shapes.values()}) == 1
+    assert [n for n, _ in shapes.values()] == [1, 2, 64]
+    assert len({floats for _, floats in shapes.values()}) == 1
 
 
 def test_only_some_stages_run_again(trained, pictures):

@@ -1,4 +1,4 @@
-"""The compiled kernels: made once, kept in a file that only we can have written, and said to be missing in words."""
+"""The compiled kernels: made once, kept in a file that only we can have written, missed in one line."""
 import json
 import logging
 import os
@@ -19,8 +19,9 @@ posix = pytest.mark.skipif(os.name == "nt", reason="owners and modes are those o
 
 
 def python(code, *args, path=ROOT, **environment):
-    return subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(path)!r})\n{code}", *args],
-                          capture_output=True, text=True, env=os.environ | environment)
+    code = f"import sys; sys.path.insert(0, {str(path)!r})\n{code}"
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True,
+                          env=os.environ | environment)
 
 
 LOAD = "import fastprior as fp; fp._engines('cpu').load_kernels(); print('numba' in sys.modules)"
@@ -37,14 +38,14 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture
 def load(compiled, tmp_path, monkeypatch):
-    """load() in a cache of its own: whether that compiled. Compiling takes a moment: it hands out `compiled`."""
+    """load() in a cache of its own: whether that compiled. Compiling takes no time: it returns `compiled`."""
     cpu.load_kernels()
     for kernel in cpu._KERNELS:
         if kernel.fields is not None:
-            monkeypatch.setattr(kernel, "address", kernel.address)  # other tests go on with the session's code
+            monkeypatch.setattr(kernel, "address", kernel.address)  # other tests go on with the old code
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made, owners = [], []
-    monkeypatch.setattr(cpu, "_compile_kernels", lambda machine: made.append(1) or cpu._read_object(compiled[1]))
+    made, owners, kept = [], [], cpu._read_object(compiled[1])
+    monkeypatch.setattr(cpu, "_compile_kernels", lambda machine: made.append(1) or kept)
 
     def load() -> bool:
         made.clear()
@@ -80,7 +81,8 @@ def test_a_spoilt_file_is_compiled_anew(load):
     head = len(cpu._MAGIC)
     spoilt = [whole[:n] for n in (0, 5, head, head + 16, head + 32, head + 40, 5000, len(whole) - 1)]
     spoilt += [whole + b"\0", whole[:head] + whole[head:][::-1], os.urandom(len(whole))]
-    for place in (0, head, head + 31, head + 33, whole.index(b"\n", head + 32), len(whole) // 2, len(whole) - 1):
+    names_end = whole.index(b"\n", head + 32)
+    for place in (0, head, head + 31, head + 33, names_end, len(whole) // 2, len(whole) - 1):
         flipped = bytearray(whole)
         flipped[place] ^= 1
         spoilt.append(bytes(flipped))
@@ -214,7 +216,8 @@ def test_without_numba_numpy_scores_and_one_line_says_so(without, environment, m
     line, = done.stderr.splitlines()
     assert line.startswith("scoring with NumPy alone, slowly: ")
     assert re.search(message, line), line
-    np.testing.assert_allclose(scores, [trained.score(pictures[i]).score for i in (0, 2)], rtol=1e-4, atol=1e-4)
+    want = [trained.score(pictures[i]).score for i in (0, 2)]
+    np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-4)
     # kernels that are compiled already need no Numba
     kept = python(SCORE, *args, XDG_CACHE_HOME=str(compiled[1].parents[1]), **environment)
     assert json.loads(kept.stdout)[0] == ("numpy" if "llvmlite" in without else "numba")

@@ -1,4 +1,4 @@
-"""Every operation of the table in twins.py: the CPU twin against its float64 reference; NaN, threads, misfits."""
+"""Every operation of the table in twins.py: the CPU twin against its float64 reference; NaN, threads."""
 import dataclasses
 
 import numpy as np
