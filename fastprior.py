@@ -206,6 +206,18 @@ def gaussian_log_prob(x: np.ndarray, axis: int = -1) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 NONE, RELU6, SILU = 0, 1, 2  # activation codes, shared with the kernels
+_BAND_BYTES = 1 << 21  # of a band of an image, see `_bands`
+
+
+@functools.cache
+def _threads() -> "concurrent.futures.ThreadPoolExecutor":
+    """One thread a core for the bands; kept."""
+    import concurrent.futures
+    return concurrent.futures.ThreadPoolExecutor(_available_threads())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
 
 
 def activate(x: np.ndarray, act: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -284,17 +296,18 @@ def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _patches(x: np.ndarray, kernel: int, stride: int, columns: int = 1) -> np.ndarray:
+def _patches(x: np.ndarray, kernel: int, stride: int, beyond: tuple[int, int] | None = None,
+             columns: int = 1) -> np.ndarray:
     """(H, W, C) -> (Ho, Wo/columns, kernel, kernel, columns * C), SAME zero padding, a view.
 
-    Neighbouring columns of one tap lie side by side in memory: with stride 1, some of them may be
-    seen as one pixel of that many more channels.
+    beyond: rows of zeros above and below, where x is a band of a taller image. In memory, a tap's
+    pixels lie side by side: with stride 1, `columns` of them are one pixel of that many more channels.
     """
     h, w, c = x.shape
-    x = np.pad(x, [_same_padding(n, kernel, stride) for n in (h, w)] + [(0, 0)])
+    x = np.pad(x, (beyond or _same_padding(h, kernel, stride), _same_padding(w, kernel, stride), (0, 0)))
     down, right, step = x.strides
     return np.lib.stride_tricks.as_strided(
-        x, (-(-h // stride), -(-w // stride) // columns, kernel, kernel, columns * c),
+        x, ((len(x) - kernel) // stride + 1, -(-w // stride) // columns, kernel, kernel, columns * c),
         (stride * down, stride * right * columns, down, right, step), writeable=False)
 
 
@@ -304,10 +317,14 @@ def stem(x: np.ndarray, w: np.ndarray, b: np.ndarray, act: int) -> np.ndarray:
     return linear(patches.reshape(patches.shape[:2] + (-1,)), w.reshape(-1, len(b)), b, act)
 
 
-def depthwise(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, act: int) -> np.ndarray:
-    """Depthwise convolution, SAME: x (H, W, C), w (k, k, C), b (C,) -> (ceil(H/s), ceil(W/s), C)."""
+def depthwise(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, act: int,
+              beyond: tuple[int, int] | None = None) -> np.ndarray:
+    """Depthwise convolution, SAME: x (H, W, C), w (k, k, C), b (C,) -> (ceil(H/s), ceil(W/s), C).
+
+    beyond: see `_patches`.
+    """
     columns = x.shape[1] if stride == 1 else 1
-    y = np.einsum("hwijc,ijc->hwc", _patches(x, len(w), stride, columns), np.tile(w, columns))
+    y = np.einsum("hwijc,ijc->hwc", _patches(x, len(w), stride, beyond, columns), np.tile(w, columns))
     y += np.tile(b, columns)
     return activate(y, act, out=y).reshape(len(y), -1, len(b))
 
@@ -329,6 +346,17 @@ def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.
     return x * (1 / (1 + np.exp(-(hidden @ expand_w + expand_b))))
 
 
+def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
+    """An image (H, W, C) in bands whose float32 fit the cache: input rows, and rows of zeros beyond."""
+    height, (above, below) = shape[0], _same_padding(shape[0], kernel, stride)
+    out, count = -(-height // stride), -(-4 * math.prod(shape) // _BAND_BYTES)
+    bands = []
+    for i in range(min(count, out)):
+        first, last = out * i // count * stride - above, (out * (i + 1) // count - 1) * stride + kernel - above
+        bands.append((slice(max(first, 0), min(last, height)), (max(-first, 0), max(last - height, 0))))
+    return bands
+
+
 def mbconv(x: np.ndarray, block: "Block") -> np.ndarray:
     """Inverted residual: expand (1x1) -> depthwise -> squeeze-excite -> project (1x1) -> + x.
 
@@ -336,23 +364,30 @@ def mbconv(x: np.ndarray, block: "Block") -> np.ndarray:
     Sandler et al. 2018 (arXiv:1801.04381); batch norms are already folded into the weights.
     """
     p = block.arrays
-    y = linear(x, p["expand_w"], p["expand_b"], block.act) if "expand_w" in p else x
-    y = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act)
-    if "se_reduce_w" in p:
+    squeeze, kernel = "se_reduce_w" in p, len(p["dw_w"])
+
+    def band(rows: slice, beyond: tuple[int, int]) -> np.ndarray:
+        y = linear(x[rows], p["expand_w"], p["expand_b"], block.act) if "expand_w" in p else x[rows]
+        y = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act, beyond)
+        return y if squeeze else linear(y, p["project_w"], p["project_b"])
+    bands = _bands(x.shape[:2] + (block.channels[1],), kernel, block.stride)
+    y = np.concatenate(list(_threads().map(band, *zip(*bands))))
+    if squeeze:
         y = squeeze_excite(y, p["se_reduce_w"], p["se_reduce_b"], p["se_expand_w"], p["se_expand_b"])
-    return linear(y, p["project_w"], p["project_b"], NONE, x if block.skip else None)
+        y = linear(y, p["project_w"], p["project_b"])
+    return y + x if block.skip else y
 
 
 def pool(x: np.ndarray, grid: int) -> np.ndarray:
     """Average (H, W, C) over the cells of a grid x grid lattice -> (grid, grid, C); H, W multiples."""
     h, w, c = x.shape
-    return x.reshape(grid, h // grid, grid, w // grid, c).mean((1, 3))
+    return x.reshape(grid, h // grid, w * c).mean(1).reshape(grid, grid, w // grid, c).mean(2)
 
 
 def whiten(f: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
     """x0_n = W_n (f_n - mean_n): f, mean (N, C); w (N, C, C) lower-triangular = L^-1, or (N, C) diagonal."""
     d = f - mean
-    return w * d if w.ndim == 2 else (w @ d[..., None])[..., 0]
+    return w * d if w.ndim == 2 else np.einsum("nij,nj->ni", w, d)
 
 
 def remove_factors(x: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -392,17 +427,24 @@ def anomaly_map(nll: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarr
     return rows @ nll @ cols.T
 
 
+@functools.lru_cache(16)
 def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
     """Gaussian smoothing on the grid (sigma in cells, edges reflected), then linear enlargement.
 
     Both are linear and separable, so one (n_out, grid) matrix a side does the work; n_out = grid
-    smooths only. Rows sum to 1.
+    smooths only. Rows sum to 1; float64, read-only, kept.
     """
     smooth = np.eye(grid)
     if sigma > 0:
-        from scipy.ndimage import gaussian_filter1d
-        smooth = gaussian_filter1d(smooth, sigma, axis=0, mode="reflect")
-    return _resample(smooth, n_out) if n_out != grid else smooth
+        reach = np.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)
+        weight = np.exp(-0.5 * (reach / sigma) ** 2)
+        cell = np.arange(grid)[:, None]
+        source = (cell + reach) % (2 * grid)  # ... c b a | a b c ... | c b a ...
+        smooth[:] = 0
+        np.add.at(smooth, (cell, np.minimum(source, 2 * grid - 1 - source)), weight / weight.sum())
+    operator = _resample(smooth, n_out) if n_out != grid else smooth
+    operator.setflags(write=False)
+    return operator
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3449,8 +3491,9 @@ class Prior:
             z = 0.5 * np.sum(x_T * x_T, -1) * self.calibration["scale"] + self.calibration["location"]
             if target is not None:
                 weight, offset = self._map_weights()
-                cells = (weight * z + offset).reshape(self.grid, self.grid)
-                target[...] = anomaly_map(cells, *map(self._map_operator, image.shape[:2]))
+                cells = (weight * z + offset).reshape(self.grid, self.grid).astype(np.float32)
+                sides = [self._map_operator(n).astype(np.float32) for n in image.shape[:2]]
+                target[...] = anomaly_map(cells, *sides)
             out.append(z)
         return np.array(out, np.float32)
 
