@@ -187,7 +187,7 @@ def ddim_invert(x0: np.ndarray, denoiser: Callable[[np.ndarray, int], np.ndarray
     True
     """
     x = np.asarray(x0)
-    for (a, b), t in zip(rotation(timesteps, prediction), np.asarray(timesteps)):
+    for (a, b), t in zip(rotation(timesteps, prediction).tolist(), np.asarray(timesteps)):
         x = a * x + b * denoiser(x, int(t))
     return x
 
@@ -203,18 +203,36 @@ def gaussian_log_prob(x: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------
-# Reference operations: textbook NumPy, any float dtype. They are what every kernel answers to,
-# and what scores when Numba is missing.
+# Reference operations: textbook NumPy in the dtype that comes in. In float64 they are what every
+# kernel answers to; in float32 they are what scores where there are no kernels, so the heavy ones
+# are written as products that BLAS or einsum does in one go, and activations work in place.
 # ------------------------------------------------------------------------------------------------
 
 NONE, RELU6, SILU = 0, 1, 2  # activation codes, shared with the kernels
+_BAND_BYTES = 1 << 21  # of a band of an image, see `_bands`
 
 
-def activate(x: np.ndarray, act: int) -> np.ndarray:
-    """x, min(max(x, 0), 6), or x * sigmoid(x), by code NONE, RELU6, SILU."""
+@functools.cache
+def _threads() -> "concurrent.futures.ThreadPoolExecutor":
+    """One thread a core for the bands; kept."""
+    import concurrent.futures
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return concurrent.futures.ThreadPoolExecutor(cores)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
+
+
+def activate(x: np.ndarray, act: int, out: np.ndarray | None = None) -> np.ndarray:
+    """x, min(max(x, 0), 6), or x * sigmoid(x), by code NONE, RELU6, SILU; into `out`, which may be x."""
     if act == RELU6:
-        return np.clip(x, 0, 6)
-    return x / (1 + np.exp(-x)) if act == SILU else x
+        return np.clip(x, 0, 6, out=out)
+    if act == SILU:
+        y = np.exp(-x)
+        y += 1
+        return np.divide(x, y, out=y if out is None else out)
+    return x
 
 
 def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -246,19 +264,34 @@ def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, 
     return start, folded / folded.sum(1, keepdims=True)
 
 
-def _tap_matrix(n_in: int, n_out: int, shift: float = 0.0) -> np.ndarray:
-    """resize_taps as a dense (n_out, n_in) matrix."""
+@functools.lru_cache(16)
+def _tap_bands(n_in: int, n_out: int, shift: float, dtype: type) -> list[tuple[int, np.ndarray]]:
+    """resize_taps as one dense matrix for every 32 outputs: [(first input, (32, inputs))], kept a size."""
     start, weight = resize_taps(n_in, n_out, shift)
-    dense = np.zeros((n_out, n_in))
-    np.put_along_axis(dense, start[:, None] + np.arange(weight.shape[1]), weight, 1)
-    return dense
+    bands = []
+    for i in range(0, n_out, 32):
+        column = start[i:i + 32, None] - start[i] + np.arange(weight.shape[1])
+        dense = np.zeros((len(column), column[-1, -1] + 1), dtype)
+        np.put_along_axis(dense, column, weight[i:i + 32], 1)
+        bands.append((start[i], dense))
+    return bands
 
 
-def resize_normalize(image: np.ndarray, size: int, mean, std, shift=(0.0, 0.0)) -> np.ndarray:
-    """uint8 (H, W, 3) -> float (size, size, 3): triangle-filter resize, then (x/255 - mean)/std."""
-    x = np.tensordot(_tap_matrix(image.shape[0], size, shift[0]), image.astype(np.float64), 1)
-    x = np.einsum("ow,hwc->hoc", _tap_matrix(image.shape[1], size, shift[1]), x)
-    return (x / 255 - np.asarray(mean)) / np.asarray(std)
+def _resample(x: np.ndarray, n_out: int, shift: float = 0.0, dtype: type = np.float64) -> np.ndarray:
+    """x (n_in, ...) -> (n_out, ...) of dtype, along the first axis."""
+    rows = [w @ np.ascontiguousarray(x[first:first + w.shape[1]], dtype).reshape(w.shape[1], -1)
+            for first, w in _tap_bands(len(x), n_out, shift, dtype)]
+    return np.concatenate(rows).reshape((n_out,) + x.shape[1:])
+
+
+def resize_normalize(image: np.ndarray, size: int, mean, std, shift=(0.0, 0.0),
+                     dtype: type = np.float64) -> np.ndarray:
+    """uint8 (H, W, 3) -> dtype (size, size, 3): triangle-filter resize, then (x/255 - mean)/std."""
+    x = _resample(image, size, shift[0], dtype)
+    x = _resample(x.swapaxes(0, 1), size, shift[1], dtype).reshape(size, -1)
+    x *= np.tile(1 / (255 * np.asarray(std)), size).astype(dtype)
+    x -= np.tile(np.divide(mean, std), size).astype(dtype)
+    return np.ascontiguousarray(x.reshape(size, size, 3).swapaxes(0, 1))
 
 
 def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -267,34 +300,65 @@ def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _patches(x: np.ndarray, kernel: int, stride: int) -> np.ndarray:
-    """(H, W, C) -> (Ho, Wo, kernel, kernel, C), SAME zero padding."""
-    pad = [_same_padding(n, kernel, stride) for n in x.shape[:2]] + [(0, 0)]
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, pad), (kernel, kernel), (0, 1))
-    return windows[::stride, ::stride].transpose(0, 1, 3, 4, 2)
+def _patches(x: np.ndarray, kernel: int, stride: int, beyond: tuple[int, int] | None = None,
+             columns: int = 1) -> np.ndarray:
+    """(H, W, C) -> (Ho, Wo/columns, kernel, kernel, columns * C), SAME zero padding, a view.
+
+    beyond: rows of zeros above and below, where x is a band of a taller image. In memory, a tap's
+    pixels lie side by side: with stride 1, `columns` of them are one pixel of that many more channels.
+    """
+    h, w, c = x.shape
+    x = np.pad(x, (beyond or _same_padding(h, kernel, stride), _same_padding(w, kernel, stride), (0, 0)))
+    down, right, step = x.strides
+    return np.lib.stride_tricks.as_strided(
+        x, ((len(x) - kernel) // stride + 1, -(-w // stride) // columns, kernel, kernel, columns * c),
+        (stride * down, stride * right * columns, down, right, step), writeable=False)
 
 
 def stem(x: np.ndarray, w: np.ndarray, b: np.ndarray, act: int) -> np.ndarray:
     """3x3 convolution, stride 2, SAME: x (H, W, 3), w (3, 3, 3, C) as (ky, kx, in, out), b (C,)."""
-    return activate(np.einsum("hwijc,ijco->hwo", _patches(x, 3, 2), w) + b, act)
+    patches = _patches(x, 3, 2)
+    return linear(patches.reshape(patches.shape[:2] + (-1,)), w.reshape(-1, len(b)), b, act)
 
 
-def depthwise(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, act: int) -> np.ndarray:
-    """Depthwise convolution, SAME: x (H, W, C), w (k, k, C), b (C,) -> (ceil(H/s), ceil(W/s), C)."""
-    return activate(np.einsum("hwijc,ijc->hwc", _patches(x, w.shape[0], stride), w) + b, act)
+def depthwise(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, act: int,
+              beyond: tuple[int, int] | None = None) -> np.ndarray:
+    """Depthwise convolution, SAME: x (H, W, C), w (k, k, C), b (C,) -> (ceil(H/s), ceil(W/s), C).
+
+    beyond: see `_patches`.
+    """
+    columns = x.shape[1] if stride == 1 else 1
+    y = np.einsum("hwijc,ijc->hwc", _patches(x, len(w), stride, beyond, columns), np.tile(w, columns))
+    y += np.tile(b, columns)
+    return activate(y, act, out=y).reshape(len(y), -1, len(b))
 
 
 def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray, act: int = NONE,
            residual: np.ndarray | None = None) -> np.ndarray:
     """act(x @ w + b) + residual: x (..., K), w (K, M), b (M,) or (..., M)."""
-    y = activate(x @ w + b, act)
-    return y if residual is None else y + residual
+    y = np.tensordot(x, w, 1)
+    y += b
+    activate(y, act, out=y)
+    if residual is not None:
+        y += residual
+    return y
 
 
 def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.ndarray:
     """x * sigmoid(W2 silu(W1 mean(x) + b1) + b2), the mean over both spatial axes of (H, W, C)."""
     hidden = activate(x.mean((0, 1)) @ reduce_w + reduce_b, SILU)
-    return x / (1 + np.exp(-(hidden @ expand_w + expand_b)))
+    return x * (1 / (1 + np.exp(-(hidden @ expand_w + expand_b))))
+
+
+def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
+    """An image (H, W, C) in bands whose float32 fit the cache: input rows, and rows of zeros beyond."""
+    height, (above, below) = shape[0], _same_padding(shape[0], kernel, stride)
+    out, count = -(-height // stride), -(-4 * math.prod(shape) // _BAND_BYTES)
+    bands = []
+    for i in range(min(count, out)):
+        first, last = out * i // count * stride - above, (out * (i + 1) // count - 1) * stride + kernel - above
+        bands.append((slice(max(first, 0), min(last, height)), (max(-first, 0), max(last - height, 0))))
+    return bands
 
 
 def mbconv(x: np.ndarray, block: "Block") -> np.ndarray:
@@ -304,17 +368,24 @@ def mbconv(x: np.ndarray, block: "Block") -> np.ndarray:
     Sandler et al. 2018 (arXiv:1801.04381); batch norms are already folded into the weights.
     """
     p = block.arrays
-    y = linear(x, p["expand_w"], p["expand_b"], block.act) if "expand_w" in p else x
-    y = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act)
-    if "se_reduce_w" in p:
+    squeeze, kernel = "se_reduce_w" in p, len(p["dw_w"])
+
+    def band(rows: slice, beyond: tuple[int, int]) -> np.ndarray:
+        y = linear(x[rows], p["expand_w"], p["expand_b"], block.act) if "expand_w" in p else x[rows]
+        y = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act, beyond)
+        return y if squeeze else linear(y, p["project_w"], p["project_b"])
+    bands = _bands(x.shape[:2] + (block.channels[1],), kernel, block.stride)
+    y = np.concatenate(list(_threads().map(band, *zip(*bands))))
+    if squeeze:
         y = squeeze_excite(y, p["se_reduce_w"], p["se_reduce_b"], p["se_expand_w"], p["se_expand_b"])
-    return linear(y, p["project_w"], p["project_b"], NONE, x if block.skip else None)
+        y = linear(y, p["project_w"], p["project_b"])
+    return y + x if block.skip else y
 
 
 def pool(x: np.ndarray, grid: int) -> np.ndarray:
     """Average (H, W, C) over the cells of a grid x grid lattice -> (grid, grid, C); H, W multiples."""
     h, w, c = x.shape
-    return x.reshape(grid, h // grid, grid, w // grid, c).mean((1, 3))
+    return x.reshape(grid, h // grid, w * c).mean(1).reshape(grid, grid, w // grid, c).mean(2)
 
 
 def whiten(f: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -324,8 +395,12 @@ def whiten(f: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def remove_factors(x: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """x - V^T V x: shrinks the directions in which places vary together; x (N, C), v (K, N, C), see `fit_factors`."""
-    return x - np.tensordot(np.tensordot(v, x, 2), v, 1)
+    """x - V^T V x: shrinks the directions in which places vary together, see `fit_factors`.
+
+    x (N, C), v (K, N, C).
+    """
+    v = v.reshape(len(v), -1)
+    return x - (v @ x.ravel() @ v).reshape(x.shape)
 
 
 def layer_norm(x: np.ndarray, gain: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -356,17 +431,24 @@ def anomaly_map(nll: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarr
     return rows @ nll @ cols.T
 
 
+@functools.lru_cache(16)
 def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
     """Gaussian smoothing on the grid (sigma in cells, edges reflected), then linear enlargement.
 
     Both are linear and separable, so one (n_out, grid) matrix a side does the work; n_out = grid
-    smooths only. Rows sum to 1.
+    smooths only. Rows sum to 1; float64, read-only, kept.
     """
     smooth = np.eye(grid)
     if sigma > 0:
-        from scipy.ndimage import gaussian_filter1d
-        smooth = gaussian_filter1d(smooth, sigma, axis=0, mode="reflect")
-    return _tap_matrix(grid, n_out) @ smooth if n_out != grid else smooth
+        reach = np.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)
+        weight = np.exp(-0.5 * (reach / sigma) ** 2)
+        cell = np.arange(grid)[:, None]
+        source = (cell + reach) % (2 * grid)  # ... c b a | a b c ... | c b a ...
+        smooth[:] = 0
+        np.add.at(smooth, (cell, np.minimum(source, 2 * grid - 1 - source)), weight / weight.sum())
+    operator = _resample(smooth, n_out) if n_out != grid else smooth
+    operator.setflags(write=False)
+    return operator
 
 
 # ------------------------------------------------------------------------------------------------
@@ -666,7 +748,7 @@ def denoise(p: dict[str, np.ndarray], x: np.ndarray, t: int) -> np.ndarray:
     Time enters as a shift of the embedded tokens and a gain of the output, both functions of phi_t,
     so that at a fixed step they fold into the weights.
     """
-    p = _at_time(p, t)
+    p = {name: a.astype(x.dtype, copy=False) for name, a in _at_time(p, t).items()}
     h = linear(x, p["in_w"], p["pos"])
     for i in range(_num_mixers(p)):
         u = layer_norm(h, p[f"mix{i}_norm1_gain"], p[f"mix{i}_norm1_bias"])
@@ -1562,7 +1644,9 @@ class Prior:
                 self.device = "cpu"
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_built": {}}  # an engine is made of addresses
+        state = self.__dict__ | {"_built": {}}  # an engine is made of addresses
+        state.pop("_preconditioning", None)  # many times the rest
+        return state
 
     # -- file ------------------------------------------------------------------------------------
 
@@ -1730,12 +1814,19 @@ class Prior:
     def _map_operator(self, n_out: int) -> np.ndarray:
         return map_operator(self.grid, n_out, self.settings.smooth)
 
+    @functools.cached_property
+    def _preconditioning(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Whitener (N, C, C) or (N, C) and factors (K, N, C) as float32, for NumPy; made at first use."""
+        w, v, (n, c) = self.whitener, self.factors, self.mean.shape
+        return (unpack_lower(w, c) if w.dtype == BLOCK else w,
+                None if v is None else unpack_factors(v, self.settings.factors, n, c))
+
     def latent(self, features: np.ndarray) -> np.ndarray:
         """Reference: features (N, C) -> x_T (N, C), in the features' dtype."""
-        n, c = features.shape
-        x0 = whiten(features, self.mean, unpack_lower(self.whitener, c) if self.whitener.dtype == BLOCK else self.whitener)
-        if self.factors is not None:
-            x0 = remove_factors(x0, unpack_factors(self.factors, self.settings.factors, n, c))
+        whitener, factors = self._preconditioning
+        x0 = whiten(features, self.mean, whitener)
+        if factors is not None:
+            x0 = remove_factors(x0, factors)
         f = (lambda x, t: denoise(self.denoiser, x, t)) if self.denoiser else (lambda x, t: np.zeros_like(x))
         return ddim_invert(x0, f, self.timesteps, self.prediction)
 
@@ -1746,17 +1837,17 @@ class Prior:
             rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["scale"] + self.calibration["location"])
             if with_map:
                 weight, offset = self._map_weights()
-                cells = (weight * rows[-1] + offset).reshape(self.grid, self.grid)
-                operators = map(self._map_operator, image.shape[:2])
-                maps.append(anomaly_map(cells, *operators).astype(np.float32))
+                cells = (weight * rows[-1] + offset).reshape(self.grid, self.grid).astype(np.float32)
+                sides = [self._map_operator(n).astype(np.float32) for n in image.shape[:2]]
+                maps.append(anomaly_map(cells, *sides))
         z = np.array(rows, np.float32)
         return Frames(self._image_scores(z), maps or [None] * len(rows), [z])
 
 
 def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings, shift=(0.0, 0.0)) -> np.ndarray:
     """uint8 (H, W, 3) -> features (N, C) by the reference operations."""
-    x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift)
-    return backbone.features(x.astype(np.float32), settings.size // 16)
+    x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift, np.float32)
+    return backbone.features(x, settings.size // 16)
 
 
 def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | None = None) -> Engine | None:
