@@ -647,12 +647,12 @@ def _data_folder(name: str) -> Path:
 
 
 def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
-    """`lite0` (shipped), `lite1`..`lite4` (pip package), `timm:NAME` (timm, pretrained), or a weight file."""
+    """`lite0`, `lite2` (shipped), `lite1`..`lite4` (pip package), `timm:NAME` (timm, pretrained), or a weight file."""
     if isinstance(name, Backbone):
         return name
     name = os.fspath(name)
-    if name == "lite0":
-        path = _data_folder("weights") / "lite0.npz"
+    if name in ("lite0", "lite2"):
+        path = _data_folder("weights") / f"{name}.npz"
         if not path.is_file():
             raise ModelError(f"{path} is missing: copy the folder weights/ beside fastprior.py")
         header, arrays = _read_npz(path)
@@ -1250,7 +1250,8 @@ class Settings:
     eps-prediction), for ablations. `steps` may be changed when scoring.
     """
     backbone: str = "lite0"
-    size: int = 256
+    size: int = 256  # side that an image is resized to, pixels
+    cell: int = 0  # side of a place, pixels of the resized image; 0: 32 from 384 pixels on, else 16
     steps: int = 2
     first: int = 50  # t at which the features are taken to lie
     last: int = 500  # t at which the density is read
@@ -1268,9 +1269,20 @@ class Settings:
     calibration: str = "cross"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.cell == 0:
+            object.__setattr__(self, "cell", 32 if self.size >= 384 else 16)
+
+    @property
+    def grid(self) -> int:
+        """Places a side."""
+        return self.size // self.cell
+
     def check(self) -> None:
         checks = {
             "size": (self.size % 32 == 0 and 64 <= self.size <= 1024, "a multiple of 32 from 64 to 1024"),
+            "cell": (self.cell > 0 and self.cell % 16 == 0 and self.size % self.cell == 0,
+                     f"a multiple of 16 that divides the size, {self.size}"),
             "variant": (self.variant in ("whitened", "plain"), "'whitened' or 'plain'"),
             "calibration": (self.calibration in ("cross", "holdout"), "'cross' or 'holdout'"),
             "fpr": (0 < self.fpr < 1, "a rate between 0 and 1"),
@@ -1286,6 +1298,11 @@ class Settings:
             if not good:
                 raise ShapeError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
         select_timesteps(self.steps, self.first, self.last)
+
+
+# Speed against accuracy, as keywords of `fit`.
+TIERS = {"fast": {"backbone": "lite0", "size": 256}, "default": {"backbone": "lite0", "size": 448},
+         "accurate": {"backbone": "lite2", "size": 448}}
 
 
 class Frames(NamedTuple):
@@ -1399,7 +1416,7 @@ class Prior:
         if settings.steps not in calibrations:
             raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, got {settings.steps}")
         self.calibration = calibrations[settings.steps]
-        self.grid = settings.size // 16
+        self.grid = settings.grid
         self._built: dict[bool, Engine] = {}  # from pixels, from tokens
         self.validate()
         self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr, settings.threshold)
@@ -1477,7 +1494,7 @@ class Prior:
             return {k[len(prefix):]: v for k, v in of.items() if k.startswith(prefix)}
 
         def own(header: dict, arrays: dict) -> Prior:
-            settings = dataclasses.replace(Settings(**header["settings"]), **changes)
+            settings = dataclasses.replace(Settings(**{"cell": 16} | header["settings"]), **changes)
             settings.check()
             calibrations: dict[int, dict] = {}
             for name, a in group("calibration/", arrays).items():
@@ -1664,7 +1681,7 @@ class Prior:
 def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings, shift=(0.0, 0.0)) -> np.ndarray:
     """uint8 (H, W, 3) -> features (N, C) by the reference operations."""
     x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift)
-    return backbone.features(x.astype(np.float32), settings.size // 16)
+    return backbone.features(x.astype(np.float32), settings.grid)
 
 
 def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | None = None) -> Engine | None:
@@ -1710,9 +1727,9 @@ class MultiPrior:
     """
 
     def __init__(self, priors: dict[str, Prior]):
-        kinds = {(p.backbone.name, p.settings.size, p.settings.steps) for p in priors.values()}
+        kinds = {(p.backbone.name, p.settings.size, p.grid, p.settings.steps) for p in priors.values()}
         if len(kinds) != 1:
-            raise ModelError(f"products of one model need one backbone, size and number of steps, got {sorted(kinds)}")
+            raise ModelError(f"products of one model need one backbone, size, cell and number of steps, got {sorted(kinds)}")
         self.priors = priors
         first = next(iter(priors.values()))
         self.backbone, self.settings, self.grid = first.backbone, first.settings, first.grid
@@ -1765,7 +1782,7 @@ def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
     """Pixels -> tokens, its only output."""
     e = _new_engine(device, threads=threads)
     if e is not None:
-        grid = settings.size // 16
+        grid = settings.grid
         with _engine_errors():
             e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid, sum(backbone.channels))
             e.finish()
@@ -1800,8 +1817,8 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
     Returns float16 (M, N, C), the image index of each row (M,) (an image's first row is the image
     itself), and one line for each image that could not be read (these are left out).
     """
-    grid, rows, owners, unreadable = settings.size // 16, [], [], []
-    n, c = grid * grid, sum(backbone.channels)
+    rows, owners, unreadable = [], [], []
+    n, c = settings.grid ** 2, sum(backbone.channels)
     copies = max(0, min(settings.copies, 2400 // max(len(images), 1) - 1))  # bounds memory, not accuracy
     engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
     for i, source in enumerate(images):
@@ -2779,8 +2796,10 @@ def _build_app():
     @app.command()
     def train(good: Path = typer.Argument(..., help="Folder of good images, or a category in MVTec AD's layout."),
               output: Path = typer.Option(..., "-o", "--output", help="Model file to write (.npz)."),
-              backbone: str = typer.Option("lite0", help="lite0, lite1..lite4, timm:NAME, or a .safetensors/.pth file."),
-              size: int = typer.Option(Settings.size, help="Side the image is resized to, pixels, a multiple of 32."),
+              tier: str = typer.Option("default", help="fast, default or accurate: backbone and size."),
+              backbone: str = typer.Option(None, help="lite0, lite2, lite1..lite4, timm:NAME, or a weight file."),
+              size: int = typer.Option(None, help="Side the image is resized to, pixels, a multiple of 32."),
+              cell: int = typer.Option(None, help="Side of a place, pixels of the resized image: 16, 32, ..."),
               steps: int = typer.Option(Settings.steps, help="DDIM inversion steps."),
               iterations: int = typer.Option(None, min=0, help="At most this many training steps; 0 needs no torch."),
               minutes: float = typer.Option(None, min=0.01, help="At most this long in the denoiser's training."),
@@ -2797,10 +2816,13 @@ def _build_app():
         Example: fastprior train --multi products -o all.npz
         """
         _check_output(output)
+        if tier not in TIERS:
+            raise ShapeError(f"--tier: expected {', '.join(TIERS)}, got {tier!r}")
+        own = {k: v for k, v in {"backbone": backbone, "size": size, "cell": cell}.items() if v is not None}
         with _Bars() as bars:
             made = (fit_many if multi else fit)(
-                good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, backbone=backbone,
-                size=size, steps=steps, variant=variant, calibration=calibration, fpr=fpr, seed=seed)
+                good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
+                variant=variant, calibration=calibration, fpr=fpr, seed=seed, **TIERS[tier] | own)
         made.save(output)
         for name, prior in _products(made).items():
             s = prior.summary
@@ -3039,7 +3061,7 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
     settings = Settings(backbone=backbone, size=size)
     settings.check()
     net = load_backbone(backbone)
-    n, c = (size // 16) ** 2, sum(net.channels)
+    n, c = settings.grid ** 2, sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // _PANEL)
     denoiser = initial_denoiser(n, c, settings)
     calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32), "moments": np.array([0., 1., 0.]),
