@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draw a small demo data set: lathe-turned steel washers on a conveyor belt, or drilled plates.
 
-The plates come in two hands, one the mirror image of the other, both good. Their faults are of logic: every place
-of a bad plate looks as it does in good plates of one hand or the other, only not together.
+The plates come in two hands, one the mirror image of the other, both good. Their faults are of logic: every
+place of a bad plate looks as it does in good plates of one hand or the other, only not together.
 
 Nothing is downloaded and nobody else's data is used: every image is computed
 from a seed. The folder follows the MVTec AD layout::
@@ -105,7 +105,7 @@ def _render(rng, kind, size):
 
 
 def _render_plate(rng, kind, size):
-    """Draw one plate: two holes at one end, a slot at the other, a pin hole above or below. Returns what `_photograph` does.
+    """Draw one plate: two holes at one end, a slot at the other, a pin hole. Returns what `_photograph` does.
 
     mixed: both ends alike. missing: no pin hole. swapped: the pin hole of the other hand.
     """
@@ -131,7 +131,7 @@ def _render_plate(rng, kind, size):
         return np.hypot(u - at_u, np.maximum(np.abs(v - at_v) - half, 0)) - radius * rng.uniform(0.98, 1.02)
     depth = 8 - np.hypot(np.maximum(np.abs(u) - 88, 0), np.maximum(np.abs(v) - 54, 0))
     for at_u, slot in zip((-60, 60), ends):
-        for hole in [opening(at_u, 0, 9, 20)] if slot > 0 else [opening(at_u, -25, 12), opening(at_u, 25, 12)]:
+        for hole in [opening(at_u, 0, 9, 20)] if slot > 0 else [opening(at_u, w, 12) for w in (-25, 25)]:
             depth = np.minimum(depth, hole)
     if pin:
         depth = np.minimum(depth, opening(0, -34 * pin, 10))
@@ -139,7 +139,8 @@ def _render_plate(rng, kind, size):
     # Ground along its length: fine marks, and the lamp as a broad band across them.
     marks = rng.standard_normal((size, 12), dtype=np.float32)
     marks = ndimage.gaussian_filter1d(marks, 0.7 / pixel, axis=0, mode="wrap")
-    fine = ndimage.map_coordinates(marks / marks.std(), [v / pixel + size / 2, u / 22 + 6], order=1, mode="grid-wrap")
+    where = [v / pixel + size / 2, u / 22 + 6]
+    fine = ndimage.map_coordinates(marks / marks.std(), where, order=1, mode="grid-wrap")
     band = np.exp(-(((u * lx + v * ly + rng.normal(8, 5)) / 70) ** 2))
     metal = (0.22 + 0.30 * band) * (1 + 0.10 * fine + 0.03 * _smooth(rng, size, 7))
     slope_y, slope_x = np.gradient(depth, pixel)
@@ -161,7 +162,7 @@ def _photograph(rng, metal, solid, mask, xy, lamp):
 
     Parameters
     ----------
-    metal : (size, size, 3) float, its light; solid : (size, size), how far inside its edge, in units of length
+    metal : (size, size, 3) float, its light; solid : (size, size), how far inside its edge
     mask : (size, size) bool, where a defect is; xy : coordinates from its centre; lamp : unit vector
 
     Returns

@@ -37,7 +37,8 @@ def test_products_of_one_model_share_the_grid(washers):
 
 def test_tier_and_cell_on_the_command_line(washers, tmp_path):
     model = tmp_path / "m.npz"
-    done = run("train", washers, "-o", model, "--tier", "accurate", "--size", 64, "--cell", 32, "--iterations", 0)
+    options = "--tier", "accurate", "--size", 64, "--cell", 32, "--iterations", 0
+    done = run("train", washers, "-o", model, *options)
     assert done.returncode == 0, done.stderr
     prior = fp.Prior.load(model)
     assert (prior.backbone.name, prior.settings.size, prior.grid) == ("lite2", 64, 2)

@@ -27,7 +27,7 @@ def test_layout(part, tmp_path):
 def test_an_image_does_not_depend_on_how_many_are_drawn(tmp_path):
     make_demo.write_dataset(tmp_path / "a", 2, 1, 1, 48, part="plate")
     make_demo.write_dataset(tmp_path / "b", 1, 2, 2, 48, part="plate")
-    for name in ("train/good/000.png", "test/good/000.png", "test/mixed/000.png", "ground_truth/mixed/000_mask.png"):
+    for name in ("train/good/000.png", "test/good/000.png", "test/mixed/000.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
