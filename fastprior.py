@@ -213,7 +213,7 @@ _BAND_BYTES = 1 << 21  # of a band of an image, see `_bands`
 
 
 @functools.cache
-def _threads() -> "concurrent.futures.ThreadPoolExecutor":
+def _threads():
     """One thread a core for the bands; kept."""
     import concurrent.futures
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -352,7 +352,7 @@ def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.
 
 def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
     """An image (H, W, C) in bands whose float32 fit the cache: input rows, and rows of zeros beyond."""
-    height, (above, below) = shape[0], _same_padding(shape[0], kernel, stride)
+    height, (above, _) = shape[0], _same_padding(shape[0], kernel, stride)
     out, count = -(-height // stride), -(-4 * math.prod(shape) // _BAND_BYTES)
     bands = []
     for i in range(min(count, out)):
@@ -558,9 +558,9 @@ def _data_folder(name: str) -> Path:
 
 
 def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
-    """A shipped one by its name (`lite0`), or what examples/backbones.py imports.
+    """A shipped one by its name (`lite0`, `lite2`), or what examples/backbones.py imports.
 
-    That is `lite1`, `lite2` (pip packages), `timm:NAME` (timm, pretrained), a .safetensors or .pth file.
+    That is `lite1` (a pip package), `timm:NAME` (timm, pretrained), a .safetensors or .pth file.
     """
     if isinstance(name, Backbone):
         return name
@@ -568,7 +568,7 @@ def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
     if shipped.is_file():
         with _decoding(shipped):
             return Backbone.from_arrays(*_read_npz(shipped))
-    if name == "lite0":
+    if name in ("lite0", "lite2"):
         raise ModelError(f"{shipped} is missing: copy the folder weights/ beside fastprior.py")
     return _room("backbones").load_backbone(os.fspath(name))
 
@@ -1469,7 +1469,8 @@ class Settings:
     eps-prediction), for ablations. `steps` may be changed when scoring.
     """
     backbone: str = "lite0"
-    size: int = 256
+    size: int = 256  # side that an image is resized to, pixels
+    cell: int = 0  # side of a place, pixels of the resized image; 0: 32 from 384 pixels on, else 16
     steps: int = 2
     first: int = 50  # t at which the features are taken to lie
     last: int = 500  # t at which the density is read
@@ -1488,10 +1489,19 @@ class Settings:
     seed: int = 0
     bits: int | None = None  # of 16-bit images, see `load_image`; None: found in training, which saw none if it stays so
 
+    def __post_init__(self) -> None:
+        if self.cell == 0:
+            object.__setattr__(self, "cell", 32 if self.size >= 384 else 16)
+
+    @property
+    def grid(self) -> int:
+        """Places a side."""
+        return self.size // self.cell
+
     def check(self) -> None:
         """ShapeError unless every setting is of the type of its default and in its range."""
         last = NUM_TRAIN_TIMESTEPS - 1
-        allowed = {"size": range(64, 1025, 32), "steps": range(1, 201), "first": range(last),
+        allowed = {"size": range(64, 1025, 32), "cell": range(16, 1025, 16), "steps": range(1, 201), "first": range(last),
                    "last": range(1, last + 1), "factors": range(_MOST_FACTORS + 1), "copies": range(65),
                    "width": range(16, 1025, 16), "mixers": range(14), "seed": range(2 ** 63),
                    "bits": _DEPTHS, "variant": ("whitened", "plain"), "calibration": ("cross", "holdout"),
@@ -1510,7 +1520,14 @@ class Settings:
                 expected = "8, 10, 12, 14 or 16"
             if not good and not (v is None and name in ("threshold", "bits")):
                 raise ShapeError(f"{name}: expected {expected}, got {v!r:.60}")
+        if self.size % self.cell:
+            raise ShapeError(f"cell: expected a multiple of 16 that divides the size, {self.size}, got {self.cell}")
         select_timesteps(self.steps, self.first, self.last)
+
+
+# Speed against accuracy, as keywords of `fit`.
+TIERS = {"fast": {"backbone": "lite0", "size": 256}, "default": {"backbone": "lite0", "size": 448},
+         "accurate": {"backbone": "lite2", "size": 448}}
 
 
 class Frames(NamedTuple):
@@ -1629,7 +1646,7 @@ class Prior:
         if settings.steps not in calibrations:
             raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, got {settings.steps}")
         self.calibration = calibrations[settings.steps]
-        self.grid = settings.size // 16
+        self.grid = settings.grid
         self._built: dict[bool, Engine] = {}  # from pixels, from tokens
         _check_model(self)
         self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr, settings.threshold)
@@ -1847,7 +1864,7 @@ class Prior:
 def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings, shift=(0.0, 0.0)) -> np.ndarray:
     """uint8 (H, W, 3) -> features (N, C) by the reference operations."""
     x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift, np.float32)
-    return backbone.features(x, settings.size // 16)
+    return backbone.features(x, settings.grid)
 
 
 def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | None = None) -> Engine | None:
@@ -1893,9 +1910,9 @@ class MultiPrior:
     """
 
     def __init__(self, priors: dict[str, Prior]):
-        kinds = {(p.backbone.name, p.settings.size, p.settings.steps) for p in priors.values()}
+        kinds = {(p.backbone.name, p.settings.size, p.grid, p.settings.steps) for p in priors.values()}
         if len(kinds) != 1:
-            raise ModelError(f"products of one model need one backbone, size and number of steps, got {sorted(kinds)}")
+            raise ModelError(f"products of one model need one backbone, size, cell and number of steps, got {sorted(kinds)}")
         if len({p.settings.bits for p in priors.values()} - {None}) > 1:
             raise ModelError("products of one model need one depth of their 16-bit images (bits)")
         if not all(isinstance(k, str) and 0 < len(k) < 256 and k.isprintable() for k in priors):
@@ -1946,7 +1963,7 @@ def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
     """Pixels -> tokens, its only output."""
     e = _new_engine(device, threads=threads)
     if e is not None:
-        grid = settings.size // 16
+        grid = settings.grid
         with _engine_errors():
             e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid, sum(backbone.channels))
             e.finish()
@@ -2009,8 +2026,8 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
     Returns float16 (M, N, C), the image index of each row (M,) (an image's first row is the image
     itself), and one line for each image that could not be read (these are left out).
     """
-    grid, rows, owners, unreadable = settings.size // 16, [], [], []
-    n, c = grid * grid, sum(backbone.channels)
+    rows, owners, unreadable = [], [], []
+    n, c = settings.grid ** 2, sum(backbone.channels)
     copies = max(0, min(settings.copies, 2400 // max(len(images), 1) - 1))  # bounds memory, not accuracy
     engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
     for i, source in enumerate(images):
@@ -2513,8 +2530,10 @@ def _build_app():
     @app.command()
     def train(good: str = typer.Argument(..., help="Folder of good images, or one with good/ (ok, normal, train/good) in it."),
               output: Path = typer.Option(..., "-o", "--output", help="Model file to write (.npz)."),
-              backbone: str = typer.Option("lite0", help="lite0, lite1, lite2, timm:NAME, or a weight file."),
-              size: int = typer.Option(Settings.size, help="Side the image is resized to, pixels, a multiple of 32."),
+              tier: str = typer.Option("default", help="fast, default or accurate: backbone and size."),
+              backbone: str = typer.Option(None, help="lite0, lite1, lite2, timm:NAME, or a weight file."),
+              size: int = typer.Option(None, help="Side the image is resized to, pixels, a multiple of 32."),
+              cell: int = typer.Option(None, help="Side of a place, pixels of the resized image: 16, 32, ..."),
               steps: int = typer.Option(Settings.steps, help="DDIM inversion steps."),
               iterations: int = typer.Option(None, min=0, help="At most this many training steps; 0 needs no torch."),
               minutes: float = typer.Option(None, min=0.01, help="At most this long in the denoiser's training."),
@@ -2532,10 +2551,13 @@ def _build_app():
         Example: fastprior train --multi products -o all.npz
         """
         _room("folders").check_output(output)
+        if tier not in TIERS:
+            raise ShapeError(f"--tier: expected {', '.join(TIERS)}, got {tier!r}")
+        own = {k: v for k, v in {"backbone": backbone, "size": size, "cell": cell}.items() if v is not None}
         with _Bars() as bars:
             made = (fit_many if multi else fit)(
-                good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, backbone=backbone,
-                size=size, steps=steps, variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits)
+                good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
+                variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits, **TIERS[tier] | own)
         made.save(output)
         for name, prior in _products(made).items():
             s = prior.summary
