@@ -31,7 +31,7 @@ part bench_default 60 bash -c 'bench --tier default --against torch'
 part models 120 "$python" -m pytest tests/gpu -q -k 'not kernel and not frames' -p no:cacheprovider
 [ -n "$b4" ] && part bench_b4 60 bash -c "bench --backbone '$b4' --size 448 --cell 32 --against torch"
 part bench_half 60 bash -c 'bench --tier default --precision float16'
-part profile 60 "$python" tests/gpu/profile.py
+part profile 60 "$python" tests/gpu/launches.py
 part frames 90 "$python" -m pytest tests/gpu -q -k frames -p no:cacheprovider
 part sanitizer 90 compute-sanitizer --error-exitcode 3 "$python" -m pytest tests/gpu -x -q \
     -k 'kernel and (layer_norm or rotate or whiten)' -p no:cacheprovider
