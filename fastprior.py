@@ -347,11 +347,12 @@ def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.
 
 
 def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
-    """An image (H, W, C) in bands whose float32 fit the cache: input rows, and rows of zeros beyond."""
-    height, (above, below) = shape[0], _same_padding(shape[0], kernel, stride)
-    out, count = -(-height // stride), -(-4 * math.prod(shape) // _BAND_BYTES)
+    """An image (H, W, C) in bands that fit the cache: input rows, and rows of zeros above and below them."""
+    height, (above, _) = shape[0], _same_padding(shape[0], kernel, stride)
+    out = -(-height // stride)
+    count = min(out, -(-4 * math.prod(shape) // _BAND_BYTES))
     bands = []
-    for i in range(min(count, out)):
+    for i in range(count):
         first, last = out * i // count * stride - above, (out * (i + 1) // count - 1) * stride + kernel - above
         bands.append((slice(max(first, 0), min(last, height)), (max(-first, 0), max(last - height, 0))))
     return bands
