@@ -2969,14 +2969,24 @@ def load_image(source, bits: int | None = None) -> np.ndarray:
 
 
 def find_depth(images: Iterable) -> int | None:
-    """The smallest depth (see `load_image`) that holds all but a thousandth of the 16-bit values; None without any."""
-    beyond, count = np.zeros(len(_DEPTHS)), 0
+    """The smallest depth (see `load_image`) that holds all but a thousandth of the 16-bit values; None without any.
+
+    ShapeError where most images use 4 bits less: then two depths are mixed.
+    """
+    beyond, counts = [], []
     for source in images:
         with contextlib.suppress(Exception):  # what cannot be read is said when it is to be used
             a = _pixels(source, deep_only=True)
             if a is not None:
-                beyond, count = beyond + _beyond(a), count + a.size
-    return _depth(beyond, count) if count else None
+                beyond.append(_beyond(a))
+                counts.append(a.size)
+    if not counts:
+        return None
+    depth = _depth(sum(beyond), sum(counts))
+    lower = [own for own in map(_depth, beyond, counts) if own <= depth - 4]
+    if 2 * len(lower) > len(counts):
+        raise ShapeError(f"{len(lower)} of {len(counts)} images use at most {max(lower)} bits, others {depth}: say which is meant (--bits)")
+    return depth
 
 
 def _beyond(a: np.ndarray) -> np.ndarray:
@@ -3239,7 +3249,7 @@ class _Found:
             self.suffixes[path.suffix or "no suffix"] += 1
         elif _OUTPUT.search(path.name):
             self.left_out["maps and masks of fastprior"] += 1
-        elif path.suffix.lower() in (".png", ".bmp") and _MASK_OF.sub("", path.stem) in stems - {path.stem}:
+        elif path.suffix.lower() in (".png", ".bmp") and _MASK_OF.search(path.stem) and _MASK_OF.sub("", path.stem) in stems:
             self.left_out["masks beside their images"] += 1
         elif real in self.seen:
             self.left_out["seen by another name"] += 1
@@ -3489,13 +3499,11 @@ def find_regions(anomaly_map: np.ndarray | None) -> list[Region]:
     if anomaly_map is None:
         raise ShapeError("regions: this image was scored without its map: score(..., with_map=True)")
     from scipy import ndimage
-    labels, count = ndimage.label(anomaly_map > 1, np.ones((3, 3)))
-    if not count:
-        return []
-    numbers = range(1, count + 1)
-    peaks, sizes = ndimage.maximum(anomaly_map, labels, numbers), np.bincount(labels.ravel())[1:]
-    regions = [Region(x.start, y.start, x.stop, y.stop, int(size), float(peak))
-               for (y, x), size, peak in zip(ndimage.find_objects(labels), sizes, peaks)]
+    labels, _ = ndimage.label(anomaly_map > 1, np.ones((3, 3)))
+    regions = []
+    for number, (y, x) in enumerate(ndimage.find_objects(labels), 1):
+        inside = labels[y, x] == number
+        regions.append(Region(x.start, y.start, x.stop, y.stop, int(inside.sum()), float(anomaly_map[y, x][inside].max())))
     return sorted(regions, key=lambda r: -r.peak)
 
 
