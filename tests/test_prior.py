@@ -1,10 +1,9 @@
-"""`Prior`: the same scores whatever the company, the thread or the file; every image format; every kind of bad input."""
+"""`Prior`: the same scores whatever the company, the thread or the file; every kind of bad input."""
 import os
 import signal
 import subprocess
 import sys
 import threading
-import zipfile
 
 import numpy as np
 import pytest
@@ -224,142 +223,11 @@ def test_the_scores_make_sense(trained, washers):
     assert min(bad) > max(good)
 
 
-# -- images --------------------------------------------------------------------------------------
-
-def test_every_format_gives_the_image_it_shows(tmp_path, trained, pictures):
+def test_maps_have_the_size_of_their_image(trained, pictures):
     rgb = pictures[0]
-    grey = rgb[..., 0]
-
-    def written(name, image, **how):
-        image.save(tmp_path / name, **how)
-        return fp.load_image(tmp_path / name)
-    same = np.repeat(grey[..., None], 3, 2)
-    np.testing.assert_array_equal(written("rgb.png", Image.fromarray(rgb)), rgb)
-    np.testing.assert_array_equal(written("grey.png", Image.fromarray(grey)), same)
-    np.testing.assert_array_equal(written("rgba.png", Image.fromarray(np.dstack([rgb, grey // 2]))), rgb)
-    np.testing.assert_array_equal(written("deep.png", Image.fromarray(grey.astype(np.uint16) * 257)), same)
-    np.testing.assert_array_equal(written("deep.tif", Image.fromarray(grey.astype(np.uint16) * 256 + 7)), same)
-    palette = Image.fromarray(rgb // 64 * 64).quantize(64)
-    np.testing.assert_array_equal(written("palette.png", palette), np.asarray(palette.convert("RGB")))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn right to show
-    turned = written("turned.png", Image.fromarray(rgb[:80, :50]), exif=exif)
-    np.testing.assert_array_equal(turned, np.rot90(rgb[:80, :50], -1))
-    for array in (rgb, grey, grey[..., None], np.dstack([rgb, grey]), grey.astype(np.uint16) * 256, rgb[::-1, ::2]):
-        assert fp.load_image(array).flags.c_contiguous
     tall = trained.score(rgb[:, :40])
     assert tall.anomaly_map.shape == (96, 40) and np.isfinite(tall.score)
-    assert trained.score(grey).score == trained.score(np.repeat(grey[..., None], 3, 2)).score
-
-
-@pytest.mark.parametrize("bad, match", [
-    (np.zeros((4, 40, 40, 3), np.uint8), "got shape"), (np.zeros((40, 40, 2), np.uint8), "got shape"),
-    (np.zeros((0, 40, 3), np.uint8), "8 to 32768"), (np.zeros((40, 7, 3), np.uint8), "8 to 32768"),
-    (np.zeros((40, 40, 3)), "float64"), (np.full((40, 40, 3), np.nan, np.float32), "float32"),
-    (np.array([["a"] * 9] * 9, object), "object"), (np.zeros((40, 40, 3), np.int16), "int16"), (7, "got shape")])
-def test_arrays_that_are_no_images(trained, bad, match):
-    with pytest.raises(fp.ShapeError, match=match) as e:
-        trained.score(bad)
-    one_line(e)
-
-
-def test_files_that_are_no_images(tmp_path, pictures):
-    Image.fromarray(pictures[0]).save(tmp_path / "whole.png")
-    data = (tmp_path / "whole.png").read_bytes()
-    for name, content in (("cut.png", data[:len(data) // 2]), ("empty.png", b""), ("text.png", b"hello"), ("head.png", data[:20])):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(fp.ImageError, match=name) as e:
-            fp.load_image(tmp_path / name)
-        one_line(e)
-    with pytest.raises(fp.ImageError, match="no such file"):
-        fp.load_image(tmp_path / "none.png")
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-def rewritten(source, target, change):
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for entry in old.namelist():
-            data = change(entry, old.read(entry))
-            if data is not None:
-                new.writestr(entry, data)
-    return target
-
-
-def test_damaged_models_are_named_and_refused(model_file, tmp_path):
-    data = model_file.read_bytes()
-    bad = tmp_path / "bad.npz"
-    variants = [data[:cut] for cut in (0, 1, 100, len(data) // 3, len(data) - 10)] + [b"PK\3\4 no zip", b"\x93NUMPY"]
-    flipped = bytearray(data)
-    flipped[len(data) // 2] ^= 255
-    for content in (*variants, bytes(flipped)):
-        bad.write_bytes(content)
-        with pytest.raises(fp.ModelError, match="bad.npz") as e:
-            fp.Prior.load(bad)
-        one_line(e)
-    np.savez(bad, a=np.zeros(3))
-    with pytest.raises(fp.ModelError, match="not a fastprior model"):
-        fp.Prior.load(bad)
-    np.savez(bad, header=np.array([{"evil": 1}], object), allow_pickle=True)
-    with pytest.raises(fp.ModelError, match="bad.npz"):
-        fp.Prior.load(bad)
-    for header in (b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,", b"[" * 3000):
-        with zipfile.ZipFile(bad, "w") as crafted:
-            crafted.writestr("mean.npy", b"\x93NUMPY\1\0" + (len(header) + 1).to_bytes(2, "little") + header + b"\n")
-        with pytest.raises(fp.ModelError, match="bad.npz") as e:
-            fp.Prior.load(bad)
-        one_line(e)
-    with pytest.raises(fp.ModelError, match="no such model"):
-        fp.Prior.load(tmp_path / "none.npz")
-    with pytest.raises(fp.ModelError, match="not a trained model|incomplete"):
-        fp.Prior.load(ROOT / "weights" / "lite0.npz")
-
-
-def npy(array):
-    import io
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize("change, match", [
-    (lambda k, d: npy(np.zeros((3, 3), np.float32)) if k == "mean.npy" else d, "do not fit"),
-    (lambda k, d: None if k == "whitener.npy" else d, "incomplete"),
-    (lambda k, d: None if k == "denoiser/in_w.npy" else d, "denoiser: incomplete"),
-    (lambda k, d: None if k == "factors.npy" else d, "factors .* do not fit"),
-    (lambda k, d: npy(np.zeros((35, 1), fp.BLOCK)) if k == "factors.npy" else d, "factors .* do not fit"),
-    (lambda k, d: npy(np.zeros((36, 5), "f4,i1")) if k == "whitener.npy" else d, "not a plain array"),
-    (lambda k, d: npy(np.asfortranarray(np.zeros((36, 45), fp.BLOCK))) if k == "whitener.npy" else d, "not a plain array"),
-    (lambda k, d: npy(np.zeros((36, 45, 32, 32), np.float16)) if k == "whitener.npy" else d, "train the model again"),
-    (lambda k, d: None if k == "calibration/2/peaks.npy" else d, "peaks"),
-    (lambda k, d: npy(np.full(36, np.nan, np.float32)) if k == "calibration/2/scale.npy" else d, "not finite"),
-    (lambda k, d: d.replace(b'"format": 1', b'"format": 9') if k == "header.npy" else d, "this version reads format 1"),
-    (lambda k, d: d.replace(b'"size": 96', b'"size": 95') if k == "header.npy" else d, "multiple of 32"),
-    (lambda k, d: d.replace(b'"steps"', b'"stops"') if k == "header.npy" else d, "stops"),
-    (lambda k, d: npy(np.zeros((3, 3, 3, 31), np.float16)) if k == "backbone/stem_w.npy" else d, "backbone|inconsistent|fit"),
-], ids=["shape", "whitener", "denoiser", "no factors", "factors", "fields", "order", "older", "calibration", "nan", "format", "size", "setting", "backbone"])
-def test_inconsistent_models_are_refused(model_file, tmp_path, change, match):
-    bad = rewritten(model_file, tmp_path / "bad.npz", change)
-    with pytest.raises(fp.FastPriorError, match=match) as e:
-        fp.Prior.load(bad)
-    one_line(e)
-
-
-def test_saving_is_all_or_nothing(trained, model_file, tmp_path, monkeypatch):
-    target = tmp_path / "m.npz"
-    trained.save(target)
-    before = target.read_bytes()
-
-    def full(f, **arrays):
-        f.write(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(fp.FastPriorError, match="No space left"):
-        trained.save(target)
-    assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.npz"]
-    for nowhere in (tmp_path / "no folder" / "m.npz", target / "m.npz", tmp_path / ("m" * 300 + ".npz")):
-        with pytest.raises(fp.FastPriorError, match="cannot be written"):
-            trained.save(nowhere)
+    assert trained.score(rgb[..., 0]).score == trained.score(np.repeat(rgb[..., :1], 3, 2)).score
 
 
 # -- training ------------------------------------------------------------------------------------
@@ -381,7 +249,7 @@ def test_too_few_images(pictures, washers, tmp_path):
 
 
 @pytest.mark.parametrize("setting, match", [
-    ({"size": 100}, "multiple of 32"), ({"steps": 0}, "num_steps"), ({"fpr": 0}, "between 0 and 1"), ({"variant": "x"}, "whitened"),
+    ({"size": 100}, "multiple of 32"), ({"steps": 0}, "steps"), ({"fpr": 0}, "a number from"), ({"variant": "x"}, "whitened"),
     ({"calibration": "x"}, "holdout"), ({"copies": -1}, "copies"), ({"width": 10}, "multiple of 16")])
 def test_settings_are_checked_before_the_work(setting, match, washers):
     with pytest.raises(fp.ShapeError, match=match):
