@@ -2757,8 +2757,9 @@ def _build_app():
         facts: dict[str, Any] = {"fastprior": __version__, "file": __file__, **machine()}
         try:
             engines = _engines("cpu")
-            facts |= {"backend": "numba (cpu)" if _is_installed("numba") else "numpy (slow: pip install numba)",
-                      "threads": engines.available_threads()}
+            with _engine_errors():
+                engines.load_kernels()
+            facts |= {"backend": "numba (cpu)", "threads": engines.available_threads()}
         except BackendUnavailable as e:
             facts |= {"backend": f"numpy (slow: {e})", "threads": 1}
         try:

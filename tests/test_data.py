@@ -1,4 +1,4 @@
-"""On real photographs, where they are: a short training keeps its level, and the engine keeps the reference's accuracy."""
+"""On real photographs, where they are: a short training keeps its level, the engine that of the reference."""
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -11,8 +11,8 @@ benchmark = fp._room("benchmark")
 MVTEC = SHARED / "data" / "mvtec"
 pytestmark = pytest.mark.skipif(not MVTEC.is_dir(), reason=f"no real images at {MVTEC}")
 
-# Image AUROC and AUPRO of lite0 at 128 px, one jittered copy, 100 iterations: what was seen, less a margin for
-# another BLAS. Bottle 1.000 and 0.849, pill 0.922 and 0.864.
+# Image AUROC and AUPRO of lite0 at 128 px, one jittered copy, 100 iterations: what was seen, less a margin
+# for another BLAS. Bottle 1.000 and 0.849, pill 0.922 and 0.864.
 FLOORS = {"bottle": (.99, .80), "pill": (.88, .80)}
 
 

@@ -223,6 +223,15 @@ def test_without_numba_numpy_scores_and_one_line_says_so(without, environment, m
     assert json.loads(kept.stdout)[0] == ("numpy" if "llvmlite" in without else "numba")
 
 
+def test_info_says_what_would_score(compiled, tmp_path):
+    def backend(**environment):
+        done = python("import fastprior as fp; fp.main()", "info", "--json", **environment)
+        return json.loads(done.stdout)["backend"]
+    assert backend(XDG_CACHE_HOME=str(compiled[1].parents[1])) == "numba (cpu)"
+    text = backend(XDG_CACHE_HOME=str(tmp_path), NUMBA_DISABLE_JIT="1")
+    assert text.startswith("numpy (slow: ") and "NUMBA_DISABLE_JIT" in text
+
+
 def test_the_command_says_that_it_compiles(model_file, compiled, tmp_path):
     code = """if True:
         import fastprior as fp

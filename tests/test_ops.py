@@ -86,7 +86,8 @@ def cases(name, rng):
         for n, d, c in ((9, 16, 40), (1, 48, 32), (37, 96, 272), (5, 0, 33)):
             yield a(n, d), a(d, c), a(c), a(n, c), (.8, .6)
     elif name == "anomaly_map":
-        for grid, h, w, sigma in ((4, 33, 21, .5), (16, 256, 256, 0), (7, 8, 1000, 1)):
+        for grid, h, w, sigma in ((4, 33, 21, .5), (16, 256, 256, 0), (7, 8, 1000, 1),
+                                  (5, 40, 5, 0), (6, 9, 12, 0)):  # narrower than a vector of 8, of 16
             yield a(grid, grid), fp.map_operator(grid, h, sigma), fp.map_operator(grid, w, sigma)
     else:
         raise AssertionError(f"no test case for {name}")
