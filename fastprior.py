@@ -852,7 +852,7 @@ def inverse_cholesky(cov: np.ndarray) -> np.ndarray:
     return out
 
 
-def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int, cross: bool) -> np.ndarray:
+def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int) -> np.ndarray:
     """What places vary in together (pose, light), as factors of the whitened features; taken out of x0 in place.
 
     Whitening knows each place alone. Here good images are a Gaussian over all places at once, of covariance
@@ -860,8 +860,8 @@ def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int, cross: bool) -> np
     the variance along them of images that did not give them. Its symmetric whitening is I - V^T V with
     v_k = sqrt(1 - lambda_k^-1/2) u_k. Probabilistic PCA: Tipping and Bishop 1999.
 
-    x0 (M, N, C) float16; fold (M,). With `cross`, each fold loses the factors of the others, and all images give the
-    result; else fold 0 gives nothing, and all lose the result. Returns V, float32 (K, N, C).
+    x0 (M, N, C) float16; fold (M,): each fold loses the factors of the others, and all images give the result, V,
+    float32 (K, N, C).
     """
     from scipy.linalg import eigh
     m, n, c = x0.shape
@@ -881,17 +881,14 @@ def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int, cross: bool) -> np
     def remove(v: np.ndarray, along: np.ndarray, rows: np.ndarray) -> None:
         for i in range(n):
             x0[rows, i] = x0[rows, i] - along @ v[:, i]
-    used = np.arange(m) if cross else np.flatnonzero(fold)
-    parts = [np.flatnonzero(fold == k) for k in np.unique(fold[used])]
+    used = np.arange(m)
+    parts = [np.flatnonzero(fold == k) for k in np.unique(fold)]
     bases = [directions(np.setdiff1d(used, rows)) for rows in parts]
     along = [project(u, rows) for u, rows in zip(bases, parts)]
     gain = 1 - 1 / np.sqrt(np.maximum(np.concatenate(along).var(0), 1))
     factors = directions(used) * np.sqrt(gain)[:, None, None]
-    if cross:
-        for u, a, rows in zip(bases, along, parts):
-            remove(u, a * gain, rows)
-    else:
-        remove(factors, project(factors, np.arange(m)), np.arange(m))
+    for u, a, rows in zip(bases, along, parts):
+        remove(u, a * gain, rows)
     return factors.astype(np.float32)
 
 
@@ -962,43 +959,48 @@ def conformal_threshold(calibration: np.ndarray, fpr: float, value: float | None
     return Threshold(float(value), fpr, k, n, float(estimate))
 
 
-def trade_off(good: np.ndarray, bad: np.ndarray) -> list[tuple[float, float, float, str]]:
-    """Thresholds with the false-alarm rate that scores of good images promise (on average) and the share of bad missed.
+def trade_off(good: np.ndarray, bad: np.ndarray) -> list[tuple[float, float, float, float, str]]:
+    """Thresholds, the false-alarm rate that scores of good images promise on average and at most, and bad missed.
 
     One for each of a few rates, and the one with the smallest sum of both errors: the middle of the widest
-    gap between neighbouring scores that reaches it.
+    gap between neighbouring scores that reaches it. That one was chosen by looking, so its rate is held by a
+    bound for all thresholds at once: Dvoretzky, Kiefer, Wolfowitz, with Massart's constant, 95 %.
     """
     good, bad = np.sort(good), np.sort(bad)
+    slack = math.sqrt(math.log(1 / .05) / 2 / len(good))
     rows = []
     for fpr in (.1, .05, .02, .01):
         t = conformal_threshold(good, fpr)
-        rows.append((t.value, t.expected, float(np.mean(bad <= t.value)), ""))
+        rows.append((t.value, t.expected, t.bound, float(np.mean(bad <= t.value)), ""))
     every = np.unique(np.r_[good, bad])
     middles, gaps = (every[1:] + every[:-1]) / 2, np.diff(every)
     wrong = (1 + len(good) - np.searchsorted(good, middles, side="right")) / (len(good) + 1)
     missed = np.searchsorted(bad, middles, side="right") / len(bad)
     total = wrong + missed
     best = max(np.flatnonzero(total <= total.min() + 1e-12), key=lambda i: gaps[i])
-    rows.append((float(middles[best]), float(wrong[best]), float(missed[best]), "proposed"))
+    rows.append((float(middles[best]), float(wrong[best]), min(1.0, float(np.mean(good > middles[best])) + slack),
+                 float(missed[best]), "proposed"))
     return sorted(set(rows))
 
 
 def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) -> str:
-    """Why the good-looking part of `scores` cannot come from the calibration's distribution; "" if it can, or below 20 images.
+    """Why the good-looking part of `scores` cannot be as good as the calibration's; "" if it can, or below 20 images.
 
-    A two-sample Kolmogorov-Smirnov test, p < 0.001, of what lies below the threshold in both.
+    A one-sided two-sample Kolmogorov-Smirnov test, p < 0.001, of what lies below the threshold in both: only
+    higher scores are a drift, since those of a cross-fitted calibration lie a little above new ones.
     """
     new, old = np.asarray(scores), calibration[calibration <= threshold]
     if len(new) < 20:
         return ""
     kept = new[new <= threshold]
     if 2 * len(kept) < len(new):
-        return (f"{len(new) - len(kept)} of {len(new)} images are called anomalies: another product, camera or lighting? "
-                "If they are good: fastprior calibrate, or train")
+        return (f"{len(new) - len(kept)} of {len(new)} images are called anomalies: another product, camera or "
+                "lighting? If they are good: fastprior calibrate, or train")
     from scipy.stats import ks_2samp
-    if len(old) >= 10 and ks_2samp(kept, old).pvalue < .001:
-        return (f"the good-looking images have drifted: their median score is {np.median(kept):.2f}, that of held-out good "
-                f"images {np.median(old):.2f}; the false-alarm rate is no longer promised. See fastprior calibrate")
+    if len(old) >= 10 and ks_2samp(kept, old, alternative="less").pvalue < .001:
+        return (f"the good-looking images have drifted: their median score is {np.median(kept):.2f}, that of "
+                f"held-out good images {np.median(old):.2f}; the false-alarm rate is no longer promised. "
+                "See fastprior calibrate")
     return ""
 
 
@@ -1557,7 +1559,7 @@ class Result:
 
     score : standard deviations above the mean of held-out good images (0 is an average good part).
     p_value : share of held-out good images that score as high, conformal.
-    is_anomaly : score > threshold.
+    is_anomaly : unless the score is known to be at most the threshold.
     anomaly_map : float32 (H, W) at the image's own size, the nll of each place: 0 is the average of
         good images, 1 the map's threshold: at the false-alarm rate a good image's maximum exceeds it.
         None if not asked for.
@@ -1583,7 +1585,7 @@ class Result:
 
     @property
     def is_anomaly(self) -> bool:
-        return self.score > self.threshold
+        return self.product == "unknown" or not self.score <= self.threshold  # what is no number is not good
 
     @property
     def verdict(self) -> str:
@@ -1724,18 +1726,27 @@ class Prior:
         images, unreadable, _ = _good_images(images)
         priors = {steps: self.with_steps(steps) for steps in self.calibrations}
         z: dict[int, list] = {steps: [] for steps in priors}
+        known, new = set(self.summary.get("trained_on", ())), {}
         for i, source in enumerate(images):
             try:
                 image = load_image(source, self.settings.bits)
             except (ImageError, ShapeError) as e:
                 unreadable.append(str(e))
                 continue
+            key = image_key(image)
+            if key in new or key in known:
+                new.setdefault(key, False)
+                continue
+            new[key] = True
             for steps, prior in priors.items():
                 z[steps].append(prior.z([image])[0])
             progress("calibration", i + 1, len(images))
-        count = len(z[self.settings.steps])
-        if count < 10:
-            raise ImageError(f"{count} readable good images: at least 10 are needed to calibrate"
+        count, seen = len(z[self.settings.steps]), sum(not fresh for fresh in new.values())
+        if seen:
+            raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good images that the "
+                             "model has not seen")
+        if count < MIN_HELD_OUT:
+            raise ImageError(f"{count} readable, different good images: at least {MIN_HELD_OUT} are needed to calibrate"
                              + (f" (first problem: {unreadable[0]})" if unreadable else ""))
         calibrations = {}
         for steps, own in self.calibrations.items():
@@ -1843,6 +1854,24 @@ class Prior:
         return map_operator(self.grid, n_out, self.settings.smooth)
 
     @functools.cached_property
+    def _log_determinant(self) -> float:
+        """Of the map from features to x0: what the density of features has beside that of x0."""
+        w, (n, c) = self.whitener, self.mean.shape
+        if w.dtype == BLOCK:
+            panel = np.arange(-(-c // _PANEL))
+            w = dequantize(w[:, panel * (panel + 1) // 2 + panel]).diagonal(0, -2, -1).reshape(n, -1)[:, :c]
+        total = float(np.log(np.maximum(w, 1e-30), dtype=np.float64).sum())
+        if self.factors is not None:
+            v = unpack_factors(self.factors, self.settings.factors, n, c).reshape(self.settings.factors, -1)
+            total += float(np.log1p(-np.minimum(np.square(v, dtype=np.float64).sum(1), 1 - 1e-9)).sum())
+        return total
+
+    def log_likelihood(self, z: np.ndarray) -> np.ndarray:
+        """What `z` returns (B, N) -> log-density of the features (B,) in nats, less a constant of all models."""
+        nll = (z - self.calibration["location"]) / self.calibration["scale"]
+        return self._log_determinant - nll.sum(-1, dtype=np.float64)
+
+    @functools.cached_property
     def _preconditioning(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Whitener (N, C, C) or (N, C) and factors (K, N, C) as float32, for NumPy; made at first use."""
         w, v, (n, c) = self.whitener, self.factors, self.mean.shape
@@ -1914,9 +1943,14 @@ def _emit_denoiser(e: Engine, x, n: int, c: int, denoiser: dict | None, t: int):
     return e.layer_norm(h, n, d, p["norm_gain"], p["norm_bias"]), d, p["out_w"], p["out_b"]
 
 
+_FOREIGN = 4.0
+
+
 class MultiPrior:
     """Several products in one model. The one under which an image as a whole is likeliest scores it.
 
+    An image more than half of whose places lie `_FOREIGN` deviations beyond good ones of that product fits none:
+    it is an anomaly, of the product "unknown".
     An image's features are computed once and read under every product. Build with `fit_many` or `Prior.load`.
     """
 
@@ -1955,8 +1989,10 @@ class MultiPrior:
             tokens = self._tokens(pixels)
             frames = [prior._frames(pixels, with_map, tokens) for _, prior in priors]
             z = np.array([f.to_host(f.outputs[0]) for f in frames])
-            for i, (place, k) in enumerate(zip(places, z.mean(-1).argmin(0))):
-                results[place] = Result(frames[k], i, priors[k][1], priors[k][0])
+            likely = np.array([p.log_likelihood(own) for (_, p), own in zip(priors, z)])
+            for i, (place, k) in enumerate(zip(places, likely.argmax(0))):
+                fits = np.median(z[k, i]) <= _FOREIGN
+                results[place] = Result(frames[k], i, priors[k][1], priors[k][0] if fits else "unknown")
         return results
 
     def _tokens(self, pixels: list):
@@ -2020,7 +2056,8 @@ def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 MIN_IMAGES = 5
-FIT_REVISION = 3  # raised whenever the same images and settings give another model: cached models are then trained anew
+MIN_HELD_OUT = 10  # good images that calibrate
+FIT_REVISION = 4  # raised whenever the same images and settings give another model: cached models are then trained anew
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2030,14 +2067,33 @@ def _quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
-                     progress: Progress = _quiet) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Features of every image and of its jittered copies.
+def image_key(image: np.ndarray) -> str:
+    """A short hash of the pixels of uint8 (H, W, 3): what tells images apart, whatever their names."""
+    import hashlib
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()[:16]
 
-    Returns float16 (M, N, C), the image index of each row (M,) (an image's first row is the image
-    itself), and one line for each image that could not be read (these are left out).
-    """
-    rows, owners, unreadable = [], [], []
+
+class Extracted(NamedTuple):
+    """Features of different images, ordered by their keys, so that names and order decide nothing."""
+    features: np.ndarray  # float16 (M, N, C), a row an image or a jittered copy, an image's own row first
+    owner: np.ndarray  # (M,), ascending: the image of each row
+    keys: list[str]  # of each image
+    sources: list[int]  # of each image, its place in the sequence that was given
+    repeated: int  # images left out since their pixels were there already
+    unreadable: list[str]  # a line for each image that could not be read
+
+    def of(self, images) -> "Extracted":
+        """Only these images: a bool mask or indices, ascending."""
+        chosen = np.arange(len(self.keys))[images]
+        rows = np.isin(self.owner, chosen)
+        return self._replace(features=self.features[rows], owner=np.searchsorted(chosen, self.owner[rows]),
+                             keys=[self.keys[i] for i in chosen], sources=[self.sources[i] for i in chosen])
+
+
+def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
+                     progress: Progress = _quiet) -> Extracted:
+    """Features of every different image and of its jittered copies (whose jitter its pixels decide)."""
+    kept, repeated, unreadable = {}, 0, []
     n, c = settings.grid ** 2, sum(backbone.channels)
     copies = max(0, min(settings.copies, 2400 // max(len(images), 1) - 1))  # bounds memory, not accuracy
     engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
@@ -2047,16 +2103,22 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
         except (ImageError, ShapeError) as e:
             unreadable.append(str(e))
             continue
-        rng = np.random.default_rng([settings.seed, i])
-        batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
-        if engine:
-            f = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs[0]
-        else:
-            f = np.stack([_reference_tokens(a, backbone, settings, s) for a, s in batch])
-        rows.append(f.astype(np.float16))
-        owners += [i] * len(batch)
+        key = image_key(image)
+        repeated += key in kept
+        if key not in kept:
+            rng = np.random.default_rng([settings.seed, int(key, 16)])
+            batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
+            if engine:
+                f = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs[0]
+            else:
+                f = np.stack([_reference_tokens(a, backbone, settings, s) for a, s in batch])
+            kept[key] = f.astype(np.float16), i
         progress("features", i + 1, len(images))
-    return (np.concatenate(rows) if rows else np.empty((0, n, c), np.float16)), np.array(owners, int), unreadable
+    keys = sorted(kept)
+    rows = [kept[key][0] for key in keys]
+    return Extracted(np.concatenate(rows) if rows else np.empty((0, n, c), np.float16),
+                     np.repeat(np.arange(len(keys)), [len(f) for f in rows]), keys, [kept[key][1] for key in keys],
+                     repeated, unreadable)
 
 
 @dataclasses.dataclass
@@ -2142,19 +2204,46 @@ def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
 
 
 def _read_scores(raw: np.ndarray, nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
-    """raw (n,): worst means of good images; nll (n, N): moments, sorted scores and the sorted peaks of their maps."""
+    """raw (n,): worst means of good images; nll (n, N): moments, sorted scores and the sorted peaks of their maps.
+
+    Zero and unit of the score are the median and the spread of the middle half, those of the map a median
+    too: one wild image hardly moves them.
+    """
     grid = math.isqrt(nll.shape[1])
     smooth = map_operator(grid, grid, settings.smooth)
-    moments = np.array([raw.mean(), max(raw.std(ddof=1), 1e-6), nll.mean()])
+    low, middle, high = np.quantile(raw, [.25, .5, .75])
+    moments = np.array([middle, max((high - low) / 1.349, 1e-6), np.median(nll.mean(1))])
     return {"moments": moments, "scores": np.sort((raw - moments[0]) / moments[1]),
             "peaks": np.sort((smooth @ nll.reshape(-1, grid, grid) @ smooth.T).max((1, 2)))}
 
 
-def _to_unit_variance(x0: np.ndarray, whitener: np.ndarray) -> None:
-    """Scale both, in place, so that images that were not fitted on have unit variance: then F = 0 is the right start."""
+_MOST_ASIDE = .1  # of the images may be set aside
+
+
+def outliers(nll: np.ndarray, worst: float) -> np.ndarray:
+    """Which images are unlike the others? Held-out nll (n, N) -> bool (n,).
+
+    Each place is standardised by median and quartiles, an image judged by the mean of its worst places. The
+    tail of good images is taken as exponential beyond the median, its rate from the 90 % quantile; of those
+    p-values the false-discovery rate is held at 5 % (Benjamini, Hochberg 1995).
+    """
+    low, middle, high = np.quantile(nll, [.25, .5, .75], 0)
+    variance = ((high - low) / 1.349) ** 2
+    raw = worst_mean((nll - middle) / (np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12), worst)
+    centre, top = np.quantile(raw, [.5, .9])
+    p = .5 * np.exp(-(raw - centre) * math.log(5) / max(top - centre, 1e-12))
+    order = np.argsort(p)
+    passed = np.flatnonzero(p[order] <= .05 * np.arange(1, len(p) + 1) / len(p))
+    found = np.zeros(len(p), bool)
+    found[order[:passed[-1] + 1 if len(passed) else 0]] = True
+    return found
+
+
+def _to_unit_variance(x0: np.ndarray, whitener: np.ndarray, fresh: np.ndarray) -> None:
+    """Scale all, in place, so that x0, images that were not fitted on, has unit variance: F = 0 starts right."""
     scale = np.float16(1 / math.sqrt(np.mean([np.mean(np.square(x, dtype=np.float32)) for x in x0])))
-    x0 *= scale
-    whitener *= scale
+    for a in (x0, whitener, fresh):
+        a *= scale
 
 
 @dataclasses.dataclass
@@ -2162,53 +2251,74 @@ class _Whitened:
     """Good images in the coordinates of the Gaussians, from which any denoiser can be trained."""
     x0: np.ndarray  # (M, N, C) float16, a row an image or a jittered copy
     fold: np.ndarray  # (M,)
-    held_out: np.ndarray  # (M,) bool, the rows that calibrate
+    clean: np.ndarray  # (M,) bool, the rows that are an image itself
     mean: np.ndarray
     whitener: np.ndarray
-    images: int
-    unreadable: list[str]
+    fresh: np.ndarray  # (m, N, C) float16, images kept away from everything: "holdout"
+    summary: dict
 
 
-def _whiten_features(features: np.ndarray, owner: np.ndarray, unreadable: list[str], config: Settings,
+def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
                      progress: Progress = _quiet) -> _Whitened:
-    """The Gaussian of each place, from what `extract_features` returns."""
-    used = np.unique(owner)
-    if len(used) < MIN_IMAGES:
-        raise ImageError(f"{len(used)} readable good images: at least {MIN_IMAGES} are needed"
-                         + (f" (first problem: {unreadable[0]})" if unreadable else ""))
+    """The Gaussian of each place, cross-fitted: each fold is whitened by the Gaussian of the others.
 
-    fold_of = np.full(owner.max() + 1, -1)
-    fold_of[np.random.default_rng(config.seed).permutation(used)] = np.arange(len(used)) % _FOLDS
-    fold = fold_of[owner]
-    clean = np.r_[True, owner[1:] != owner[:-1]]
-    gaussians = _Gaussians.of(features, fold, _FOLDS, config.variant == "plain")
-    cross = config.calibration == "cross"
-    if cross:  # whiten each fold by the Gaussian of the others: what a new image will look like
-        x0 = np.empty(features.shape, np.float16)
+    Images that are unlike the others are set aside (`outliers`), and the Gaussians fitted again, until none
+    is found. With "holdout" a fifth of the images takes no part in any of this.
+    """
+    count, first_problem = len(e.keys), f" (first problem: {e.unreadable[0]})" if e.unreadable else ""
+    alike = f", and {e.repeated} with the same pixels" if e.repeated else ""
+    if count < MIN_IMAGES:
+        raise ImageError(f"{count} readable, different good images{alike}: at least {MIN_IMAGES} are needed"
+                         + first_problem)
+    holdout = config.calibration == "holdout"
+    if holdout and count < 5 * MIN_HELD_OUT:
+        raise ImageError(f"{count} readable, different good images: calibration 'holdout' needs at least "
+                         f"{5 * MIN_HELD_OUT}; 'cross' does with fewer")
+    order = np.random.default_rng(config.seed).permutation(count)
+    away = order[:count // 5] if holdout else order[:0]
+    fold = np.full(count, -1)
+    fold[order[len(away):]] = np.arange(count - len(away)) % _FOLDS
+    aside = np.zeros(count, bool)
+    while True:
+        used = (fold >= 0) & ~aside
+        part = e.of(used)
+        rows = fold[used][part.owner]
+        clean = np.r_[True, part.owner[1:] != part.owner[:-1]]
+        gaussians = _Gaussians.of(part.features, rows, _FOLDS, config.variant == "plain")
+        x0 = np.empty(part.features.shape, np.float16)
         for k in range(_FOLDS):
-            x0[fold == k] = _apply_whitener(features[fold == k], *gaussians.without(k, config))
+            x0[rows == k] = _apply_whitener(part.features[rows == k], *gaussians.without(k, config))
             progress("whitening", k + 1, _FOLDS)
-        mean, whitener = gaussians.without(None, config)
-        held_out = clean
-    else:
-        mean, whitener = gaussians.without(0, config)
-        x0 = _apply_whitener(features, mean, whitener)
-        progress("whitening", 1, 1)
-        held_out = clean & (fold == 0)
-    return _Whitened(x0, fold, held_out, mean, whitener, len(used), unreadable)
+        room = int(_MOST_ASIDE * used.sum()) - aside.sum()
+        nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[clean]])
+        found = np.flatnonzero(outliers(nll, config.worst)) if used.sum() >= MIN_HELD_OUT else []
+        if keep_all or not len(found) or room <= 0:
+            break
+        worst = found[np.argsort(-nll[found].max(1), kind="stable")[:room]]
+        aside[np.flatnonzero(used)[worst]] = True
+    mean, whitener = gaussians.without(None, config)
+    fresh = e.of(np.isin(np.arange(count), away))
+    fresh = _apply_whitener(fresh.features[np.r_[True, fresh.owner[1:] != fresh.owner[:-1]][:len(fresh.owner)]],
+                            mean, whitener)
+    summary = {"images": int(used.sum()) + len(away), "held_out": len(away) or int(used.sum()),
+               "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
+               "unreadable": e.unreadable[:20], "trained_on": e.keys}
+    return _Whitened(x0, rows, clean, mean, whitener, fresh, summary)
 
 
-def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations: int | None, minutes: float | None = None,
-                  threads: int | None = None, progress: Progress = _quiet) -> Prior:
-    """Factors, denoiser and calibration; works in w.x0 and w.whitener."""
-    x0, fold, held_out, whitener, factors = w.x0, w.fold, w.held_out, w.whitener, None
-    config = dataclasses.replace(config, factors=min(config.factors, w.images // 2) if whitener.ndim == 3 else 0)
+def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations: int | None,
+                  minutes: float | None = None, threads: int | None = None, progress: Progress = _quiet) -> Prior:
+    """Factors, denoiser and calibration; works in w.x0, w.fresh and w.whitener."""
+    x0, fold, whitener, factors = w.x0, w.fold, w.whitener, None
+    config = dataclasses.replace(config, factors=min(config.factors, int(w.clean.sum()) // 2) if whitener.ndim == 3 else 0)
     if whitener.ndim == 3:
-        _to_unit_variance(x0, whitener)
+        _to_unit_variance(x0, whitener, w.fresh)
         if config.factors:
-            factors = fit_factors(x0, fold, config.factors, config.calibration == "cross")
+            factors = fit_factors(x0, fold, config.factors)
+            for x in w.fresh:
+                x[...] = remove_factors(x.astype(np.float32), factors)
             progress("factors", 1, 1)
-            _to_unit_variance(x0, whitener)
+            _to_unit_variance(x0, whitener, w.fresh)
     prediction = "v" if config.variant == "whitened" else "eps"
     denoiser, trained = None, {"iterations": 0}
     if iterations is None or iterations > 0:
@@ -2216,16 +2326,20 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
     calibrations = {}
     for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
         grid = select_timesteps(steps, config.first, config.last)
-        calibrations[steps] = _calibrate(_nll_of(x0[held_out], denoiser, grid, prediction, threads), config)
+        own = _calibrate(_nll_of(x0[w.clean], denoiser, grid, prediction, threads), config)
+        if len(w.fresh):  # zero and unit of each place from all others: to these images it is all new
+            nll = _nll_of(w.fresh, denoiser, grid, prediction, threads)
+            own |= _read_scores(worst_mean(nll * own["scale"] + own["location"], config.worst), nll, config)
+        calibrations[steps] = own
         progress("calibration", len(calibrations), len({config.steps, *_CALIBRATED_STEPS}))
     whitener = pack_lower(whitener) if whitener.ndim == 3 else whitener
     factors = None if factors is None else pack_factors(factors)
-    summary = {"images": w.images, "held_out": int(held_out.sum()), "unreadable": w.unreadable[:20], **trained}
-    return Prior(config, backbone, w.mean.astype(np.float32), whitener, denoiser, calibrations, summary, threads, factors=factors)
+    return Prior(config, backbone, w.mean.astype(np.float32), whitener, denoiser, calibrations,
+                 w.summary | trained, threads, factors=factors)
 
 
 def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,
-        progress: Progress = _quiet, **settings) -> Prior:
+        keep_all: bool = False, progress: Progress = _quiet, **settings) -> Prior:
     """Train a prior on good images. See `Settings` for the keywords; `Prior.fit` is this function.
 
     Parameters
@@ -2234,13 +2348,17 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     iterations : at most this many training steps (default 900; the held-out loss may stop it earlier).
         0: no denoiser and no torch, the density is that of the joint Gaussian (places and shared factors).
     minutes : at most this long in the denoiser's training.
+    keep_all : train on images that are unlike the others too. Else they are set aside (at most a tenth),
+        and named in `summary["set_aside"]`.
 
     Raises
     ------
-    ImageError if fewer than MIN_IMAGES images can be read, or less than half of them; BackendUnavailable without torch.
+    ImageError if fewer than MIN_IMAGES different images can be read, or less than half of them;
+    BackendUnavailable without torch.
 
-    Calibration "cross" scores every image by Gaussians that did not see it (5 folds) while the
-    final Gaussian uses all images; the denoiser has seen four of the five folds. "holdout" keeps a
+    Images with the same pixels count once. The same set of images gives the same model, whatever their
+    names and order. Calibration "cross" scores every image by Gaussians that did not see it (5 folds) while
+    the final Gaussian uses all images; the denoiser has seen four of the five folds. "holdout" keeps a
     fifth of the images away from everything: exact split-conformal, at some cost in accuracy.
     """
     began = time.perf_counter()
@@ -2253,12 +2371,15 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or more are better")
     backbone = load_backbone(config.backbone)
     config = dataclasses.replace(config, backbone=backbone.name, bits=config.bits or find_depth(images))
-    features, owner, unreadable = extract_features(images, config, backbone, threads, progress)
-    unreadable = locked + unreadable
+    extracted = extract_features(images, config, backbone, threads, progress)
+    unreadable = locked + extracted.unreadable
     if 2 * len(unreadable) > len(images):
         raise ImageError(f"{len(unreadable)} of {len(images) + len(locked)} images cannot be read, "
                          f"the first: {unreadable[0]}")
-    whitened = _whiten_features(features, owner, unreadable, config, progress)
+    whitened = _whiten_features(extracted._replace(unreadable=unreadable), config, keep_all, progress)
+    aside = [str(images[i]) if isinstance(images[i], (str, os.PathLike)) else f"image {i}"
+             for i in whitened.summary["set_aside"]]
+    whitened.summary["set_aside"] = sorted(aside)
     prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress)
     prior.summary |= {"seconds": round(time.perf_counter() - began, 1),
                       "found": found, "not_read": len(unreadable)}
@@ -2553,6 +2674,7 @@ def _build_app():
               fpr: float = typer.Option(Settings.fpr, help="False-alarm rate to set the threshold for."),
               seed: int = typer.Option(Settings.seed, help="Seed of everything random."),
               bits: int = typer.Option(None, help="Of 16-bit images: 8, 10, 12, 14 or 16 (default: found in them)."),
+              keep_all: bool = typer.Option(False, "--keep-all", help="Also train on images unlike the others."),
               multi: bool = typer.Option(False, "--multi", help="GOOD holds a folder for each product; one model for all."),
               threads: int = threads_option):
         """Train a model on good images.
@@ -2568,7 +2690,8 @@ def _build_app():
         with _Bars() as bars:
             made = (fit_many if multi else fit)(
                 good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
-                variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits, **TIERS[tier] | own)
+                variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits, keep_all=keep_all,
+                **TIERS[tier] | own)
         made.save(output)
         for name, prior in _products(made).items():
             s = prior.summary
@@ -2579,6 +2702,11 @@ def _build_app():
                 _say(f"cannot be read: {line}")
             if s["not_read"]:
                 _say(f"{s['not_read']} images could not be read")
+            if s["repeated"]:
+                _say(f"{s['repeated']} images repeat the pixels of others: they count once")
+            if s["set_aside"]:
+                _say(f"{len(s['set_aside'])} images are unlike the others and were set aside (--keep-all keeps "
+                     "them; look at them: fastprior score --map): " + ", ".join(s["set_aside"]))
             depth = f", {prior.settings.bits} bits" if prior.settings.bits else ""
             loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
             _say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
@@ -2613,7 +2741,7 @@ def _build_app():
         found = folders.find_all(paths)
         if str(found):
             _say(found)
-        failed, anomalies, scores = 0, 0, {}
+        failed, anomalies, seen, scores = 0, 0, 0, {}
 
         def refuse(text: str, row: dict) -> None:
             nonlocal failed
@@ -2626,14 +2754,16 @@ def _build_app():
         if not found.images:
             raise typer.Exit(2)
         prior = Prior.load(model, threads=threads, steps=steps, fpr=fpr, threshold=threshold, device=device)
+        known_images = {key for own in _products(prior).values() for key in own.summary.get("trained_on", ())}
         with _Bars() as bars:
             for i, (path, name) in enumerate(found.images.items()):
                 row = {"path": str(path)}
                 try:
                     image = load_image(path, _bits(prior))
+                    seen += image_key(image) in known_images
                     r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
-                    if not math.isfinite(r.score):
-                        raise ShapeError("its score is not a number")
+                    if not math.isfinite(r.score) or r.device_map is not None and not np.isfinite(r.anomaly_map).all():
+                        raise ShapeError("its score or map is not a number")
                 except (FastPriorError, MemoryError) as e:
                     refuse(str(e) if isinstance(e, ImageError) else f"{path}: {str(e) or 'out of memory'}", row)
                     continue
@@ -2666,7 +2796,11 @@ def _build_app():
                     bars("scoring", i + 1, len(found.images))
         if failed and len(found.images) + len(found.errors) > 1:
             _say(f"{failed} of {len(found.images) + len(found.errors)} could not be scored, or their maps not written")
+        if 2 * seen > len(found.images) > 1:
+            _say(f"warning: {seen} of {len(found.images)} images were trained on: their scores say nothing of new ones")
         for product, own in scores.items():
+            if product not in _products(prior):
+                continue
             known = _products(prior)[product]
             moved = drift(own, known.calibration["scores"], known.threshold.value)
             if moved:
@@ -2705,9 +2839,9 @@ def _build_app():
             _say(f"left out: {line}")
         _say(_promise(prior.threshold, len(prior.calibration["scores"])))
         if known_bad:
-            print("threshold\tfalse alarms\tmissed\t")
-            for t, wrong, missed, note in trade_off(prior.calibration["scores"], np.array(bad)):
-                print(f"{t:.2f}\t{wrong:.1%}\t{missed:.1%}\t{note}".rstrip())
+            print("threshold\tfalse alarms\tat most\tmissed")
+            for t, wrong, most, missed, note in trade_off(prior.calibration["scores"], np.array(bad)):
+                print(f"{t:.2f}\t{wrong:.1%}\t{most:.1%}\t{missed:.1%}\t{note}".rstrip())
             _say("to use one: fastprior score --threshold, or calibrate --threshold")
         else:
             print(output)

@@ -308,24 +308,24 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
         return fp._cache_folder() / f"{category.name}-{kind}-{digest[:24]}.npz"
 
     @functools.cache
-    def features() -> tuple[np.ndarray, np.ndarray]:
-        file = kept("features", config.size, config.copies, config.seed)
+    def features() -> fp.Extracted:
+        file = kept("features", config.size, config.cell, config.copies, config.seed)
         try:
-            arrays = fp._read_npz(file)[1]
+            header, arrays = fp._read_npz(file)
         except fp.ModelError:  # not there yet, or spoilt
-            made, owner, _ = fp.extract_features(category.train, config, backbone, threads, progress)
-            arrays = {"features": made, "owner": owner}
+            made = fp.extract_features(category.train, config, backbone, threads, progress)
+            header, arrays = {"keys": made.keys}, {"features": made.features, "owner": made.owner,
+                                                   "sources": np.array(made.sources)}
             file.parent.mkdir(parents=True, exist_ok=True)
-            fp._write_npz(file, {}, arrays)
-        return arrays["features"], arrays["owner"]
+            fp._write_npz(file, header, arrays)
+        return fp.Extracted(arrays["features"], arrays["owner"], header["keys"], arrays["sources"].tolist(), 0, [])
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):
-        every, owner = features()
-        chosen = np.sort(np.random.default_rng(config.seed).permutation(len(category.train))[:count])
-        rows = np.isin(owner, chosen)
+        every = features()
+        chosen = np.sort(np.random.default_rng(config.seed).permutation(len(every.keys))[:count])
         own = dataclasses.replace(config, variant=variant)
-        return fp._whiten_features(every[rows], np.searchsorted(chosen, owner[rows]), [], own, progress)
+        return fp._whiten_features(every.of(chosen), own, progress=progress)
 
     for count, variant in itertools.product(counts, variants):
         changes, most = VARIANTS[variant]
@@ -336,7 +336,8 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
             fp._read_npz(file)
         except fp.ModelError:
             shared = whitened(count, own.variant)  # the fit works in these two
-            shared = dataclasses.replace(shared, x0=shared.x0.copy(), whitener=shared.whitener.copy())
+            shared = dataclasses.replace(shared, x0=shared.x0.copy(), whitener=shared.whitener.copy(),
+                                         fresh=shared.fresh.copy())
             fp._fit_whitened(shared, own, backbone, most, None, threads, progress).save(file)
         yield (variant, count), file
 
