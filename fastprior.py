@@ -4935,6 +4935,23 @@ def _say(*text) -> None:
             print(_printable(" ".join(map(str, text))), file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _silence():
+    """What C code writes to stderr goes nowhere: libtiff writes there what its caller raises too."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _json(value) -> str:
     """Strict JSON: what is not a number is null."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
@@ -5099,7 +5116,8 @@ def _build_app():
             for i, (path, name) in enumerate(found.images.items()):
                 row = {"path": str(path)}
                 try:
-                    image = load_image(path, _bits(prior))
+                    with _silence():
+                        image = load_image(path, _bits(prior))
                     r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
                     if not math.isfinite(r.score):
                         raise ShapeError("its score is not a number")
