@@ -40,6 +40,7 @@ import functools
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -5442,8 +5443,9 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):  # a closed stream is None
                 stream.reconfigure(errors="backslashreplace")  # names are any bytes, and terminals of any code page
+        logging.getLogger("PIL").addHandler(logging.NullHandler())  # decoders speak by what they raise
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of decoders
+            warnings.simplefilter("ignore")
             warnings.simplefilter("once", ImageWarning)
             warnings.showwarning = lambda text, *_: _say(f"warning: {text}")
             code = _run_app()
