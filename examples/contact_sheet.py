@@ -24,7 +24,7 @@ args = parser.parse_args()
 
 prior = fp.Prior.load(args.model)
 tiles = []
-for path in fp._images_under(args.paths):
+for path in fp._room("folders").find_all(args.paths):
     image = fp.load_image(path)
     result = prior.score(image)
     pair = [Image.fromarray(a).resize((args.cell, args.cell), Image.LANCZOS)
@@ -32,8 +32,8 @@ for path in fp._images_under(args.paths):
     tile = Image.new("RGB", (args.cell, 2 * args.cell + 22), "white")
     tile.paste(pair[0], (0, 0))
     tile.paste(pair[1], (0, args.cell))
-    ImageDraw.Draw(tile).text((4, 2 * args.cell + 4), f"{path.parent.name}/{path.stem}: {result.score:.1f}  p {result.p_value:.3f}  "
-                              f"{result.verdict}", fill="black")
+    text = f"{path.parent.name}/{path.stem}: {result.score:.1f}  p {result.p_value:.3f}  {result.verdict}"
+    ImageDraw.Draw(tile).text((4, 2 * args.cell + 4), text, fill="black")
     tiles.append(np.asarray(tile))
 while len(tiles) % min(args.columns, len(tiles)):
     tiles.append(np.full_like(tiles[0], 255))

@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Draw a small demo data set: lathe-turned steel washers on a conveyor belt.
+"""Draw a small demo data set: lathe-turned steel washers on a conveyor belt, or drilled plates.
+
+The plates come in two hands, one the mirror image of the other, both good. Their faults are of logic: every
+place of a bad plate looks as it does in good plates of one hand or the other, only not together.
 
 Nothing is downloaded and nobody else's data is used: every image is computed
 from a seed. The folder follows the MVTec AD layout::
 
     OUT_DIR/train/good/000.png ...
     OUT_DIR/test/good/000.png ...
-    OUT_DIR/test/{scratch,dent,stain,chip}/000.png ...
+    OUT_DIR/test/{scratch,dent,stain,chip}/000.png ...          (plates: mixed, missing, swapped)
     OUT_DIR/ground_truth/{scratch,dent,stain,chip}/000_mask.png ...   (0 or 255)
 
-An image depends only on (seed, split, kind, number, size), so asking for more images
+An image depends only on (part, seed, split, kind, number, size), so asking for more images
 leaves the others as they are. The pictures in ``examples/washers`` are the first
 ones of the test split, written by
 ``python examples/make_demo.py examples/washers --samples``.
@@ -25,7 +28,7 @@ from scipy import ndimage
 
 DEFECTS = ("scratch", "dent", "stain", "chip")
 SPLITS = ("train", "test")
-KINDS = ("good",) + DEFECTS
+PARTS = {"washer": ("good",) + DEFECTS, "plate": ("good", "mixed", "missing", "swapped")}
 MARKER = "fastprior_demo.txt"  # says that the folder is ours, and may be overwritten
 SAMPLES = {"good_0": ("good", 0), "good_1": ("good", 1), **{k: (k, 0) for k in DEFECTS}}
 
@@ -69,21 +72,7 @@ def _step(x, width):
 
 
 def _render(rng, kind, size):
-    """Draw one washer.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-    kind : str
-        "good" or one of DEFECTS.
-    size : int
-        Side of the square image in pixels.
-
-    Returns
-    -------
-    image, mask : ndarrays of uint8, (size, size, 3) and (size, size)
-        The mask is 255 where the defect is, 0 elsewhere.
-    """
+    """Draw one washer; `kind` is "good" or one of DEFECTS. Returns what `_photograph` does."""
     pixel = 256 / size
     axis = ((np.arange(size) + 0.5) * pixel - 128).astype(np.float32)
     cx, cy = rng.uniform(-4, 4, 2).astype(np.float32)
@@ -112,6 +101,77 @@ def _render(rng, kind, size):
     solid, mask = depth, np.zeros((size, size), bool)
     if kind != "good":
         metal, solid, mask = _add_defect(rng, kind, metal, depth, (x, y), (outer, inner), (lx, ly))
+    return _photograph(rng, metal, solid, mask, (x, y), (lx, ly))
+
+
+def _render_plate(rng, kind, size):
+    """Draw one plate: two holes at one end, a slot at the other, a pin hole. Returns what `_photograph` does.
+
+    mixed: both ends alike. missing: no pin hole. swapped: the pin hole of the other hand.
+    """
+    pixel = 256 / size
+    axis = ((np.arange(size) + 0.5) * pixel - 128).astype(np.float32)
+    cx, cy = rng.uniform(-4, 4, 2).astype(np.float32)
+    x, y = np.meshgrid(axis - cx, axis - cy)
+    turn, light = math.radians(rng.uniform(-1.5, 1.5)), LIGHT + rng.normal(0, 0.05)
+    lx, ly = math.cos(light), math.sin(light)
+    u, v = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
+    hand = rng.choice((-1, 1))
+    ends = [-hand, hand]  # a slot where it is 1, left and right
+    pin = hand
+    if kind == "mixed":
+        ends[rng.integers(2)] *= -1
+    elif kind == "missing":
+        pin = 0
+    elif kind == "swapped":
+        pin = -hand
+
+    def opening(at_u, at_v, radius, half=0.0):
+        """Distance to the edge of a round or a long hole, negative inside."""
+        return np.hypot(u - at_u, np.maximum(np.abs(v - at_v) - half, 0)) - radius * rng.uniform(0.98, 1.02)
+    depth = 8 - np.hypot(np.maximum(np.abs(u) - 88, 0), np.maximum(np.abs(v) - 54, 0))
+    for at_u, slot in zip((-60, 60), ends):
+        for hole in [opening(at_u, 0, 9, 20)] if slot > 0 else [opening(at_u, w, 12) for w in (-25, 25)]:
+            depth = np.minimum(depth, hole)
+    if pin:
+        depth = np.minimum(depth, opening(0, -34 * pin, 10))
+
+    # Ground along its length: fine marks, and the lamp as a broad band across them.
+    marks = rng.standard_normal((size, 12), dtype=np.float32)
+    marks = ndimage.gaussian_filter1d(marks, 0.7 / pixel, axis=0, mode="wrap")
+    where = [v / pixel + size / 2, u / 22 + 6]
+    fine = ndimage.map_coordinates(marks / marks.std(), where, order=1, mode="grid-wrap")
+    band = np.exp(-(((u * lx + v * ly + rng.normal(8, 5)) / 70) ** 2))
+    metal = (0.22 + 0.30 * band) * (1 + 0.10 * fine + 0.03 * _smooth(rng, size, 7))
+    slope_y, slope_x = np.gradient(depth, pixel)
+    bevel = 0.30 + 0.28 * (-(slope_x * lx + slope_y * ly))
+    metal = bevel + (metal - bevel) * _step(depth - 3, 2)
+    metal = metal[..., None] * np.array([0.985, 1.0, 1.01], np.float32)
+
+    mask = np.zeros((size, size), bool)
+    if kind == "mixed":
+        mask = (np.abs(np.abs(u) - 60) < 14) & (np.abs(v) < 38)
+    elif kind != "good":
+        sides = (-1, 1) if kind == "swapped" else (hand,)
+        mask = np.min([np.hypot(u, v + 34 * side) for side in sides], 0) < 11
+    return _photograph(rng, metal, depth, mask, (x, y), (lx, ly))
+
+
+def _photograph(rng, metal, solid, mask, xy, lamp):
+    """Lay a part on the belt and take its picture.
+
+    Parameters
+    ----------
+    metal : (size, size, 3) float, its light; solid : (size, size), how far inside its edge
+    mask : (size, size) bool, where a defect is; xy : coordinates from its centre; lamp : unit vector
+
+    Returns
+    -------
+    image, mask : ndarrays of uint8, (size, size, 3) and (size, size)
+        The mask is 255 where the defect is, 0 elsewhere.
+    """
+    (x, y), (lx, ly), size = xy, lamp, len(solid)
+    pixel = 256 / size
     cover = np.clip(solid / pixel + 0.5, 0, 1)  # antialiased edge
 
     # Belt: dark rubber with a faint diagonal weave; the part casts a soft shadow away from the lamp.
@@ -208,9 +268,10 @@ def draw_defect(rng, kind, size=256):
     return _render(rng, kind, size)
 
 
-def _write(path, seed, split, kind, i, size, mask_path=None):
+def _write(path, seed, split, kind, i, size, mask_path=None, part="washer"):
     """Write image number i of a split and kind, which depends on nothing else, and its mask if asked."""
-    images = _render(np.random.default_rng([seed, SPLITS.index(split), KINDS.index(kind), i]), kind, size)
+    rng = np.random.default_rng([seed, SPLITS.index(split), PARTS[part].index(kind), i])
+    images = (_render_plate if part == "plate" else _render)(rng, kind, size)
     for target, array in zip((path, mask_path), images):
         if target:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -223,30 +284,32 @@ def write_samples(out, size=256, seed=0):
         _write(out / f"{name}.png", seed, "test", kind, i, size)
 
 
-def write_dataset(out, good=80, test_good=12, defects_per_type=6, size=256, seed=0):
+def write_dataset(out, good=80, test_good=12, defects_per_type=6, size=256, seed=0, part="washer"):
     """Write the data set into `out` in the MVTec AD layout; numbered images already there go."""
-    for folder in ("train/good", *(f"test/{k}" for k in KINDS), *(f"ground_truth/{k}" for k in DEFECTS)):
+    kinds = sorted({kind for own in PARTS.values() for kind in own})
+    for folder in ("train/good", *(f"{top}/{k}" for top in ("test", "ground_truth") for k in kinds)):
         for old in (out / folder).glob("[0-9]*.png"):
             old.unlink()
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text("Written by fastprior's examples/make_demo.py, which may overwrite this folder.\n")
     for split, kind, count in [("train", "good", good), ("test", "good", test_good)]:
         for i in range(count):
-            _write(out / split / kind / f"{i:03d}.png", seed, split, kind, i, size)
-    for kind in DEFECTS:
+            _write(out / split / kind / f"{i:03d}.png", seed, split, kind, i, size, part=part)
+    for kind in PARTS[part][1:]:
         for i in range(defects_per_type):
             mask_path = out / "ground_truth" / kind / f"{i:03d}_mask.png"
-            _write(out / "test" / kind / f"{i:03d}.png", seed, "test", kind, i, size, mask_path)
+            _write(out / "test" / kind / f"{i:03d}.png", seed, "test", kind, i, size, mask_path, part)
 
 
 def main(argv=None):
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
-        description="Draw a seeded demo data set of steel washers, good and defective, in the MVTec AD layout.",
+        description="Draw a seeded demo data set of steel parts, good and defective, in the MVTec AD layout.",
         epilog="example: python examples/make_demo.py /tmp/washers --good 80 --seed 0",
     )
     add = parser.add_argument
     add("out_dir", metavar="OUT_DIR", type=Path, help="a new or empty folder, or an earlier demo")
+    add("--part", choices=sorted(PARTS), default="washer", help="what to draw (default %(default)s)")
     add("--good", type=int, default=80, help="good training images (default %(default)s)")
     add("--test-good", type=int, default=12, help="good test images (default %(default)s)")
     add("--defects-per-type", type=int, default=6, help="test images of each kind of defect (default %(default)s)")
@@ -266,7 +329,7 @@ def main(argv=None):
     if args.samples:
         write_samples(out, args.size, args.seed)
     else:
-        write_dataset(out, args.good, args.test_good, args.defects_per_type, args.size, args.seed)
+        write_dataset(out, args.good, args.test_good, args.defects_per_type, args.size, args.seed, args.part)
     print(f"wrote {out}")
     return 0
 

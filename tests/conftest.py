@@ -16,8 +16,9 @@ def washers(tmp_path_factory):
     """The demo's generator: 24 good images, and test images of every kind, 96 px."""
     import subprocess
     folder = tmp_path_factory.mktemp("washers")
-    subprocess.run([sys.executable, str(ROOT / "examples" / "make_demo.py"), str(folder), "--good", "24", "--test-good", "4",
-                    "--defects-per-type", "2", "--size", "96"], check=True, capture_output=True)
+    subprocess.run([sys.executable, str(ROOT / "examples" / "make_demo.py"), str(folder), "--good", "24",
+                    "--test-good", "4", "--defects-per-type", "2", "--size", "96"],
+                   check=True, capture_output=True)
     return folder
 
 

@@ -6,7 +6,7 @@ launched. Arguments are checked against the kernel's own parameters, one by one,
 """
 from __future__ import annotations
 
-import contextlib
+import collections
 import ctypes
 import functools
 import hashlib
@@ -47,7 +47,8 @@ def _working_gxx() -> str | None:
 
 def source(name: str) -> str:
     """A kernel's text with common.cuh pasted in, as the engine does."""
-    return (KERNELS / f"{name}.cu").read_text().replace('#include "common.cuh"', (KERNELS / "common.cuh").read_text())
+    common = (KERNELS / "common.cuh").read_text()
+    return (KERNELS / f"{name}.cu").read_text().replace('#include "common.cuh"', common)
 
 
 @functools.cache
@@ -94,6 +95,7 @@ class DeviceArray:
         self._start = _GUARD + -(self._raw.ctypes.data + _GUARD) % 256
         self._size = size
         self.host = self._raw[self._start:self._start + size].view(dtype).reshape(shape)
+        self.device = types.SimpleNamespace(id=_Device.current)
         DeviceArray.live.add(self)
 
     @property
@@ -113,32 +115,38 @@ class DeviceArray:
     shape = property(lambda self: self.host.shape)
     ndim = property(lambda self: self.host.ndim)
     nbytes = property(lambda self: self.host.nbytes)
-    device = property(lambda self: types.SimpleNamespace(id=0))
     flags = property(lambda self: types.SimpleNamespace(c_contiguous=self.host.flags.c_contiguous))
 
     def copy(self):
         return _as_device(self.host)
 
     def get(self, stream=None):
+        if self.device.id != _Device.current:
+            raise LaunchError(f"an array of GPU {self.device.id} is read while GPU {_Device.current} is the "
+                              "current one")
         return self.host.copy()
 
     def fill(self, value):
         self.host[...] = value
 
-    def __getitem__(self, key):
+    def _seen_as(self, host):
         view = object.__new__(DeviceArray)
-        view.__dict__ = self.__dict__ | {"host": self.host[key]}
+        view.__dict__ = self.__dict__ | {"host": host}
         return view
+
+    def __getitem__(self, key):
+        return self._seen_as(self.host[key])
+
+    def __setitem__(self, key, value):
+        if not (isinstance(value, DeviceArray) or np.isscalar(value)):
+            raise TypeError(f"Unsupported type {type(value)}")  # a host array is no source
+        self.host[key] = value.host if isinstance(value, DeviceArray) else value
 
     def reshape(self, *shape):
-        view = object.__new__(DeviceArray)
-        view.__dict__ = self.__dict__ | {"host": self.host.reshape(*shape)}
-        return view
+        return self._seen_as(self.host.reshape(*shape))
 
     def view(self, dtype):
-        view = object.__new__(DeviceArray)
-        view.__dict__ = self.__dict__ | {"host": self.host.view(dtype)}
-        return view
+        return self._seen_as(self.host.view(dtype))
 
     def __array__(self, *_, **__):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
@@ -167,10 +175,12 @@ class Kernel:
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         grid, block = (tuple(x) + (1,) * (3 - len(x)) for x in (grid, block))
-        if not (0 < grid[0] < 2 ** 31 and 0 < grid[1] < 65536 and 0 < grid[2] < 65536 and 0 < np.prod(block) <= 1024):
+        fits = 0 < grid[0] < 2 ** 31 and 0 < grid[1] < 65536 and 0 < grid[2] < 65536
+        if not (fits and 0 < np.prod(block) <= 1024):
             raise LaunchError(f"{self.name}: grid {grid}, block {block}: outside what a GPU takes")
         if len(args) != len(self.kinds):
-            raise LaunchError(f"{self.name}: {len(args)} arguments for {len(self.kinds)} parameters ({self.kinds})")
+            raise LaunchError(f"{self.name}: {len(args)} arguments for {len(self.kinds)} parameters "
+                              f"({self.kinds})")
         values = []
         for i, (arg, kind) in enumerate(zip(args, self.kinds)):
             if kind == "p":
@@ -194,8 +204,20 @@ class Kernel:
         self.owner.submit(run)
 
 
-class _Device(contextlib.nullcontext):
-    id = 0
+class _Device:
+    """A GPU; as a context the current one."""
+
+    current = 0
+
+    def __init__(self, id=None):
+        self.id, self._before = _Device.current if id is None else id, []
+
+    def __enter__(self):
+        self._before.append(_Device.current)
+        _Device.current = self.id
+
+    def __exit__(self, *_):
+        _Device.current = self._before.pop()
 
 
 class FakeCupy(types.ModuleType):
@@ -215,13 +237,16 @@ class FakeCupy(types.ModuleType):
         class Stream:
             def __init__(self, ptr=0, null=False, non_blocking=False, **_):
                 self.ptr = ptr or (0 if null else id(self))
+                self.gpu = _Device.current if self.ptr else None  # the default stream is that of any GPU
 
             def __enter__(self):
-                self._before, owner._stream = owner._stream, self
+                if self.gpu not in (None, _Device.current):
+                    raise LaunchError(f"a stream of GPU {self.gpu} while GPU {_Device.current} is current")
+                owner._streams[_Device.current].append(self)
                 return self
 
             def __exit__(self, *_):
-                owner._stream = self._before
+                assert owner._streams[_Device.current].pop() is self
 
             def begin_capture(self, mode=None):
                 if self.ptr == 0:
@@ -265,17 +290,20 @@ class FakeCupy(types.ModuleType):
             def get_function(self, name):
                 return Kernel(owner, self._library, name)
 
-        self._stream = Stream(null=True)
+        self._streams = collections.defaultdict(lambda: [default])  # a GPU's, the current one last
+        default = Stream(null=True)
         self.RawModule = RawModule
         self.uint8, self.float32 = np.uint8, np.float32
         runtime = types.SimpleNamespace(
-            memcpyHostToDevice=1, memcpyDeviceToDevice=3, CUDARuntimeError=RuntimeError, getDeviceCount=lambda: 1,
+            memcpyHostToDevice=1, memcpyDeviceToDevice=3, CUDARuntimeError=RuntimeError,
+            getDeviceCount=lambda: 1,
             runtimeGetVersion=lambda: 12090, driverGetVersion=lambda: 13000,
             memcpyAsync=self._memcpy,
-            getDeviceProperties=lambda i: {"name": b"emulated", "multiProcessorCount": 4})
+            getDeviceProperties=lambda i: {"name": b"emulated", "multiProcessorCount": 4, "major": 9,
+                                           "minor": 0})
         self.cuda = types.SimpleNamespace(
-            runtime=runtime, Stream=Stream, ExternalStream=Stream, Event=Event, get_current_stream=lambda: self._stream,
-            Device=_Device,
+            runtime=runtime, Stream=Stream, ExternalStream=Stream, Event=Event, Device=_Device,
+            get_current_stream=lambda: self._streams[_Device.current][-1],
             get_elapsed_time=lambda a, b: 1.0,
             alloc_pinned_memory=lambda size: np.zeros(size, np.uint8))
 
@@ -312,9 +340,10 @@ class FakeCupy(types.ModuleType):
 
     def asarray(self, a, dtype=None):
         if not isinstance(a, DeviceArray) and hasattr(a, "__cuda_array_interface__"):
-            interface = a.__cuda_array_interface__
+            foreign = types.SimpleNamespace(__array_interface__=a.__cuda_array_interface__)
             view = object.__new__(DeviceArray)
-            view.__dict__ = {"host": np.asarray(types.SimpleNamespace(__array_interface__=interface)), "_keep": a}
+            view.__dict__ = {"host": np.asarray(foreign), "_keep": a,
+                             "device": types.SimpleNamespace(id=_Device.current)}
             return view
         if self._capture is not None:
             raise LaunchError("allocation while capturing")

@@ -1,5 +1,4 @@
-"""What a score promises: jackknife, false-alarm rates on real good images, re-calibration, regions, drift, data layouts."""
-import functools
+"""What a score promises: jackknife, false-alarm rates on real good images, re-calibration, regions, drift."""
 import json
 from pathlib import Path
 
@@ -210,47 +209,6 @@ def test_the_proposed_threshold_has_the_smallest_sum_of_errors():
     assert wrong + missed == pytest.approx(min(every))
 
 
-def test_layouts(tmp_path):
-    def touch(*parts, value=0):
-        path = tmp_path.joinpath(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8), value, np.uint8)).save(path)
-        return path
-    for i in range(10):
-        touch("plain", "one", "good", f"{i}.png")
-        touch("visa", "candle", "Data", "Images", "Normal", f"{i}.png")
-    touch("plain", "one", "bad", "x.png")
-    for i in range(2):
-        touch("visa", "candle", "Data", "Images", "Anomaly", f"{i}.png")
-        mask = touch("visa", "candle", "Data", "Masks", "Anomaly", f"{i}.png", value=1)
-    touch("mvtec", "m", "train", "good", "0.png")
-    touch("mvtec", "m", "test", "good", "0.png")
-    for i in range(2):
-        touch("mvtec", "m", "test", "hole", f"{i}.png")
-    first = touch("mvtec", "m", "ground_truth", "hole", "0_mask.png")
-    second = touch("mvtec", "m", "ground_truth", "hole", "1.png")
-
-    one, = fp.find_categories(tmp_path / "plain")
-    assert (one.name, len(one.train), one.labels.tolist(), one.masks) == ("one", 8, [False] * 2 + [True], [None] * 3)
-    assert fp.find_categories(tmp_path / "plain" / "one")[0].test == one.test
-    assert not set(one.train) & set(one.test)
-
-    candle, = fp.find_categories(tmp_path / "visa")
-    assert len(candle.train) == 8 and candle.masks[-1] == mask and candle.labels.sum() == 2
-    split = tmp_path / "visa" / "split_csv" / "1cls.csv"
-    split.parent.mkdir()
-    rows = [f"candle,{'train' if i < 4 else 'test'},normal,candle/Data/Images/Normal/{i}.png," for i in range(10)]
-    rows += [f"candle,test,anomaly,candle/Data/Images/Anomaly/{i}.png,candle/Data/Masks/Anomaly/{i}.png" for i in range(2)]
-    split.write_text("\n".join(["object,split,label,image,mask", *rows]))
-    candle, = fp.find_categories(tmp_path / "visa")
-    assert [p.stem for p in candle.train] == list("0123") and len(candle.test) == 8
-
-    m, = fp.find_categories(tmp_path / "mvtec")
-    assert m.masks == [None, first, second] and m.labels.tolist() == [False, True, True]
-    with pytest.raises(fp.ImageError, match="expected categories"):
-        fp.find_categories(tmp_path / "visa" / "split_csv")
-
-
 @pytest.fixture
 def data(good, tmp_path):
     root = tmp_path / "data"
@@ -258,52 +216,6 @@ def data(good, tmp_path):
     for p in fp.find_images(root / "disc" / "good")[:6]:
         scratched(p, root / "disc" / "bad" / p.name)
     return root
-
-
-def test_bench_reports_and_takes_a_second_run_from_the_cache(data, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="matplotlib is in the extra `report`")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(fp, "bench_speed", functools.partial(fp.bench_speed, seconds=.1))
-    command = ["bench", "--data", str(data), "--variants", "gaussian", "--steps", "1,7", "--size", "64", "--batch", "2",
-               "--report", str(tmp_path / "report")]
-    first = CliRunner().invoke(fp._build_app(), command)
-    assert first.exit_code == 0, first.output
-    table = (tmp_path / "report" / "table.md").read_text()
-    assert "| lite0 | gaussian | 7 | 1.0000 |" in table and table.strip() in first.stdout
-    with Image.open(tmp_path / "report" / "tradeoff.png") as picture:
-        assert picture.size[0] > 400
-    assert "<svg" in (tmp_path / "report" / "tradeoff.svg").read_text()
-
-    def refuse(*_, **__):
-        raise AssertionError("trained again")
-    monkeypatch.setattr(fp, "fit", refuse)
-    second = CliRunner().invoke(fp._build_app(), [*command, "--json"])
-    assert second.exit_code == 0, second.output
-    rows = [json.loads(line) for line in second.stdout.splitlines()]
-    assert {"image_auroc", "category", "seed"} <= set(rows[0]) and {"frames_per_second", "image_auroc"} <= set(rows[-1])
-    assert rows[0]["image_auroc"] == rows[-1]["image_auroc"] == 1
-    with pytest.raises(fp.ShapeError, match="at most one besides"):  # before anything is trained
-        CliRunner().invoke(fp._build_app(), [*command, "--steps", "7,8"], catch_exceptions=False)
-
-
-def test_ablation_gives_a_row_for_each_variant_and_step_and_keeps_features(data, tmp_path, monkeypatch, capsys):
-    import runpy
-    import sys
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    script = Path(fp.__file__).resolve().parent / "examples" / "ablation.py"
-    monkeypatch.setattr(sys, "argv", ["ablation.py", str(data), "--size", "64", "--variants", "gaussian,joint", "--steps", "1,2",
-                                      "--images", "12"])
-    runpy.run_path(str(script), run_name="__main__")
-    first = capsys.readouterr().out
-    rows = [json.loads(line) for line in first.splitlines()]
-    assert [(r["variant"], r["steps"]) for r in rows] == [("gaussian", 1), ("gaussian", 2), ("joint", 1), ("joint", 2)]
-    assert all(r["images"] == 12 and 0 <= r["image_auroc"] <= 1 for r in rows)
-
-    def refuse(*_, **__):
-        raise AssertionError("extracted again")
-    monkeypatch.setattr(fp, "extract_features", refuse)
-    runpy.run_path(str(script), run_name="__main__")
-    assert capsys.readouterr().out == first
 
 
 def test_calibrate_command(data, tmp_path):
@@ -347,7 +259,7 @@ def test_a_model_of_several_products_knows_which_it_sees(products, backend, tmp_
     assert list(joint.priors) == list(single)
     joint.save(tmp_path / "all.npz")
     if backend == "numpy":
-        monkeypatch.setattr(fp, "_has_numba", lambda: False)
+        monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
     again = fp.Prior.load(tmp_path / "all.npz")
     images = [fp.find_images(products / name)[i] for i in (0, 1) for name in single]
     images.append(scratched(images[-1], tmp_path / "bad.png"))

@@ -11,8 +11,9 @@ import pytest
 
 import fastprior as fp
 from emulated_cuda import DeviceArray, FakeCupy, LaunchError, gxx, source
+from twins import OPS
 
-pytestmark = pytest.mark.skipif(gxx() is None, reason="no g++ with 16-bit floats: the CUDA kernels cannot be emulated")
+pytestmark = pytest.mark.skipif(gxx() is None, reason="no g++ with 16-bit floats to emulate CUDA with")
 
 # float32: sums of up to a few hundred products in another order. float16: one rounding of the result
 # (2^-11 = 5e-4) next to float32 sums; the inputs are rounded before the reference sees them.
@@ -53,8 +54,9 @@ I, L, F, NULL = np.int32, np.int64, np.float32, np.uint64(0)
 
 def image_table(b, rows):
     """The table of `Image` rows: dictionaries of device arrays and integers."""
-    names = ("pixels", "height", "width", "row_start", "row_weight", "row_taps", "col_start", "col_weight", "col_taps",
-             "map", "row_map", "col_map", "score")
+    names = ("pixels", "height", "width", "row_start", "row_weight", "row_taps", "col_start", "col_weight",
+             "col_taps", "map", "row_map", "col_map", "score")
+
     def value(x):
         return x.data.ptr if isinstance(x, DeviceArray) else int(x)
     return b.cuda.asarray(np.array([[value(row.get(n, 0)) for n in names] for row in rows], np.int64))
@@ -69,12 +71,13 @@ def resize(b, block=64):
         row = {"pixels": b.cuda.asarray(image), "height": h, "width": w}
         for side, n in (("row", h), ("col", w)):
             start, weight = fp.resize_taps(n, size)
-            row |= {f"{side}_start": b.cuda.asarray(start.astype(I)), f"{side}_weight": b.cuda.asarray(weight.astype(F)),
-                    f"{side}_taps": weight.shape[1]}
+            row |= {f"{side}_start": b.cuda.asarray(start.astype(I)), f"{side}_taps": weight.shape[1],
+                    f"{side}_weight": b.cuda.asarray(weight.astype(F))}
         rows.append(row)
     out = b.empty(3, size, size, 4)
     affine = b.cuda.asarray(np.concatenate([1 / (255 * std), -mean / std]).astype(F))
-    b.launch("resize_normalize", (-(-size * size // block), 1, 3), (block,), image_table(b, rows), affine, out, I(size))
+    b.launch("resize_normalize", (-(-size * size // block), 1, 3), (block,), image_table(b, rows), affine,
+             out, I(size))
     want = np.stack([fp.resize_normalize(image, size, mean, std) for image in images])
     b.check(out, np.concatenate([want, np.zeros((3, size, size, 1))], -1))
 
@@ -86,19 +89,22 @@ def stem(b, block=96):
     bias, bias64 = b.random(c, dtype=F)
     for act in (fp.NONE, fp.RELU6, fp.SILU):
         out = b.empty(2, size // 2, size // 2, c)
-        b.launch("stem", (-(-(size // 2) ** 2 * (c // 4) // block), 1, 2), (block,), x, w, bias, out, I(size), I(c), I(act))
+        b.launch("stem", (-(-(size // 2) ** 2 * (c // 4) // block), 1, 2), (block,), x, w, bias, out, I(size),
+                 I(c), I(act))
         b.check(out, np.stack([fp.stem(i[..., :3], w64, bias64, act) for i in x64]))
 
 
-def product(b, tile=64, m=70, n=72, k=80, period=35, act=fp.SILU, gated=True, by_row=False, with_residual=True):
+def product(b, tile=64, m=70, n=72, k=80, period=35, act=fp.SILU, gated=True, by_row=False,
+            with_residual=True):
     a, a64 = b.random(m, k)
     w, w64 = b.random(k, n, scale=k ** -.5)
     bias, bias64 = b.random(*((period, n) if by_row else (n,)), dtype=F)
     gate, gate64 = b.random(m // period, k, dtype=F)
     residual, residual64 = b.random(m, n)
     out = b.empty(m, n)
-    b.launch("product", (-(-m // tile) * -(-n // tile),), (128,), a, L(0), I(k), w, L(0), I(n), bias, I(n if by_row else 0),
-             gate if gated else NULL, residual if with_residual else NULL, out, I(m), I(n), I(k), I(period), I(act))
+    b.launch("product", (-(-m // tile) * -(-n // tile),), (128,), a, L(0), I(k), w, L(0), I(n), bias,
+             I(n if by_row else 0), gate if gated else NULL, residual if with_residual else NULL, out, I(m),
+             I(n), I(k), I(period), I(act))
     if gated:
         a64 = (a64 * np.repeat(gate64, period, 0)).astype(b.dtype).astype(np.float64)
     b.check(out, fp.linear(a64, w64, np.tile(bias64, (m // period, 1)) if by_row else bias64, act,
@@ -114,10 +120,9 @@ def mix(b, tile=32, n_out=40, n=36, d=40, batch=3):
     x, x64 = b.random(batch, n, d)
     residual, residual64 = b.random(batch, n_out, d)
     out = b.empty(batch, n_out, d)
-    b.launch("product", (-(-n_out // tile) * -(-d // tile), 1, batch), (128,), padded, L(0), I(40), x, L(n * d), I(d), NULL,
-             I(0), NULL, residual, out, I(n_out), I(d), I(n), I(1), I(fp.SILU))
-    b.check(out, np.stack([fp.mix(i, w64, fp.SILU, r)
-                           for i, r in zip(x64, residual64)]))
+    b.launch("product", (-(-n_out // tile) * -(-d // tile), 1, batch), (128,), padded, L(0), I(40), x,
+             L(n * d), I(d), NULL, I(0), NULL, residual, out, I(n_out), I(d), I(n), I(1), I(fp.SILU))
+    b.check(out, np.stack([fp.mix(i, w64, fp.SILU, r) for i, r in zip(x64, residual64)]))
 
 
 def depthwise(b, block=(3, 8), h=12, w=9, c=40, kernel=5, stride=2, act=fp.SILU):
@@ -129,7 +134,8 @@ def depthwise(b, block=(3, 8), h=12, w=9, c=40, kernel=5, stride=2, act=fp.SILU)
     grid = (-(-c // vector // block[0]), -(-ho * -(-wo // 2) // block[1]), 2)
     out, sums = b.empty(2, ho, wo, c), b.empty(2, grid[1], c, dtype=F)
     top, left = (fp._same_padding(n, kernel, stride)[0] for n in (h, w))
-    b.launch(f"depthwise_{kernel}{stride}", grid, block, x, taps, bias, out, sums, I(h), I(w), I(c), I(top), I(left), I(act))
+    b.launch(f"depthwise_{kernel}{stride}", grid, block, x, taps, bias, out, sums, I(h), I(w), I(c), I(top),
+             I(left), I(act))
     want = np.stack([fp.depthwise(i, taps64, bias64, stride, act) for i in x64])
     b.check(out, want)
     np.testing.assert_allclose(sums.get().sum(1), want.sum((1, 2)), rtol=1e-4, atol=1e-4)
@@ -143,7 +149,8 @@ def squeeze_excite(b, block=64):
     ew, ew64 = b.random(s, c, dtype=F)
     eb, eb64 = b.random(c, dtype=F)
     gate = b.empty(2, c, dtype=F)
-    b.launch("squeeze_excite", (1, 1, 2), (block,), sums, rw, rb, ew, eb, gate, I(parts), I(c), I(s), I(pixels))
+    b.launch("squeeze_excite", (1, 1, 2), (block,), sums, rw, rb, ew, eb, gate, I(parts), I(c), I(s),
+             I(pixels))
     ones = np.ones((1, 1, c))  # a map whose mean is what the sums say: scale it afterwards
     for i in range(2):
         mean = sums64[i].sum(0) / pixels
@@ -157,8 +164,8 @@ def pool(b, block=32):
     out = b.empty(2, grid * grid, columns, dtype=F)
     out.fill(3)
     vector = 16 // np.dtype(b.dtype).itemsize
-    b.launch("pool", (-(-grid * grid * -(-(c + fill) // vector) // block), 1, 2), (block,), x, out, I(side), I(ldx), I(c),
-             I(fill), I(grid), I(first), I(columns))
+    b.launch("pool", (-(-grid * grid * -(-(c + fill) // vector) // block), 1, 2), (block,), x, out, I(side),
+             I(ldx), I(c), I(fill), I(grid), I(first), I(columns))
     want = np.full((2, grid * grid, columns), 3.0)
     want[..., first + c:first + c + fill] = 0
     want[..., first:first + c] = np.stack([fp.pool(i[..., :c], grid).reshape(-1, c) for i in x64])
@@ -171,16 +178,16 @@ def whiten(b, block=64, batch=11, c=96):
     mean, mean64 = b.random(n, c, dtype=F)
     lower = np.tril(b.rng.standard_normal((n, c, c)) / np.sqrt(c))
     packed = fp.pack_lower(lower)
-    x = b.empty(batch, n, c)
-    b.launch("whiten", (n * c // 32, 1, -(-batch // 8)), (block,), f, mean, b.cuda.asarray(packed.view(np.int8)), x, I(n), I(c),
-             I(batch))
+    x, w = b.empty(batch, n, c), b.cuda.asarray(packed.view(np.int8))
+    b.launch("whiten", (n * c // 32, 1, -(-batch // 8)), (block,), f, mean, w, x, I(n), I(c), I(batch))
     w64 = fp.unpack_lower(packed, c).astype(np.float64)
     b.check(x, np.stack([fp.whiten(i, mean64, w64) for i in f64]))
 
 
 def whiten_diagonal(b, block=64):
     n, c = 5, 32
-    (f, f64), (mean, mean64), (w, w64) = b.random(3, n, c, dtype=F), b.random(n, c, dtype=F), b.random(n, c, dtype=F)
+    (f, f64), (mean, mean64) = b.random(3, n, c, dtype=F), b.random(n, c, dtype=F)
+    w, w64 = b.random(n, c, dtype=F)
     x = b.empty(3, n, c)
     b.launch("whiten_diagonal", (-(-n * c // block), 1, 3), (block,), f, mean, w, x, I(n), I(c))
     b.check(x, np.stack([fp.whiten(i, mean64, w64) for i in f64]))
@@ -195,7 +202,8 @@ def remove_factors(b, block=64, second=64, n=45, c=32, k=24):
     sums = b.empty(batch, parts, groups * 32, dtype=F)
     b.launch("project_factors", (parts, 1, batch), (block,), x, v, sums, I(size), I(groups))
     b.check(b.cuda.asarray(sums.get().sum(1)[:, :k]), np.einsum("bnc,knc->bk", x64, v64))
-    b.launch("remove_factors", (-(-size // second), 1, batch), (second,), x, v, sums, I(size), I(groups), I(parts))
+    b.launch("remove_factors", (-(-size // second), 1, batch), (second,), x, v, sums, I(size), I(groups),
+             I(parts))
     b.check(x, np.stack([fp.remove_factors(i, v64) for i in x64]))
 
 
@@ -214,13 +222,13 @@ def rotate_density(b, block=64, c=288):
     location, location64 = b.random(n, dtype=F)
     grid = (-(-batch * n // (block // 32)),)
     y, nll = fp.rotate_density(f64, np.eye(c), 0.0, x64, coef)
-    rest = (scale, location)
+    rest, counts = (scale, location), (I(batch * n), I(n), I(c))
     z = b.empty(batch * n, dtype=F)
-    b.launch("rotate_density", grid, (block,), x, f, F(.8), F(.6), NULL, *rest, z, I(batch * n), I(n), I(c))
+    b.launch("rotate_density", grid, (block,), x, f, F(.8), F(.6), NULL, *rest, z, *counts)
     b.check(z, nll * np.tile(scale64, batch) + np.tile(location64, batch))
-    b.launch("rotate_density", grid, (block,), x, NULL, F(.8), F(.6), NULL, *rest, z, I(batch * n), I(n), I(c))
+    b.launch("rotate_density", grid, (block,), x, NULL, F(.8), F(.6), NULL, *rest, z, *counts)
     b.check(z, .32 * (x64 ** 2).sum(-1) * np.tile(scale64, batch) + np.tile(location64, batch))
-    b.launch("rotate_density", grid, (block,), x, f, F(.8), F(.6), x, *rest, NULL, I(batch * n), I(n), I(c))
+    b.launch("rotate_density", grid, (block,), x, f, F(.8), F(.6), x, *rest, NULL, *counts)
     b.check(x, y)
 
 
@@ -259,17 +267,21 @@ OPERATIONS = {
     "resize_normalize": (resize, [{}, {"block": 256}, {"block": 33}]),
     "stem": (stem, [{}, {"block": 32}]),
     "product": (product, [
-        {}, {"tile": 32}, {"by_row": True, "gated": False}, {"m": 1, "n": 8, "k": 8, "period": 1, "with_residual": False},
-        {"m": 140, "n": 136, "k": 32, "period": 70, "act": fp.RELU6}, {"tile": 32, "k": 40, "act": fp.NONE, "gated": False}]),
+        {}, {"tile": 32}, {"by_row": True, "gated": False},
+        {"m": 1, "n": 8, "k": 8, "period": 1, "with_residual": False},
+        {"m": 140, "n": 136, "k": 32, "period": 70, "act": fp.RELU6},
+        {"tile": 32, "k": 40, "act": fp.NONE, "gated": False}]),
     "mix": (mix, [{}, {"tile": 64}]),
     "depthwise": (depthwise, [{"kernel": k, "stride": s, "act": a} for k, s, a in
                               ((3, 1, fp.RELU6), (3, 2, fp.NONE), (5, 1, fp.RELU6), (5, 2, fp.SILU))]
-                  + [{"block": (32, 4)}, {"block": (1, 32), "h": 1, "w": 1, "c": 8}, {"h": 16, "w": 16, "stride": 1}]),
+                  + [{"block": (32, 4)}, {"block": (1, 32), "h": 1, "w": 1, "c": 8},
+                     {"h": 16, "w": 16, "stride": 1}]),
     "squeeze_excite": (squeeze_excite, [{}, {"block": 32}, {"block": 512}]),
     "pool": (pool, [{}, {"block": 256}]),
     "whiten": (whiten, [{}, {"block": 128}, {"block": 32, "batch": 1}, {"batch": 8, "c": 32, "block": 256}]),
     "whiten_diagonal": (whiten_diagonal, [{}, {"block": 1000}]),
-    "remove_factors": (remove_factors, [{}, {"block": 256, "k": 64, "second": 32}, {"n": 1, "k": 8}, {"block": 32, "second": 1024}]),
+    "remove_factors": (remove_factors, [{}, {"block": 256, "k": 64, "second": 32}, {"n": 1, "k": 8},
+                                        {"block": 32, "second": 1024}]),
     "layer_norm": (layer_norm, [{}, {"block": 32, "d": 16}, {"block": 128, "rows": 1}]),
     "rotate_density": (rotate_density, [{}, {"block": 128}, {"c": 32, "block": 32}]),
     "worst_mean": (worst_mean, [{}, {"block": 256}, {"n": 1, "count": 1}, {"count": 100}]),
@@ -279,8 +291,14 @@ FILES = {"mix": "product", "whiten_diagonal": "whiten"}
 
 
 def bench(name, dtype, schedule=0, edit=None, plain=False, **options):
-    extra = (f"-DTILE={options.get('tile', 32 if name == 'mix' else 64)}",) if name in ("product", "mix") else ()
+    tile = options.get("tile", 32 if name == "mix" else 64)
+    extra = (f"-DTILE={tile}",) if name in ("product", "mix") else ()
     return Bench(FILES.get(name, name), dtype, schedule, edit, extra + (("-DPLAIN",) if plain else ()))
+
+
+def test_every_operation_of_the_table_is_here():
+    assert {name for name, op in OPS.items() if op.cuda} - set(OPERATIONS) == {"linear"}  # as product
+    assert {FILES.get(name, name) for name in OPERATIONS} == {op.cuda for op in OPS.values()} - {None}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -302,7 +320,8 @@ def test_product_has_the_same_bits_whatever_the_tile_and_the_batch(dtype):
     both = [product(bench("product", dtype, tile=tile), tile=tile, gated=False) for tile in (32, 64)]
     np.testing.assert_array_equal(*both)
     b = bench("product", dtype)
-    alone = product(b, m=35, gated=False, with_residual=False)  # the generator starts anew: the same first rows of a
+    alone = product(b, m=35, gated=False, with_residual=False)
+    # the generator starts anew: the same first rows of a
     b = bench("product", dtype)
     a, _ = b.random(35, 80)
     np.testing.assert_array_equal(alone.shape, (35, 72))
@@ -310,8 +329,8 @@ def test_product_has_the_same_bits_whatever_the_tile_and_the_batch(dtype):
     w, _ = b.random(80, 72, scale=80 ** -.5)
     bias, _ = b.random(72, dtype=F)
     out = b.empty(70, 72)
-    b.launch("product", (4,), (128,), twice, L(0), I(80), w, L(0), I(72), bias, I(0), NULL, NULL, out, I(70), I(72), I(80),
-             I(35), I(fp.SILU))
+    b.launch("product", (4,), (128,), twice, L(0), I(80), w, L(0), I(72), bias, I(0), NULL, NULL, out, I(70),
+             I(72), I(80), I(35), I(fp.SILU))
     np.testing.assert_array_equal(out.get()[:35], alone)
     np.testing.assert_array_equal(out.get()[35:], alone)
 
@@ -323,10 +342,9 @@ def test_whitening_has_the_same_bits_whatever_the_batch():
     packed = b.cuda.asarray(fp.pack_lower(np.tril(b.rng.standard_normal((n, c, c)))).view(np.int8))
 
     def whitened(features):
-        batch = len(features)
+        batch, f = len(features), b.cuda.asarray(features)
         x = b.empty(batch, n, c)
-        b.launch("whiten", (n * c // 32, 1, -(-batch // 8)), (128,), b.cuda.asarray(features), mean, packed, x, I(n), I(c),
-                 I(batch))
+        b.launch("whiten", (n * c // 32, 1, -(-batch // 8)), (128,), f, mean, packed, x, I(n), I(c), I(batch))
         return x.get()
     together = whitened(f.get())
     for i in (0, 7, 8):
@@ -339,14 +357,16 @@ MUTANTS = [
     ("resize_normalize", "(long long)r * image.width * 3", "(long long)r * image.height * 3"),
     ("stem", "2 * column + kx", "2 * column + kx - 1"),
     ("stem", "if (y_in >= size || x_in >= size) continue;", "if (y_in > size || x_in >= size) continue;"),
-    ("product", "        if (more) keep(buffer ^ 1);\n        __syncthreads();", "        if (more) keep(buffer ^ 1);"),
+    ("product", "        if (more) keep(buffer ^ 1);\n        __syncthreads();",
+     "        if (more) keep(buffer ^ 1);"),
     ("product", "    keep(0);\n    __syncthreads();", "    keep(0);"),
     ("product", "if (more) keep(buffer ^ 1)", "if (more) keep(buffer)"),
     ("product", "if (col >= n) continue;", "if (col > n) continue;"),
     ("product", "down < k && col < n", "down <= k && col < n"),
     ("product", "row % period", "row / period"),
     ("product", "* A_ROW + inner + lane / 16 * 8", "* A_ROW + inner + lane / 8 * 8"),
-    ("product", "multiply_add(sum[i][j], left[TERMS - 1][i], &right[0]", "multiply_add(sum[i][j], left[0][i], &right[0]"),
+    ("product", "multiply_add(sum[i][j], left[TERMS - 1][i], &right[0]",
+     "multiply_add(sum[i][j], left[0][i], &right[0]"),
     ("mix", "down < k && col < n", "col < n"),
     ("mix", "w += blockIdx.z * w_step;", ""),
     ("depthwise", "__syncthreads();", ""),
@@ -375,7 +395,8 @@ MUTANTS = [
     ("layer_norm", "lane > 0; lane /= 2", "lane > 1; lane /= 2"),
     ("rotate_density", "scale[row % n]", "scale[row / n]"),
     ("rotate_density", "a * get(value.at[v]) + b", "b * get(value.at[v]) + a"),
-    ("worst_mean", "        __syncthreads();\n        if (threadIdx.x < half)", "        if (threadIdx.x < half)"),
+    ("worst_mean", "        __syncthreads();\n        if (threadIdx.x < half)",
+     "        if (threadIdx.x < half)"),
     ("worst_mean", "(value[j] == own && j < i)", "value[j] == own"),
     ("worst_mean", "+= blockDim.x) value[i] = z[(long long)blockIdx.z * n + i];\n    __syncthreads();",
      "+= blockDim.x) value[i] = z[(long long)blockIdx.z * n + i];"),

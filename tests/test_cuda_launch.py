@@ -3,6 +3,8 @@
 The whole model therefore runs "on CUDA", its launches, arguments, memory plan and graphs included, and
 its scores are held against the CPU path's.
 """
+import copy
+import pickle
 import sys
 import types
 
@@ -12,10 +14,11 @@ import pytest
 import fastprior as fp
 from emulated_cuda import DeviceArray, FakeCupy, LaunchError, gxx
 
-pytestmark = pytest.mark.skipif(gxx() is None, reason="no g++ with 16-bit floats: the CUDA kernels cannot be emulated")
+engines = fp._engines("cuda")
+pytestmark = pytest.mark.skipif(gxx() is None, reason="no g++ with 16-bit floats to emulate CUDA with")
 
-# Relative to the larger of 1 (a standard deviation) and the value. float32 differs by the order of sums and by the
-# 22 bits of a split factor; float16 rounds every activation to 11 bits, and whitening magnifies that.
+# Relative to the larger of 1 (a standard deviation) and the value. float32 differs by the order of sums and
+# by the 22 bits of a split factor; float16 rounds every activation to 11 bits, and whitening magnifies that.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2}
 
 
@@ -23,13 +26,13 @@ TOLERANCE = {"float32": 1e-5, "float16": 1e-2}
 def cuda(monkeypatch):
     fake = FakeCupy()
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    fp._import_cupy.cache_clear()
+    engines.import_cupy.cache_clear()
     yield fake
-    fp._import_cupy.cache_clear()
+    engines.import_cupy.cache_clear()
 
 
 def small_backbone(rng):
-    """Odd channel counts, both kernel sizes and strides, squeeze-excitation, a block without expansion, a skip."""
+    """Odd channel counts, every size and stride, squeeze-excitation, a block without expansion, a skip."""
     def w(*shape, scale):
         return (rng.standard_normal(shape) * scale).astype(np.float16).astype(np.float32)
 
@@ -42,11 +45,12 @@ def small_backbone(rng):
             p |= {"se_reduce_w": w(mid, squeeze, scale=mid ** -.5), "se_reduce_b": w(squeeze, scale=.1),
                   "se_expand_w": w(squeeze, mid, scale=1), "se_expand_b": w(mid, scale=.1)}
         return fp.Block(p, stride, fp.SILU, skip)
-    blocks = (block(12, 12, 10, 3, 1, 3, False), block(10, 20, 14, 5, 2, 5, True), block(14, 28, 14, 3, 1, 0, True, True),
-              block(14, 30, 18, 3, 2, 4, True), block(18, 36, 22, 5, 2, 4, True), block(22, 44, 22, 5, 1, 4, True, True),
+    blocks = (block(12, 12, 10, 3, 1, 3, False), block(10, 20, 14, 5, 2, 5, True),
+              block(14, 28, 14, 3, 1, 0, True, True), block(14, 30, 18, 3, 2, 4, True),
+              block(18, 36, 22, 5, 2, 4, True), block(22, 44, 22, 5, 1, 4, True, True),
               block(22, 44, 21, 5, 1, 4, True))
-    return fp.Backbone("small", (.485, .456, .406), (.229, .224, .225), fp.SILU, w(3, 3, 3, 12, scale=.3), w(12, scale=.1),
-                       blocks, (0, 2, 3, 5, 6))
+    return fp.Backbone("small", (.485, .456, .406), (.229, .224, .225), fp.SILU, w(3, 3, 3, 12, scale=.3),
+                       w(12, scale=.1), blocks, (0, 2, 3, 5, 6))
 
 
 def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True, seed=0, **where):
@@ -54,8 +58,8 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
     rng = np.random.default_rng(seed)
     backbone = small_backbone(rng) if backbone == "small" else fp.load_backbone(backbone)
     n, c = (size // 16) ** 2, sum(backbone.channels)
-    settings = fp.Settings(backbone=backbone.name, size=size, steps=steps, variant=variant, width=48, worst=.1,
-                           factors=0 if variant == "plain" else 10)
+    settings = fp.Settings(backbone=backbone.name, size=size, steps=steps, variant=variant, width=48,
+                           worst=.1, factors=0 if variant == "plain" else 10)
     mean = rng.standard_normal((n, c)).astype(np.float32)
     if variant == "plain":
         whitener = rng.uniform(.5, 2, (n, c)).astype(np.float32)
@@ -71,11 +75,15 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
         weights["out_b"] = (rng.standard_normal(c) / 20).astype(np.float32)
         weights["gain_w"] = (rng.standard_normal(weights["gain_w"].shape) / 20).astype(np.float32)
     flat = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32),
-            "moments": np.array([0, 1, 0.0]), "scores": np.sort(rng.standard_normal(50)), "peaks": np.linspace(90, 100, 50)}
-    make = lambda calibration, **k: fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {},
-                                               factors=factors, **k)
-    raw = make(flat).nll(images(seed=9))
-    calibration = flat | {"location": -raw.mean(0) / raw.std(), "scale": np.full(n, 1 / raw.std(), np.float32)}
+            "moments": np.array([0, 1, 0.0]), "scores": np.sort(rng.standard_normal(50)),
+            "peaks": np.linspace(90, 100, 50)}
+
+    def make(calibration, **where):
+        return fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {},
+                        factors=factors, **where)
+    raw = make(flat).z(images(seed=9))
+    unit = np.float32(1 / raw.std())
+    calibration = flat | {"location": -raw.mean(0) * unit, "scale": np.full(n, unit)}
     return make(calibration, **where), make(calibration)
 
 
@@ -91,18 +99,15 @@ def relative(got, want):
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("case", [
     {}, {"size": 64, "steps": 3}, {"variant": "plain", "steps": 1}, {"denoiser": False},
-    {"backbone": "lite0", "size": 64, "steps": 2}], ids=["small", "three-steps", "plain", "no-denoiser", "lite0"])
+    {"backbone": "lite0", "size": 64, "steps": 2}],
+    ids=["small", "three-steps", "plain", "no-denoiser", "lite0"])
 def test_whole_model_agrees_with_the_cpu(cuda, case, precision):
     gpu, cpu = model(**case, device="cuda", precision=precision)
     batch = images()
     assert gpu.backend == "cuda"
-    want_maps = [np.empty(i.shape[:2], np.float32) for i in batch]
-    got_maps = [np.empty(i.shape[:2], np.float32) for i in batch]
-    want, got = cpu.nll(batch, want_maps), gpu.nll(batch, got_maps)
+    want, got = cpu.z(batch), gpu.z(batch)
     assert got.dtype == np.float32 and got.shape == want.shape
     assert relative(got, want) < TOLERANCE[precision]
-    for a, b in zip(got_maps, want_maps):
-        assert relative(a, b) < TOLERANCE[precision]
     for a, b in zip(gpu.score_batch(batch), cpu.score_batch(batch)):
         assert relative(a.score, b.score) < TOLERANCE[precision]
         assert relative(a.anomaly_map, b.anomaly_map) < TOLERANCE[precision]
@@ -113,14 +118,14 @@ def test_whole_model_agrees_with_the_cpu(cuda, case, precision):
 @pytest.mark.parametrize("schedule", [1, 7])
 def test_whole_model_does_not_depend_on_the_order_of_threads(cuda, schedule):
     gpu, _ = model(device="cuda", precision="float32")
-    want = gpu.nll(images())
+    want = gpu.z(images())
     cuda.schedule = schedule
-    np.testing.assert_array_equal(gpu.nll(images()), want)
+    np.testing.assert_array_equal(gpu.z(images()), want)
 
 
 def test_a_batch_too_large_for_the_gpu_does_not_spoil_the_next(cuda, monkeypatch):
     gpu, _ = model(device="cuda", precision="float32")
-    want, empty = gpu.nll(images()[:1]), cuda.empty
+    want, empty = gpu.z(images()[:1]), cuda.empty
 
     def full(shape, *rest):
         if np.prod(shape) > 1 << 16:
@@ -128,48 +133,50 @@ def test_a_batch_too_large_for_the_gpu_does_not_spoil_the_next(cuda, monkeypatch
         return empty(shape, *rest)
     monkeypatch.setattr(cuda, "empty", full, raising=False)
     with pytest.raises(MemoryError):
-        gpu.nll(images())
+        gpu.z(images())
     monkeypatch.setattr(cuda, "empty", empty, raising=False)
-    np.testing.assert_array_equal(gpu.nll(images()[:1]), want)
+    np.testing.assert_array_equal(gpu.z(images()[:1]), want)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_score_does_not_depend_on_the_batch(cuda, precision):
     gpu, _ = model(device="cuda", precision=precision)
     batch = images(sizes=((70, 90),) * 9)
-    together = gpu.nll(batch)
+    together = gpu.z(batch)
     for i in (0, 4, 8):
-        np.testing.assert_array_equal(gpu.nll(batch[i:i + 1])[0], together[i])
+        np.testing.assert_array_equal(gpu.z(batch[i:i + 1])[0], together[i])
 
 
 def test_first_frame_is_launched_and_captured_later_ones_replay_one_graph(cuda):
     gpu, _ = model(device="cuda")
     first = [r.score for r in gpu.score_batch(images())]
     launched, compiled = len(cuda.launches), cuda.modules
-    assert cuda.replays == 0 and set(gpu._cuda.frames) == {3}
+    assert cuda.replays == 0 and set(gpu._engine().frames) == {3}
     again = [r.score for r in gpu.score_batch(images())]
     other = [r.score for r in gpu.score_batch(images(seed=2, sizes=((50, 50), (51, 60), (99, 200))))]
     assert cuda.replays == 2 and len(cuda.launches) == launched and cuda.modules == compiled
     assert again == first and not np.allclose(other, first)
     gpu.score_batch(images()[:2])
-    assert set(gpu._cuda.frames) == {2, 3}
+    assert set(gpu._engine().frames) == {2, 3}
     gpu.score_batch(images() + images())  # more than the workspace holds: a larger one, and every graph anew
-    assert set(gpu._cuda.frames) == {6} and cuda.replays == 2
+    assert set(gpu._engine().frames) == {6} and cuda.replays == 2
     assert [r.score for r in gpu.score_batch(images())] == first
 
 
 def test_a_frame_is_launched_as_the_kernels_expect(cuda):
     gpu, _ = model(device="cuda", steps=2)
     gpu.score(images()[0])
-    names = [name for name, *_ in cuda.launches[:len(gpu._cuda.steps)]]
+    names = [name for name, *_ in cuda.launches[:len(gpu._engine().steps)]]
     blocks = [["depthwise_31", "squeeze_excite", "product", "pool"],
-              ["product", "depthwise_52", "squeeze_excite", "product"], ["product", "depthwise_31", "product", "pool"],
+              ["product", "depthwise_52", "squeeze_excite", "product"],
+              ["product", "depthwise_31", "product", "pool"],
               ["product", "depthwise_32", "squeeze_excite", "product", "pool"],
               ["product", "depthwise_52", "squeeze_excite", "product"],
               *[["product", "depthwise_51", "squeeze_excite", "product", "pool"]] * 2]
-    step = ["product", "layer_norm", "product", "product", "layer_norm", "product", "product", "layer_norm", "product",
-            "rotate_density"]
-    assert names == ["resize_normalize", "stem", *sum(blocks, []), "whiten", "project_factors", "remove_factors", *step, *step, "worst_mean", "anomaly_map"]
+    step = ["product", "layer_norm", "product", "product", "layer_norm", "product", "product", "layer_norm",
+            "product", "rotate_density"]
+    assert names == ["resize_normalize", "stem", *sum(blocks, []), "whiten", "project_factors",
+                     "remove_factors", *step, *step, "worst_mean", "anomaly_map"]
     rotations = [args for name, _, _, args in cuda.launches if name == "rotate_density"][:2]
     assert (rotations[0][4] != 0, rotations[1][4] != 0) == (True, False)  # at the last step x' goes nowhere
     assert (rotations[0][7] != 0, rotations[1][7] != 0) == (False, True)  # and z only there
@@ -184,17 +191,18 @@ def test_arrays_on_the_gpu_are_not_copied_and_results_stay_there(cuda, monkeypat
     class Foreign:  # another library's CUDA array
         __cuda_array_interface__ = on_gpu[1].__cuda_array_interface__
     gpu.score_batch([on_gpu[0], Foreign(), on_gpu[2]])
-    made, fetched = [], []
+    made, fetched, get = [], [], DeviceArray.get
     monkeypatch.setattr(cuda, "asarray", lambda a, *r, real=cuda.asarray: made.append(a) or real(a, *r))
-    monkeypatch.setattr(DeviceArray, "get", lambda self, real=DeviceArray.get: fetched.append(1) or real(self))
+    monkeypatch.setattr(DeviceArray, "get", lambda self: fetched.append(1) or get(self))
     results = gpu.score_batch([on_gpu[0], Foreign(), on_gpu[2]])
-    rows = gpu._cuda.table.host[:3]
+    rows = gpu._engine().table.host[:3]
     assert [int(p) for p in rows[:, 0]] == [a.data.ptr for a in on_gpu]
     assert not any(isinstance(a, np.ndarray) for a in made) and not fetched
     want = cpu.score_batch(batch)
     assert relative(np.array([r.score for r in results]), np.array([r.score for r in want])) < 1e-5
     assert len(fetched) == 1  # three scores, one copy
-    assert results[2].device_map.shape == batch[2].shape[:2] and results[2].anomaly_map is results[2].anomaly_map
+    assert results[2].device_map.shape == batch[2].shape[:2]
+    assert results[2].anomaly_map is results[2].anomaly_map
     assert len(fetched) == 2
     assert results[0].p_value == fp.conformal_p_value(results[0].score, gpu.calibration["scores"])
 
@@ -207,25 +215,92 @@ def test_results_survive_later_frames(cuda):
     assert gpu.score(images()[0], with_map=False).anomaly_map is None
 
 
+def test_results_are_read_while_another_gpu_is_current(cuda):
+    gpu, _ = model(device="cuda")
+    want = gpu.score(images()[0])
+    want.score, want.anomaly_map
+    with cuda.cuda.Device(1), cuda.cuda.Stream(non_blocking=True):
+        with pytest.raises(LaunchError, match="GPU 0 is read while GPU 1"):
+            want.device_map.get()
+        result = gpu.score(images()[0])
+        assert result.score == want.score and result.device_map.device.id == 0
+        np.testing.assert_array_equal(result.anomaly_map, want.anomaly_map)
+        np.testing.assert_array_equal(gpu.z(images()[:1]), gpu.z(images()[:1]))
+        with pytest.raises(fp.ShapeError, match="image on GPU 1, the model is on GPU 0"):
+            gpu.score(cuda.asarray(images()[0]))
+
+
+def test_a_result_that_is_pickled_leaves_the_gpu(cuda):
+    gpu, _ = model(device="cuda")
+    result = gpu.score_batch(images())[1]
+    again = pickle.loads(pickle.dumps(result))
+    assert (again.score, again.p_value, again.verdict) == (result.score, result.p_value, result.verdict)
+    assert isinstance(again.device_map, np.ndarray)
+    np.testing.assert_array_equal(again.anomaly_map, result.anomaly_map)
+
+
+@pytest.mark.parametrize("twin_of", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))],
+                         ids=["copy", "deepcopy", "pickle"])
+def test_a_prior_is_copied_with_its_device(cuda, twin_of):
+    gpu, _ = model(device="cuda", size=64)
+    twin = twin_of(gpu)
+    assert twin.backend == "cuda" and twin.score(images()[0]).score == gpu.score(images()[0]).score
+    assert twin._engine() is not gpu._engine()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_several_products_on_the_gpu_are_those_of_the_cpu(cuda, precision):
+    def products(prior, **where):
+        """Two that differ by little: each takes some of the images."""
+        shifted = fp.Prior(prior.settings, prior.backbone, prior.mean - np.float32(.03), prior.whitener,
+                           prior.denoiser, prior.calibrations, {}, factors=prior.factors, **where)
+        return fp.MultiPrior({"one": prior, "two": shifted})
+    gpu, cpu = model(device="cuda", precision=precision)
+    gpu, cpu = products(gpu, device="cuda", precision=precision), products(cpu)
+    batch = [image // (4 if k % 2 else 1) for k, image in enumerate(
+        images(sizes=((96, 96), (41, 33), (90, 80), (60, 61))))]
+    want = cpu.score_batch(batch)
+    z = np.array([prior.z(batch).mean(-1) for prior in cpu.priors.values()])
+    assert set(z.argmin(0)) == {0, 1} and np.abs(z[0] - z[1]).min() > .002, "choose another shift"
+    mixed = [cuda.asarray(i) if k % 2 else i for k, i in enumerate(batch)]
+    for given in (batch, mixed, [cuda.asarray(i) for i in batch]):
+        for a, b in zip(gpu.score_batch(given, chunk=3), want, strict=True):
+            assert a.product == b.product and relative(a.score, b.score) < TOLERANCE[precision]
+            assert relative(a.anomaly_map, b.anomaly_map) < TOLERANCE[precision]
+    again = pickle.loads(pickle.dumps(gpu))
+    assert [r.score for r in again.score_batch(batch, chunk=3)] == [
+        r.score for r in gpu.score_batch(batch, chunk=3)]
+
+
+def test_only_some_stages_run_again(cuda):
+    gpu, _ = model(device="cuda")
+    want = gpu.score(images()[0])
+    want.score
+    cuda.launches.clear()
+    gpu._engine().run_only(["map", "density"], images()[:1])
+    assert [name for name, *_ in cuda.launches] == ["rotate_density"] * 2 + ["worst_mean", "anomaly_map"]
+    assert gpu.score(images()[0]).score == want.score
+
+
 def test_the_image_table_is_copied_only_when_it_changes(cuda):
     gpu, _ = model(device="cuda")
     frame, results = cuda.asarray(images()[0]), []
     results.append(gpu.score(frame, with_map=False))
     before = len(cuda.copies)
-    results.append(gpu.score(frame, with_map=False))  # the first result is kept, so this one has its own memory
+    results.append(gpu.score(frame, with_map=False))  # the first is kept, so this one has its own memory
     assert len(cuda.copies) == before + 1 and cuda.copies[-1] == 13 * 8
-    engine = gpu._cuda
+    engine = gpu._engine()
     monkey = engine.written.copy()
     engine.write_table(monkey, cuda.cuda.get_current_stream())
     assert len(cuda.copies) == before + 2
 
 
 def test_buffers_share_memory_but_never_while_both_live(cuda):
-    engine = model(device="cuda")[0]._cuda
+    engine = model(device="cuda")[0]._engine()
     lives = {}
     for i, (_, make) in enumerate(engine.steps):
         for a in make(1).args:
-            if isinstance(a, fp._Buffer):
+            if isinstance(a, engines.Buffer):
                 lives.setdefault(a, []).append(i)
     buffers = list(lives)
     assert engine.image_bytes < .6 * sum(b.size for b in buffers)
@@ -244,10 +319,10 @@ def test_torch_tensors_run_on_torchs_stream(cuda, monkeypatch):
     stream = types.SimpleNamespace(cuda_stream=1234)
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(
         Tensor=Tensor, cuda=types.SimpleNamespace(current_stream=lambda device: stream)))
-    assert gpu._cuda.stream_of([images()[0]]) is cuda.cuda.get_current_stream()
-    assert gpu._cuda.stream_of([Tensor()]).ptr == 1234
+    assert gpu._engine().stream_of([images()[0]]) is cuda.cuda.get_current_stream()
+    assert gpu._engine().stream_of([Tensor()]).ptr == 1234
     stream.cuda_stream = 0
-    assert gpu._cuda.stream_of([Tensor()]).ptr == 0
+    assert gpu._engine().stream_of([Tensor()]).ptr == 0
 
 
 @pytest.mark.parametrize("bad", [np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3), np.float32),
@@ -260,32 +335,72 @@ def test_a_wrong_array_on_the_gpu_is_a_shape_error(cuda, bad):
         cpu.score(cuda.asarray(images()[0]))
 
 
+def raising(error):
+    def fail(*_, **__):
+        raise error
+    return fail
+
+
+def no_kernels(name):
+    raise fp.BackendUnavailable("nowhere is missing: copy the folder kernels/ beside fastprior.py")
+
+
 @pytest.mark.parametrize("break_it, message", [
-    (lambda m, c: m.setitem(sys.modules, "cupy", None), "CuPy is missing.*pip install cupy-cuda12x.*cupy-cuda13x"),
+    (lambda m, c: m.setitem(sys.modules, "cupy", None), "CuPy is missing.*pip install cupy-cuda12x.*13x"),
     (lambda m, c: m.setattr(c.cuda.runtime, "driverGetVersion", lambda: 0), "no NVIDIA driver"),
-    (lambda m, c: m.setattr(c.cuda.runtime, "driverGetVersion", lambda: 11080), "knows CUDA up to 11.*needs 12"),
+    (lambda m, c: m.setattr(c.cuda.runtime, "driverGetVersion", lambda: 11080), "CUDA up to 11.*needs 12"),
     (lambda m, c: m.setattr(c.cuda.runtime, "getDeviceCount", lambda: 0), "no GPU is visible"),
-    (lambda m, c: m.setattr(fp, "_data_folder", lambda name: fp.Path("nowhere") / name), "copy the folder kernels/"),
-], ids=["cupy", "driver", "old-driver", "gpu", "kernels"])
+    (lambda m, c: m.setattr(c.cuda.runtime, "getDeviceCount", raising(RuntimeError("wedged"))),
+     "no GPU answers .wedged"),
+    (lambda m, c: m.setattr(fp, "_engines", no_kernels), "copy the folder kernels/"),
+], ids=["cupy", "driver", "old-driver", "gpu", "wedged", "kernels"])
 def test_what_is_missing_is_named_and_auto_falls_back(cuda, monkeypatch, break_it, message):
-    fp._kernel_source.cache_clear()
     assert fp.resolve_device("auto") == "cuda"
-    fp._import_cupy.cache_clear()
-    fp._kernel_source.cache_clear()
+    engines.import_cupy.cache_clear()
     break_it(monkeypatch, cuda)
     with pytest.raises(fp.BackendUnavailable, match=message) as caught:
         fp.resolve_device("cuda")
     assert "\n" not in str(caught.value)
     assert fp.resolve_device("auto") == "cpu"
-    fp._kernel_source.cache_clear()
 
 
-def test_a_compiler_that_is_missing_is_named(cuda, monkeypatch):
-    def fail(self, name):
-        raise RuntimeError("libnvrtc.so.12: cannot open shared object file")
-    monkeypatch.setattr(cuda.RawModule, "get_function", fail)
-    with pytest.raises(fp.BackendUnavailable, match=r"libnvrtc.*cupy-cuda12x\[ctk\]"):
+def turing(monkeypatch, cuda, capability):
+    properties = cuda.cuda.runtime.getDeviceProperties(0) | {"major": capability[0], "minor": capability[1]}
+    monkeypatch.setattr(cuda.cuda.runtime, "getDeviceProperties", lambda i: properties)
+
+
+class CompileException(Exception):
+    """As CuPy's: no RuntimeError, and the compiler's text of many lines."""
+
+
+def no_compiler(error):
+    return lambda m, c: m.setattr(c.RawModule, "get_function", raising(error))
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda m, c: turing(m, c, (7, 0)), r"emulated has compute capability 7\.0, 7\.5 .*device='cpu'"),
+    (lambda m, c: turing(m, c, (6, 1)), r"capability 6\.1"),
+    (no_compiler(CompileException("\nkernel.cu(3): bad\nmore")), r"kernels/\w+\.cu \(kernel\.cu\(3\): bad\)"),
+    (no_compiler(CompileException()), "CompileException"),
+    (no_compiler(RuntimeError("libnvrtc.so.12: cannot open")), r"libnvrtc.*cupy-cuda12x\[ctk\]"),
+    (lambda m, c: m.setattr(engines, "__file__", "/nowhere/cuda.py"), "nowhere.*copy the whole folder"),
+], ids=["volta", "pascal", "source", "wordless", "nvrtc", "cu"])
+def test_an_engine_that_cannot_be_built_says_why_and_auto_falls_back(cuda, monkeypatch, caplog, break_it,
+                                                                     message):
+    break_it(monkeypatch, cuda)
+    engines.kernel_source.cache_clear()
+    with pytest.raises(fp.BackendUnavailable, match=message) as caught:
         model(device="cuda")
+    assert "\n" not in str(caught.value)
+    gpu, cpu = model(device="auto")
+    assert gpu.device == "cpu" and gpu.backend == cpu.backend
+    assert [r.getMessage() for r in caplog.records] == [f"scoring on the CPU: {caught.value}"]
+    assert gpu.score(images()[0]).score == cpu.score(images()[0]).score
+
+
+def test_turing_is_enough(cuda, monkeypatch):
+    turing(monkeypatch, cuda, (7, 5))
+    assert model(device="cuda")[0].backend == "cuda"
 
 
 def test_unknown_device_and_precision_are_errors(cuda):
@@ -302,7 +417,7 @@ def test_unknown_device_and_precision_are_errors(cuda):
     (lambda a: (*a[:4], np.int64(a[4]), a[5]), "argument 4"),
 ], ids=["swapped", "kind", "count", "width"])
 def test_the_stand_in_refuses_wrong_arguments(cuda, change, message):
-    engine = model(device="cuda", precision="float16")[0]._cuda
+    engine = model(device="cuda", precision="float16")[0]._engine()
     kernel = engine.kernel("layer_norm")
     x, gain = (cuda.asarray(np.arange(n, dtype=t)) for n, t in ((64, np.float16), (64, np.float32)))
     out = cuda.zeros(64, np.float16)
@@ -318,8 +433,8 @@ def test_the_stand_in_refuses_wrong_arguments(cuda, change, message):
 
 
 def test_bench_reports_every_figure(cuda):
-    engine = model(device="cuda", size=64)[0]._cuda
-    report = fp.bench_cuda(engine, images=(1, 2), frames=2, pixels=32, values=1 << 14)
+    engine = model(device="cuda", size=64)[0]._engine()
+    report = engines.bench_cuda(engine, images=(1, 2), frames=2, pixels=32, values=1 << 14)
     assert set(report["batches"]) == {1, 2}
-    assert set(report["stages_p50_ms"]) == {"resize", "backbone", "whiten", "denoiser", "density", "score and map"}
+    assert tuple(report["stages_p50_ms"]) == fp.STAGES
     assert report["gpu"] == "emulated" and report["rotate_share_of_copy"] > 0

@@ -113,7 +113,7 @@ def test_json_is_json():
 
 def test_a_score_that_is_no_number_is_an_error(model_file, images, monkeypatch, capsys):
     """Wherever it comes from; JSON stays JSON."""
-    monkeypatch.setattr(fp.Prior, "_image_scores", lambda self, z: np.full(len(z), np.nan))
+    monkeypatch.setattr(fp.Result, "score", property(lambda self: float("nan")))
     assert in_process(monkeypatch, "score", "-m", str(model_file), "--json", str(images)) == 2
     out, error = capsys.readouterr()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]

@@ -11,6 +11,8 @@ from PIL import Image
 import fastprior as fp
 from conftest import ROOT
 
+folders = fp._room("folders")
+
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
 
 
@@ -27,7 +29,7 @@ def tree(root, *names):
 
 
 def under(root, *patterns):
-    found = fp._images_under([str(root / p) if p else p for p in patterns])
+    found = folders.find_all([str(root / p) if p else p for p in patterns])
     return {str(p.relative_to(root)) for p in found.images}, {str(p).replace(str(root) + "/", ""): e for p, e in found.errors.items()}, found
 
 
@@ -75,7 +77,7 @@ def test_a_locked_folder_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", locked)
     assert under(tmp_path, "in")[:2] == ({"in/a.png"}, {"in/locked": "cannot be read (Permission denied)"})
     with pytest.raises(fp.ImageError, match="locked: cannot be read"):
-        fp.find_good(root / "locked")
+        folders.find_good(root / "locked")
 
 
 def test_masks_are_left_out_by_layout_and_below_the_argument_only(tmp_path):
@@ -105,7 +107,7 @@ def test_arguments_of_every_kind(tmp_path):
     images, errors, _ = under(root, "none.png", "p/3.png", "empty", "texts", "no*.png", "", long)
     assert images == {"p/3.png"} and set(errors) == {"none.png", "empty", "texts", "no*.png", "", long}
     for path in ("", tmp_path / "none", long):
-        for find in (fp.find_images, fp.find_good):
+        for find in (folders.find_images, folders.find_good):
             with pytest.raises(fp.ImageError, match="no such file or folder"):
                 find(path)
 
@@ -150,10 +152,10 @@ def test_the_good_images_of_a_layout(name, tmp_path):
     root = tree(tmp_path / "root", *files)
     if good is None:
         with pytest.raises(fp.ImageError, match="root") as e:
-            fp.find_good(root)
+            folders.find_good(root)
         assert str(e.value).isprintable()
         return
-    found = fp.find_good(root)
+    found = folders.find_good(root)
     assert [str(p.relative_to(root)) for p in found.images] == good
     left = sum(found.left_out.values()) + sum(found.suffixes.values())
     unsaid = name in ("mvtec ad 2", "visa", "outputs")  # masks among what is left out, files beside what was chosen
@@ -162,12 +164,12 @@ def test_the_good_images_of_a_layout(name, tmp_path):
 
 def test_the_name_of_the_folder_itself_counts(tmp_path, monkeypatch):
     tree(tmp_path, "good/monday/1.png", "good/tuesday/2.png", "rejects/1.png", "hole/ground_truth/1.png", "masks/good/1.png", "masks/bad/1.png")
-    assert len(fp.find_good(tmp_path / "good").images) == 2 and len(fp.find_good(tmp_path / "masks").images) == 1
+    assert len(folders.find_good(tmp_path / "good").images) == 2 and len(folders.find_good(tmp_path / "masks").images) == 1
     for name in ("rejects", "hole/ground_truth"):
         with pytest.raises(fp.ImageError, match="not clear"):
-            fp.find_good(tmp_path / name)
+            folders.find_good(tmp_path / name)
     monkeypatch.chdir(tmp_path / "good")
-    assert len(fp.find_good(".").images) == 2
+    assert len(folders.find_good(".").images) == 2
     assert [p.parent.name for p in fp.find_images(tree(tmp_path / "test", "good/1.png", "hole/2.png", "cut/3.png"), without="good")] == ["cut", "hole"]
 
 
@@ -245,12 +247,12 @@ def test_the_model_file_is_tried_before_training(washers, tmp_path):
     os.symlink(tmp_path / "real.npz", tmp_path / "link.npz")
     for output, words in {"folder": "a folder or a device", "no/m.npz": "does not exist", "m" * 250 + ".npz": "cannot be written"}.items():
         with pytest.raises(fp.FastPriorError, match=words):
-            fp._check_output(tmp_path / output)
+            folders.check_output(tmp_path / output)
     for output in ("m.npz", "link.npz"):
-        fp._check_output(tmp_path / output)
+        folders.check_output(tmp_path / output)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link.npz"]
     with pytest.raises(fp.FastPriorError, match="device"):
-        fp._check_output(fp.Path(os.devnull))
+        folders.check_output(fp.Path(os.devnull))
 
 
 def test_the_overlay_of_a_large_image_is_made_in_strips():

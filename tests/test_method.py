@@ -1,4 +1,4 @@
-"""The references against other people's implementations and closed forms: schedule, inversion, density, network parts."""
+"""The references against other people's implementations and closed forms: schedule, inversion, network."""
 import numpy as np
 import pytest
 from PIL import Image
@@ -105,7 +105,8 @@ def test_inverted_residual_is_torchs(kernel, stride, squeeze, expand, act, size)
     p = {"dw_w": a(kernel, kernel, mid), "dw_b": a(mid), "project_w": a(mid, 6), "project_b": a(6)}
     p |= {"expand_w": a(6, mid), "expand_b": a(mid)} if expand else {}
     if squeeze:
-        p |= {"se_reduce_w": a(mid, squeeze), "se_reduce_b": a(squeeze), "se_expand_w": a(squeeze, mid), "se_expand_b": a(mid)}
+        p |= {"se_reduce_w": a(mid, squeeze), "se_reduce_b": a(squeeze), "se_expand_w": a(squeeze, mid),
+              "se_expand_b": a(mid)}
     skip = stride == 1
     x = a(*size, 6)
     f = functional.silu if act == fp.SILU else functional.relu6
@@ -125,7 +126,8 @@ def test_inverted_residual_is_torchs(kernel, stride, squeeze, expand, act, size)
         y = y * torch.sigmoid(gate @ t(p["se_expand_w"]) + t(p["se_expand_b"]))[:, :, None, None]
     y = conv(y, p["project_w"].T[:, :, None, None], p["project_b"])
     y = y + image if skip else y
-    np.testing.assert_allclose(fp.mbconv(x, fp.Block(p, stride, act, skip)), y[0].permute(1, 2, 0), rtol=1e-9, atol=1e-9)
+    got = fp.mbconv(x, fp.Block(p, stride, act, skip))
+    np.testing.assert_allclose(got, y[0].permute(1, 2, 0), rtol=1e-9, atol=1e-9)
 
 
 def test_stem_pool_and_layer_norm_are_torchs():
@@ -138,7 +140,8 @@ def test_stem_pool_and_layer_norm_are_torchs():
     want = functional.adaptive_avg_pool2d(t(y.transpose(2, 0, 1)[None]), 3)[0].permute(1, 2, 0)
     np.testing.assert_allclose(fp.pool(y, 3), want, rtol=1e-10)
     h, gain, bias = rng.standard_normal((6, 16)), rng.standard_normal(16), rng.standard_normal(16)
-    np.testing.assert_allclose(fp.layer_norm(h, gain, bias), functional.layer_norm(t(h), (16,), t(gain), t(bias)), rtol=1e-9)
+    want = functional.layer_norm(t(h), (16,), t(gain), t(bias))
+    np.testing.assert_allclose(fp.layer_norm(h, gain, bias), want, rtol=1e-9)
 
 
 def test_whitening_whitens():
@@ -147,11 +150,13 @@ def test_whitening_whitens():
     cov = root @ root.transpose(0, 2, 1) + np.eye(20)
     w = fp.inverse_cholesky(cov)
     for c, inverse in zip(cov, w):
-        np.testing.assert_allclose(inverse, linalg.solve_triangular(np.linalg.cholesky(c), np.eye(20), lower=True), atol=1e-5)
+        exact = linalg.solve_triangular(np.linalg.cholesky(c), np.eye(20), lower=True)
+        np.testing.assert_allclose(inverse, exact, atol=1e-5)
     f, mean = rng.standard_normal((3, 20)), rng.standard_normal((3, 20))
     want = [-2 * stats.multivariate_normal(m, c).logpdf(x) - 20 * np.log(2 * np.pi) - np.linalg.slogdet(c)[1]
             for x, m, c in zip(f, mean, cov)]
-    np.testing.assert_allclose((fp.whiten(f, mean, w) ** 2).sum(1), want, rtol=1e-4)  # the Mahalanobis distance
+    # the Mahalanobis distance
+    np.testing.assert_allclose((fp.whiten(f, mean, w) ** 2).sum(1), want, rtol=1e-4)
     with pytest.raises(fp.ShapeError, match="positive definite"):
         fp.inverse_cholesky(np.zeros((1, 4, 4)))
 
@@ -161,15 +166,15 @@ def test_blocks_hold_every_weight_to_half_a_step():
     w = np.tril(rng.standard_normal((2, 70, 70))) * rng.uniform(1e-3, 1e3, (2, 70, 1))
     v = rng.standard_normal((40, 3, 45))
     v[:, 1] = 0
-    for kept, a, packed, shape in ((fp.unpack_lower(fp.pack_lower(w), 70), w, fp.pack_lower(w), (2, 6)),
-                                   (fp.unpack_factors(fp.pack_factors(v), 40, 3, 45), v, fp.pack_factors(v), (6, 2))):
+    kept_w, kept_v = fp.unpack_lower(fp.pack_lower(w), 70), fp.unpack_factors(fp.pack_factors(v), 40, 3, 45)
+    for kept, a, packed, shape, inputs in ((kept_w, w, fp.pack_lower(w), (2, 6), 2),
+                                           (kept_v, v, fp.pack_factors(v), (6, 2), 0)):
         assert packed.dtype == fp.BLOCK and packed.shape == shape
-        largest = np.abs(a).max(2, keepdims=True) if a is w else np.abs(a).max(0, keepdims=True)  # of the sums of an output
+        largest = np.abs(a).max(inputs, keepdims=True)  # of what an output sums
         assert (np.abs(kept - a) <= 1.01 * largest / 254).all() and np.abs(kept - a).max() > 0
         np.testing.assert_array_equal(kept == 0, np.abs(kept) < 1e-30)
-    np.testing.assert_array_equal(fp.unpack_lower(fp.pack_lower(fp.unpack_lower(fp.pack_lower(w), 70)), 70),
-                                  fp.unpack_lower(fp.pack_lower(w), 70))
-    assert not fp.unpack_factors(fp.pack_factors(v), 40, 3, 45)[:, 1].any()
+    np.testing.assert_array_equal(fp.unpack_lower(fp.pack_lower(kept_w), 70), kept_w)
+    assert not kept_v[:, 1].any()
 
 
 def test_shrinkage():
@@ -186,7 +191,8 @@ def test_factors_are_the_directions_in_which_places_vary_together(cross):
     rng = np.random.default_rng(0)
     m, n, c = 600, 6, 5
     u = np.linalg.qr(rng.standard_normal((n * c, 2)))[0].T
-    x = rng.standard_normal((m, n * c)) + (rng.standard_normal((m, 2)) * [9, 5]) @ u  # covariance I + u^T diag(81, 25) u
+    # covariance I + u^T diag(81, 25) u
+    x = rng.standard_normal((m, n * c)) + (rng.standard_normal((m, 2)) * [9, 5]) @ u
     x = x.reshape(m, n, c).astype(np.float16)
     fold = np.arange(m) % 5
     left = x.copy()
@@ -196,9 +202,10 @@ def test_factors_are_the_directions_in_which_places_vary_together(cross):
     gain = np.linalg.norm(flat, axis=1) ** 2
     np.testing.assert_allclose(gain, 1 - np.array([82, 26]) ** -.5, atol=.02)
     np.testing.assert_allclose(np.abs(flat @ u.T) / np.sqrt(gain), np.eye(2), atol=.06)
-    joint = np.eye(n * c) + u.T @ np.diag([81, 25]) @ u  # its symmetric inverse root whitens all places at once
+    # the symmetric inverse root of the covariance whitens all places at once
+    root = linalg.fractional_matrix_power(np.eye(n * c) + u.T @ np.diag([81, 25]) @ u, -.5)
     whole = np.stack([fp.remove_factors(i, v.astype(float)) for i in x.astype(float)]).reshape(m, -1)
-    np.testing.assert_allclose(whole, x.reshape(m, -1).astype(float) @ linalg.fractional_matrix_power(joint, -.5), atol=.8)
+    np.testing.assert_allclose(whole, x.reshape(m, -1).astype(float) @ root, atol=.8)
     np.testing.assert_allclose(np.cov(left.reshape(m, -1).astype(float).T), np.eye(n * c), atol=.35)
     if not cross:  # what is held out decides nothing
         np.testing.assert_allclose(left.reshape(m, -1), whole, atol=.02)
@@ -211,9 +218,9 @@ def test_denoiser_in_torch_numpy_and_numba_agree(trained):
     n, c = trained.mean.shape
     x = np.random.default_rng(0).standard_normal((2, n, c))
     steps = trained.timesteps[:-1]
+    tensors = {k: torch.from_numpy(v.copy()) for k, v in trained.denoiser.items()}
     for step in steps:
-        want = fp.torch_denoise(torch, {k: torch.from_numpy(v.copy()) for k, v in trained.denoiser.items()}, t(x).float(),
-                                torch.full((2,), int(step))).numpy()
+        want = fp.torch_denoise(torch, tensors, t(x).float(), torch.full((2,), int(step))).numpy()
         assert np.abs(want).max() > .01  # trained: not zero
         for i in range(2):
             np.testing.assert_allclose(fp.denoise(p, x[i], int(step)), want[i], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,7 @@
-"""One file and a model, in an empty folder, with everything optional made unimportable."""
+"""Both sizes of a copy inside another program's package: fastprior.py alone, and with kernels/ beside it.
+
+The program has modules `kernels` and `weights` of its own, which are not ours to import or to hide.
+"""
 import json
 import os
 import shutil
@@ -10,97 +13,170 @@ import pytest
 
 import fastprior as fp
 from conftest import ROOT
+from emulated_cuda import gxx
 
-OPTIONAL = ("torch", "cupy", "typer", "rich", "PIL", "timm", "sklearn", "matplotlib", "onnxruntime")
+OPTIONAL = ("torch", "cupy", "typer", "rich", "PIL", "scipy", "timm", "sklearn", "matplotlib", "onnxruntime")
 
-SCORE = """
+START = """
 import json, sys
-for name in sys.argv[1].split(","):
+sys.path.insert(0, ".")
+for name in sys.argv[1:]:
     sys.modules[name] = None
 import numpy as np
-import fastprior as fp
+from host.vendor import fastprior as fp
+"""
+SCORE = START + """
 prior = fp.Prior.load("model.npz")
-images = np.load("images.npy")
-results = prior.score_batch(list(images))
-print(json.dumps([fp.__file__, prior.backend, [r.score for r in results], [float(r.anomaly_map.max()) for r in results]]))
+results = prior.score_batch(list(np.load("images.npy")))
+print(json.dumps([fp.__file__, prior.backend, [r.score for r in results],
+                  [float(r.anomaly_map.max()) for r in results], prior.threshold.value]))
 """
 
 
-@pytest.fixture
-def alone(tmp_path, model_file, pictures):
-    folder = tmp_path / "tool"
-    folder.mkdir()
-    shutil.copy(ROOT / "fastprior.py", folder)
+@pytest.fixture(params=["alone", "with kernels"])
+def host(request, tmp_path, model_file, pictures):
+    """A program with a copy in host/vendor/, its own modules of our folders' names, a model and images."""
+    folder = tmp_path / "program"
+    vendor = folder / "host" / "vendor"
+    vendor.mkdir(parents=True)
+    for package in (folder / "host", vendor):
+        (package / "__init__.py").write_text("")
+    for name in ("kernels", "weights"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('not yours')\n")
+    shutil.copy(ROOT / "fastprior.py", vendor)
+    if request.param == "with kernels":
+        shutil.copytree(ROOT / "kernels", vendor / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(model_file, folder / "model.npz")
     np.save(folder / "images.npy", np.stack([pictures[0], pictures[2], pictures[4]]))
     return folder
 
 
+def has_kernels(host):
+    return (host / "host" / "vendor" / "kernels").is_dir()
+
+
 def python(folder, code, *args, **environment):
-    done = subprocess.run([sys.executable, "-P", "-c", "import sys; sys.path.insert(0, '.')\n" + code, *args], cwd=folder,
-                          capture_output=True, text=True, env=os.environ | environment)
+    done = subprocess.run([sys.executable, "-P", "-c", code, *args], cwd=folder, capture_output=True,
+                          text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done
 
 
-@pytest.mark.parametrize("without", [(), ("numba",), ("scipy", "numba")], ids=["numba", "no-numba", "numpy-alone"])
-def test_a_copied_file_scores(alone, without, trained, pictures):
-    text = python(alone, SCORE, ",".join(OPTIONAL + without))
-    file, backend, scores, peaks = json.loads(text)
-    assert file == str(alone / "fastprior.py") and backend == ("numpy" if "numba" in without else "numba")
-    for image, score, peak in zip((pictures[0], pictures[2], pictures[4]), scores, peaks):
+def check_scores(text, host, backend, trained, pictures):
+    file, used, scores, peaks, threshold = json.loads(text)
+    assert file == str(host / "host" / "vendor" / "fastprior.py") and used == backend
+    assert threshold == trained.threshold.value
+    for image, score, peak in zip((pictures[0], pictures[2], pictures[4]), scores, peaks, strict=True):
         want = trained.score(image)
-        assert score == pytest.approx(want.score, rel=1e-4, abs=1e-4)
+        assert score == (want.score if backend == "numba" else pytest.approx(want.score, rel=1e-4, abs=1e-4))
         assert peak == pytest.approx(float(want.anomaly_map.max()), rel=1e-3)
 
 
-def test_kernels_are_compiled_once_and_kept(alone, tmp_path):
-    cache, code = tmp_path / "cache", "import fastprior as fp, sys\nfp._CpuEngine()\nprint('numba' in sys.modules)"
-    assert python(alone, code, XDG_CACHE_HOME=str(cache)) == "True\n"
-    file, = (cache / "fastprior").iterdir()
-    whole, written = file.read_bytes(), file.stat().st_mtime_ns
-    assert python(alone, code, XDG_CACHE_HOME=str(cache)) == "False\n"  # Numba is not even imported
-    assert file.stat().st_mtime_ns == written
-    (alone / "good.npz").write_bytes(whole)
-    quick = ("import fastprior as fp\nkept = fp._read_npz('good.npz')\n"  # 20 s saved each time
-             "fp._compile_kernels = lambda m: print('compiled') or (kept[0]['names'], kept[1]['object'].tobytes())\n")
-    file.write_bytes(whole[:5000])  # a spoilt file is compiled anew
-    assert python(alone, quick + code, XDG_CACHE_HOME=str(cache)) == "compiled\nFalse\n" and file.stat().st_size == len(whole)
-    with (alone / "fastprior.py").open("a") as f:
-        f.write("# another version\n")
-    assert python(alone, quick + code, XDG_CACHE_HOME=str(cache)) == "compiled\nFalse\n" and len(list(file.parent.iterdir())) == 2
-    # as root nothing is read-only: a folder below a file can't be made
-    text = python(alone, quick + SCORE, ",".join(OPTIONAL), XDG_CACHE_HOME=str(file))
-    assert text.startswith("compiled") and json.loads(text.splitlines()[1])[1] == "numba"
-
-
-def test_import_is_light():
-    text = python(ROOT, "import fastprior; print(sorted({m.split('.')[0] for m in sys.modules}))")
-    loaded = set(eval(text))
-    assert not loaded & {*OPTIONAL, "numba", "llvmlite", "scipy"}
-
-
-def test_scoring_imports_neither_torch_nor_the_rest(alone, trained, pictures):
+def test_a_copy_scores(host, trained, pictures):
     trained.score(pictures[0])  # so that the kernels are compiled
-    text = python(alone, SCORE.replace("print(", "print(sorted({m.split('.')[0] for m in sys.modules})); print("), "none")
-    assert set(eval(text.splitlines()[0])) & {*OPTIONAL, "numba", "scipy"} == set()
+    if has_kernels(host):
+        done = python(host, SCORE, *OPTIONAL)
+        check_scores(done.stdout, host, "numba", trained, pictures)
+        assert done.stderr == ""
+        done = python(host, SCORE, *OPTIONAL, "numba", "llvmlite")
+        assert "numba is missing" in done.stderr
+    else:
+        done = python(host, SCORE, *OPTIONAL, "numba", "llvmlite")
+        assert "vendor/kernels is missing: copy the folder kernels/ beside fastprior.py" in done.stderr
+    check_scores(done.stdout, host, "numpy", trained, pictures)
+    assert len(done.stderr.splitlines()) == 1 and "NumPy alone, slowly" in done.stderr
 
 
-def test_what_is_missing_is_named(alone, model_file):
-    code = SCORE.replace('prior.score_batch(list(images))', 'None\ntry: prior.score("x.png")\nexcept fp.FastPriorError as e: print(e)')
-    assert "pip install pillow" in python(alone, code.replace("print(json", "0 and print(json"), ",".join(OPTIONAL))
-    code = "import fastprior as fp\ntry: fp.load_backbone('lite0')\nexcept fp.FastPriorError as e: print(e)"
-    assert "copy the folder weights/" in python(alone, code)
-    code = "import fastprior as fp\ntry: fp._kernel_source('product')\nexcept fp.FastPriorError as e: print(e)"
-    assert "copy the folder kernels/" in python(alone, code)
+def test_the_host_keeps_its_modules_and_the_copy_its_own(host):
+    for name in ("kernels", "weights"):
+        (host / f"{name}.py").write_text("MINE = True\n")
+    code = SCORE + """
+before = set(sys.modules)
+import kernels, weights
+assert kernels.MINE and weights.MINE and {"kernels", "weights"} <= set(sys.modules) - before
+print([name for name in sys.modules if "fastprior" in name])
+"""
+    names = eval(python(host, code, *OPTIONAL).stdout.splitlines()[-1])
+    ours = [name for name in names if name != "host.vendor.fastprior"]
+    assert all(name.startswith("_fastprior_kernels_") for name in ours) and bool(ours) == has_kernels(host)
 
 
-def test_without_typer_the_command_says_so(alone):
-    done = subprocess.run([sys.executable, "-c", "import sys; sys.modules['typer'] = None; import fastprior; fastprior.main()"],
-                          cwd=alone, capture_output=True, text=True)
+@pytest.mark.parametrize("host", ["with kernels"], indirect=True)
+def test_two_copies_in_one_program_have_an_engine_each(host):
+    shutil.copytree(host / "host" / "vendor", host / "host" / "other")
+    code = SCORE + """
+from host.other import fastprior as other
+a, b = (m.Prior.load("model.npz") for m in (fp, other))
+assert [m._engines("cpu").__file__ for m in (fp, other)] == [
+    m.__file__.replace("fastprior.py", "kernels/cpu.py") for m in (fp, other)]
+assert a.score(np.load("images.npy")[0]).score == b.score(np.load("images.npy")[0]).score
+try: other.Prior.load("model.npz", device="cuda")
+except other.BackendUnavailable as e: print(e)
+"""
+    assert "CuPy is missing" in python(host, code, *OPTIONAL).stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(gxx() is None, reason="no g++ with 16-bit floats to emulate CUDA with")
+def test_a_copy_with_kernels_has_the_cuda_engine(host, trained, pictures):
+    code = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from emulated_cuda import FakeCupy
+sys.modules["cupy"] = FakeCupy()
+""" + SCORE.replace('"model.npz"', '"model.npz", device="auto"')
+    missing = [name for name in OPTIONAL if name != "cupy"]
+    done = python(host, code, str(ROOT / "tests"), *missing)
+    if has_kernels(host):
+        check_scores(done.stdout, host, "cuda", trained, pictures)
+        assert done.stderr == ""
+    else:
+        check_scores(done.stdout, host, "numpy", trained, pictures)
+    code = START + """
+try: fp.Prior.load("model.npz", device="cuda")
+except fp.BackendUnavailable as e: print(e)
+"""
+    text = python(host, code, *OPTIONAL).stdout
+    assert ("CuPy is missing" if has_kernels(host) else "copy the folder kernels/") in text
+
+
+def test_import_is_light(host):
+    code = START + "print(sorted({m.split('.')[0] for m in sys.modules if sys.modules[m]}))"
+    assert not set(eval(python(host, code).stdout)) & {*OPTIONAL, "numba", "llvmlite"}
+
+
+def test_scoring_imports_nothing_that_it_does_not_need(host, trained, pictures):
+    trained.score(pictures[0])
+    text = python(host, SCORE + "print(sorted({m.split('.')[0] for m in sys.modules}))").stdout
+    assert not set(eval(text.splitlines()[-1])) & {*OPTIONAL, "numba"}
+
+
+def test_what_is_missing_is_named(host):
+    code = START + """
+prior = fp.Prior.load("model.npz")
+for attempt in (lambda: prior.score("x.png"), lambda: fp.load_backbone("lite0")):
+    try: attempt()
+    except fp.FastPriorError as e: print(e)
+"""
+    (host / "x.png").write_bytes(b"")
+    pillow, weights = python(host, code, *OPTIONAL).stdout.splitlines()
+    assert "pip install pillow" in pillow
+    assert "vendor/weights" in weights and "copy the folder weights/" in weights
+
+
+def test_info_says_what_scores_and_what_to_copy(host):
+    done = subprocess.run([sys.executable, str(host / "host" / "vendor" / "fastprior.py"), "info"], cwd=host,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    if has_kernels(host):
+        assert facts["backend"].startswith("numba")
+    else:
+        for fact in ("backend", "cuda"):
+            assert "vendor/kernels is missing: copy the folder kernels/ beside fastprior.py" in facts[fact]
+        assert "slow" in facts["backend"] and "no" in facts["cuda"]
+
+
+def test_without_typer_the_command_says_so(host):
+    code = START + "fp.main()"
+    done = subprocess.run([sys.executable, "-c", code, "typer"], cwd=host, capture_output=True, text=True)
     assert done.returncode == 1 and "pip install typer" in done.stderr
-
-
-def test_every_threshold_is_the_same_in_the_copy(alone, trained):
-    code = "import fastprior as fp; print(fp.Prior.load('model.npz').threshold.value)"
-    assert float(python(alone, code)) == fp.conformal_threshold(trained.calibration["scores"], .01).value

@@ -1,7 +1,9 @@
 """On a real GPU: every kernel and whole models against the CPU, graphs, memory, streams.
 
-The checks of tests/test_cuda_emulated.py run here as they are, with CuPy in the stand-in's place. Run the small
-ones under compute-sanitizer too: `compute-sanitizer python -m pytest tests/gpu -k "kernel and not frames"`.
+The checks of tests/test_cuda_emulated.py run here as they are, with CuPy in the stand-in's place. Run the
+small ones under compute-sanitizer too:
+
+    compute-sanitizer python -m pytest tests/gpu -k "kernel and not frames"
 """
 import sys
 import threading
@@ -24,7 +26,8 @@ except fp.BackendUnavailable as e:
     missing = str(e)
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
-# A GPU divides and takes exponentials to a few units in the last place, and CuPy flushes float32 denormals to zero.
+# A GPU divides and takes exponentials to a few units in the last place, and CuPy flushes float32 denormals to
+# zero.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2}
 
 
@@ -34,7 +37,8 @@ class DeviceBench(emulated.Bench):
     def __init__(self, name, dtype, options):
         import cupy
         self.cuda, self.dtype, self.rng = cupy, dtype, np.random.default_rng(5)
-        self.module = cupy.RawModule(code=source(name), options=(f"-DHALF={int(dtype == np.float16)}", *options))
+        options = f"-DHALF={int(dtype == np.float16)}", *options
+        self.module = cupy.RawModule(code=source(name), options=options)
 
     def check(self, got, want, slack=4.0):
         assert got.shape == want.shape
@@ -53,41 +57,41 @@ def test_kernel_agrees_with_its_reference(name, dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_kernel_product_agrees_with_its_plain_twin(dtype):
-    tensor, plain = (emulated.product(DeviceBench("product", dtype, options)) for options in ((), ("-DPLAIN",)))
-    np.testing.assert_allclose(tensor.astype(float), plain.astype(float), rtol=2e-3 if dtype == np.float16 else 1e-4, atol=1e-4)
+    tensor, plain = (emulated.product(DeviceBench("product", dtype, options)).astype(float)
+                     for options in ((), ("-DPLAIN",)))
+    np.testing.assert_allclose(tensor, plain, rtol=2e-3 if dtype == np.float16 else 1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("case", [
     {}, {"size": 64, "steps": 3}, {"variant": "plain", "steps": 1}, {"denoiser": False},
-    {"backbone": "lite0", "size": 256, "steps": 2}], ids=["small", "three-steps", "plain", "no-denoiser", "lite0"])
+    {"backbone": "lite0", "size": 256, "steps": 2}],
+    ids=["small", "three-steps", "plain", "no-denoiser", "lite0"])
 def test_whole_model_agrees_with_the_cpu(case, precision):
     gpu, cpu = launch.model(**case, device="cuda", precision=precision)
     batch = launch.images()
-    maps = [[np.empty(i.shape[:2], np.float32) for i in batch] for _ in range(2)]
-    assert launch.relative(gpu.nll(batch, maps[0]), cpu.nll(batch, maps[1])) < TOLERANCE[precision]
-    for a, b in zip(*maps):
-        assert launch.relative(a, b) < TOLERANCE[precision]
+    assert launch.relative(gpu.z(batch), cpu.z(batch)) < TOLERANCE[precision]
     for a, b in zip(gpu.score_batch(batch), cpu.score_batch(batch)):
         assert launch.relative(a.score, b.score) < TOLERANCE[precision]
+        assert launch.relative(a.anomaly_map, b.anomaly_map) < TOLERANCE[precision]
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_graph_replay_equals_eager_launches(precision):
     gpu, _ = launch.model(device="cuda", precision=precision)
-    eager = gpu.nll(launch.images())  # the first frame of a batch size is launched kernel by kernel
-    np.testing.assert_array_equal(gpu.nll(launch.images()), eager)
-    gpu.nll(launch.images(seed=8))
-    np.testing.assert_array_equal(gpu.nll(launch.images()), eager)
+    eager = gpu.z(launch.images())  # the first frame of a batch size is launched kernel by kernel
+    np.testing.assert_array_equal(gpu.z(launch.images()), eager)
+    gpu.z(launch.images(seed=8))
+    np.testing.assert_array_equal(gpu.z(launch.images()), eager)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_score_does_not_depend_on_the_batch(precision):
     gpu, _ = launch.model("lite0", size=256, device="cuda", precision=precision)
     batch = launch.images(sizes=((300, 280),) * 70)
-    together = gpu.nll(batch)
+    together = gpu.z(batch)
     for i in (0, 7, 69):
-        np.testing.assert_array_equal(gpu.nll(batch[i:i + 1])[0], together[i])
+        np.testing.assert_array_equal(gpu.z(batch[i:i + 1])[0], together[i])
 
 
 def test_frames_without_end_need_no_more_memory():
@@ -139,6 +143,6 @@ def test_torch_tensors_are_scored_on_torchs_stream():
 
 def test_bench_reports_every_figure():
     gpu, _ = launch.model(device="cuda", size=64)
-    report = fp.bench_cuda(gpu._cuda, images=(1, 4), frames=20, values=1 << 20)
+    report = launch.engines.bench_cuda(gpu._engine(), images=(1, 4), frames=20, values=1 << 20)
     assert all(f["p50_ms"] > 0 and f["p95_ms"] >= f["p50_ms"] for f in report["batches"].values())
     assert report["rotate_density_gb_per_s"] > 0 and report["device_copy_gb_per_s"] > 0

@@ -1,0 +1,1 @@
+"""What fastprior loads beside itself, by path; installed as `fastprior_examples`."""

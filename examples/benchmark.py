@@ -1,0 +1,897 @@
+#!/usr/bin/env python3
+"""Accuracy on data sets, other runtimes, whole processes: what `fastprior bench` does beyond its own speed.
+
+    python examples/benchmark.py --data mvtec --variants gaussian,joint,full --steps 2,3,5 --seeds 0,1,2
+
+is `fastprior bench` with the same options. fastprior loads this file by its path and hands itself in as `fp`.
+"""
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+
+import numpy as np
+
+if "fp" not in globals():
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import fastprior as fp
+
+
+# ------------------------------------------------------------------------------------------------
+# Data sets
+# ------------------------------------------------------------------------------------------------
+
+GOOD = {"good", "ok", "normal"}  # folders of good images, as the layouts call them; in lower case
+MASKS = ("ground_truth", "mask", "masks")
+
+
+class Category(NamedTuple):
+    """One product: good images to train on, test images with labels, and masks where there are any."""
+    name: str
+    train: list[Path]
+    test: list[Path]
+    labels: np.ndarray  # bool, one a test image; True = anomalous
+    masks: list[Path | None]  # one a test image: a file, or a folder of several that are joined
+
+
+def find_categories(root: str | os.PathLike) -> list[Category]:
+    """The categories of a data set: ROOT itself, or each folder of it, in any of these layouts.
+
+    MVTec AD, MVTec LOCO, BTAD: train/good, test/<kind>, and masks in ground_truth/<kind>: <stem>_mask.png,
+    <stem>.png, or a folder <stem> of several. VisA: Data/Images/{Normal,Anomaly}, Data/Masks/Anomaly, split
+    by ROOT/split_csv/1cls.csv where it is there. anomalib's Folder: good, a folder for each kind of anomaly,
+    and masks in mask or mask/<kind>. good may be called ok or normal. Without a split of its own every fifth
+    good image (by name) is a test image. ImageError if there are none, or one lacks images of a kind.
+    """
+    root = Path(root)
+    own = _read_category(root)
+    inside = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() and not own else []
+    found = [own] if own else [c for c in map(_read_category, inside) if c]
+    if not found:
+        raise fp.ImageError(f"{root}: expected categories as MVTec AD, LOCO, BTAD (train/good, test/<kind>), "
+                            "VisA (Data/Images/Normal) or anomalib's Folder (good/ beside bad/) do")
+    for c in found:
+        bad = int(c.labels.sum())
+        if not (c.train and bad and len(c.test) - bad):
+            raise fp.ImageError(f"{root}: category {c.name} has {len(c.train)} images to train on, and "
+                                f"{len(c.test) - bad} good and {bad} anomalous ones to test; all are needed")
+    return found
+
+
+def _kinds(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Good and anomalous images of a folder that holds a folder for each kind."""
+    good, bad = [], []
+    kinds = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    for kind in (k for k in kinds if k.name not in MASKS):
+        found = sorted(p for p in kind.rglob("*") if p.suffix.lower() in fp._room("folders").IMAGE_SUFFIXES and p.is_file())
+        (good if kind.name.lower() in GOOD else bad).extend(found)
+    return good, bad
+
+
+def _read_category(folder: Path) -> Category | None:
+    data = folder / "Data" if (folder / "Data" / "Images").is_dir() else None
+    masks = [data / "Masks"] if data else [folder / name for name in MASKS]
+    images = data / "Images" if data else folder
+    train, _ = _kinds(folder / "train")
+    if train:
+        good, bad = _kinds(folder / "test")
+    elif not images.is_dir() or GOOD.isdisjoint(p.name.lower() for p in images.iterdir()):
+        return None
+    else:
+        normal, bad = _kinds(images)
+        train, split = [p for i, p in enumerate(normal) if i % 5], folder.parent / "split_csv" / "1cls.csv"
+        if data and split.is_file():
+            with split.open(newline="") as lines:
+                part = {(folder.parent / r["image"]).resolve(): r["split"] for r in csv.DictReader(lines)}
+            train = [p for p in normal if part.get(p.resolve()) == "train"]
+            bad = [p for p in bad if part.get(p.resolve()) == "test"]
+        good = sorted(set(normal) - set(train))
+    return Category(folder.name, train, good + bad, np.arange(len(good) + len(bad)) >= len(good),
+                    [None] * len(good) + [_find_mask(masks, p) for p in bad])
+
+
+def _find_mask(folders: Iterable[Path], image: Path) -> Path | None:
+    suffixes = (".png", ".bmp", image.suffix)
+    names = [image.stem + tail for tail in (*("_mask" + s for s in suffixes), *suffixes, "")]
+    places = [place for folder in folders for place in (folder / image.parent.name, folder)]
+    return next((place / name for place in places for name in names if (place / name).exists()), None)
+
+
+def load_mask(path: Path) -> np.ndarray:
+    """bool (H, W): where the mask, or any mask of a folder, is not zero."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return np.logical_or.reduce([fp.load_image(file).any(-1) for file in files])
+
+
+# ------------------------------------------------------------------------------------------------
+# Metrics: of images by scikit-learn. Of pixels exact and from one count, equal scores merged: every
+# curve bends only at scores that anomalous pixels have (the levels), so the normal pixels, which
+# are most of them, are only counted at and between levels.
+# ------------------------------------------------------------------------------------------------
+
+def _import_sklearn():
+    try:
+        from sklearn import metrics
+    except ImportError as e:
+        raise fp.BackendUnavailable("accuracy needs scikit-learn: pip install 'fastprior[bench]'") from e
+    return metrics
+
+
+def _check_scored(what: str, labels, scores) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as bool, scores as float32 or wider, of one shape; or a ShapeError."""
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    if labels.shape != scores.shape:
+        raise fp.ShapeError(f"{what}: expected one score per label, got labels {labels.shape} and scores "
+                            f"{scores.shape}; give both the same shape")
+    if labels.dtype != bool and not np.all((labels == 0) | (labels == 1)):
+        raise fp.ShapeError(f"{what}: expected labels of 0 (normal) and 1 (anomalous), got other values; "
+                            "threshold them first, as in mask > 127")
+    if scores.dtype.kind not in "fiub":
+        raise fp.ShapeError(f"{what}: expected real numbers as scores, got dtype {scores.dtype}; "
+                            "convert them to float")
+    if not np.isfinite(scores).all():
+        raise fp.ShapeError(f"{what}: expected finite scores, got {np.sum(~np.isfinite(scores))} NaN or "
+                            f"infinite of {scores.size}; mend or drop them")
+    return labels.astype(bool, copy=False), scores.astype(np.result_type(scores, np.float32), copy=False)
+
+
+def _check_both(what: str, anomalous: int, normal: int) -> None:
+    if not anomalous or not normal:
+        raise fp.ShapeError(f"{what}: expected normal and anomalous ones, got {anomalous} anomalous and "
+                            f"{normal} normal; add the missing kind")
+
+
+def image_metrics(labels, scores) -> dict[str, float]:
+    """AUROC, average precision and the best F1 of any threshold (read from these labels: for reports only).
+
+    labels : bool or 0/1, any shape; 1 is anomalous. scores : real, of that shape; higher is more anomalous.
+    ShapeError if shapes differ, there is only one class, labels are not 0 and 1, or scores not finite.
+
+    >>> image_metrics([0, 0, 1, 1], [.1, .4, .4, .8])
+    {'image_auroc': 0.875, 'image_ap': 0.8333333333333333, 'image_f1_max': 0.8}
+    """
+    metrics = _import_sklearn()
+    labels, scores = (a.ravel() for a in _check_scored("image metrics", labels, scores))
+    _check_both("image metrics", labels.sum(), (~labels).sum())
+    precision, recall, _ = metrics.precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
+    return {"image_auroc": float(metrics.roc_auc_score(labels, scores)),
+            "image_ap": float(metrics.average_precision_score(labels, scores)),
+            "image_f1_max": float(f1.max())}
+
+
+def pixel_metrics(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray],
+                  max_fpr: float = .3) -> dict[str, float]:
+    """Pixel AUROC, pixel average precision and AUPRO of anomaly maps, from one count; exact.
+
+    AUPRO (Bergmann et al. 2021, The MVTec Anomaly Detection Dataset, section 6): at each threshold
+    the share of each 8-connected region that is flagged, averaged over the regions of all images,
+    against the false-positive rate over the normal pixels of all images; the area up to max_fpr by
+    trapezoids, the end point interpolated, divided by max_fpr.
+
+    Memory beside the input: about 90 bytes per anomalous pixel and a few times 16 maps; time:
+    that of one sort. Scores are compared in the widest dtype of the maps, float32 at least.
+
+    Parameters
+    ----------
+    masks : sequence of (H, W), bool or 0/1; 1 is anomalous. All zero for a good image.
+    maps : sequence of (H, W), real, of the mask's own size, which may differ from image to image;
+        higher is more anomalous.
+    max_fpr : false-positive rate to integrate to, in (0, 1].
+
+    Returns
+    -------
+    dict with "pixel_auroc", "pixel_ap" and "aupro", each in [0, 1].
+
+    Raises
+    ------
+    ShapeError : numbers or sizes of masks and maps differ, not 2-D, only normal or only anomalous
+        pixels, masks with other values than 0 and 1, scores not finite, max_fpr out of range.
+
+    Examples
+    --------
+    >>> mask = np.array([[0, 0, 0, 1], [0, 0, 0, 1]])
+    >>> pixel_metrics([mask], [np.array([[.1, .2, .3, .9], [.1, .2, .5, .4]])], max_fpr=.5)
+    {'pixel_auroc': 0.9166666666666666, 'pixel_ap': 0.8333333333333333, 'aupro': 0.8333333333333334}
+    """
+    from scipy import ndimage
+    masks, maps = list(masks), list(maps)
+    if len(masks) != len(maps):
+        raise fp.ShapeError(f"pixel metrics: expected one mask per map, got {len(masks)} masks and "
+                            f"{len(maps)} maps; give a good image a mask of zeros")
+    if not 0 < max_fpr <= 1:
+        raise fp.ShapeError(f"pixel metrics: expected max_fpr in (0, 1], got {max_fpr}; 0.3 is customary")
+    scores, shares, regions, size, dtype = [], [], 0, 0, np.dtype(np.float32)
+    for i, (mask, scored) in enumerate(zip(masks, maps)):
+        masks[i], maps[i] = mask, scored = _check_scored(f"pixel metrics, image {i}", mask, scored)
+        if mask.ndim != 2:
+            raise fp.ShapeError(f"pixel metrics, image {i}: expected mask and map (H, W), got {mask.shape}; "
+                                "drop other axes")
+        size, dtype = size + mask.size, np.result_type(dtype, scored)
+        if mask.any():
+            label, found = ndimage.label(mask, np.ones((3, 3)))
+            region = label[mask]
+            scores.append(scored[mask])
+            shares.append(1 / np.bincount(region)[region])
+            regions += found
+    anomalous = sum(map(len, scores))
+    _check_both("pixel metrics, pixels", anomalous, size - anomalous)
+    scores = np.concatenate(scores, dtype=dtype)
+    levels, place, hits = np.unique(scores, return_inverse=True, return_counts=True)
+    overlap = np.bincount(place, np.concatenate(shares)) / regions
+    normal = np.zeros((2, len(levels)), np.int64)  # scores below, and not above, each of the ascending levels
+    group = 16  # maps to a sort: few passes, and little memory
+    for start in range(0, len(maps), group):
+        pairs = zip(masks[start:start + group], maps[start:start + group])
+        some = np.sort(np.concatenate([m[~mask] for mask, m in pairs], dtype=dtype))
+        normal += some.searchsorted(levels, "left"), some.searchsorted(levels, "right")
+    total = size - anomalous
+    true, false = np.cumsum(hits[::-1])[::-1], total - normal[0]  # flagged with the threshold at each level
+    return {"pixel_auroc": int(hits @ normal.sum(0)) / (2 * anomalous * total),  # in integers: exact
+            "pixel_ap": float(hits @ (true / (true + false)) / anomalous),
+            "aupro": _overlap_area(overlap, normal, total, max_fpr)}
+
+
+def _overlap_area(overlap: np.ndarray, normal: np.ndarray, total: int, max_fpr: float) -> float:
+    """Area under the overlap curve up to max_fpr, over max_fpr; overlap (K,): what each level adds."""
+    # Going down, each level has two corners: normal pixels strictly above it flagged, then those at it too.
+    fpr = np.r_[0, (total - normal[::-1, ::-1]).ravel("F") / total, 1]
+    pro = np.repeat(np.r_[0, np.cumsum(overlap[::-1])], 2)
+    inside = fpr <= max_fpr
+    fpr, pro = np.append(fpr[inside], max_fpr), np.append(pro[inside], np.interp(max_fpr, fpr, pro))
+    return float(np.diff(fpr) @ (pro[1:] + pro[:-1]) / 2 / max_fpr)
+
+
+def evaluate(prior, category: Category, progress: Callable = lambda *_: None) -> dict[str, float]:
+    """`image_metrics` and, where there are masks, `pixel_metrics` at the images' own size."""
+    scores, maps, masks = [], [], []
+    with_masks = any(category.masks)
+    for start in range(0, len(category.test), 8):
+        part = slice(start, start + 8)
+        for result, mask, label in zip(prior.score_batch(category.test[part], with_map=with_masks),
+                                       category.masks[part], category.labels[part]):
+            scores.append(result.score)
+            if with_masks and (mask or not label):
+                maps.append(result.anomaly_map)
+                masks.append(load_mask(mask) if mask else np.zeros(maps[-1].shape, bool))
+        progress(f"scoring {category.name}", min(start + 8, len(category.test)), len(category.test))
+    return image_metrics(category.labels, scores) | (pixel_metrics(masks, maps) if with_masks else {})
+
+
+# ------------------------------------------------------------------------------------------------
+# The grid: backbones x numbers of images x variants x steps, over categories and seeds
+# ------------------------------------------------------------------------------------------------
+
+VARIANTS = {  # settings, and training steps (None: as many as asked for)
+    "gaussian": ({"factors": 0}, 0),  # each place alone
+    "joint": ({}, 0),  # and the factors that places share
+    "full": ({}, None),  # and the denoiser
+    "unshared": ({"factors": 0}, None),  # the denoiser without the factors
+    "plain": ({"variant": "plain"}, None),  # the paper's
+}
+
+
+@functools.lru_cache(1)
+def _digest(files: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def train(category: Category, backbone, config, variants: Sequence[str], counts: Sequence[int | None],
+          iterations: int | None, threads: int | None, progress: Callable) -> Iterator[tuple[tuple, Path]]:
+    """((variant, count), model file) for each variant and number of images (None: all of them).
+
+    Everything is kept in the cache folder, under a digest of all that decides it: the features, which are
+    computed once, and the models. Gaussians are fitted once a number of images (and once more for "plain").
+    """
+    weights = hashlib.sha256(b"".join(a.tobytes() for a in backbone.to_arrays().values())).hexdigest()
+    common = [fp.__version__, fp.FORMAT, fp.FIT_REVISION, weights, _digest(tuple(category.train))]
+
+    def kept(kind: str, *key) -> Path:
+        digest = hashlib.sha256(json.dumps([*common, kind, *key]).encode()).hexdigest()
+        return fp._cache_folder() / f"{category.name}-{kind}-{digest[:24]}.npz"
+
+    @functools.cache
+    def features() -> tuple[np.ndarray, np.ndarray]:
+        file = kept("features", config.size, config.copies, config.seed)
+        try:
+            arrays = fp._read_npz(file)[1]
+        except fp.ModelError:  # not there yet, or spoilt
+            made, owner, _ = fp.extract_features(category.train, config, backbone, threads, progress)
+            arrays = {"features": made, "owner": owner}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fp._write_npz(file, {}, arrays)
+        return arrays["features"], arrays["owner"]
+
+    @functools.lru_cache(1)
+    def whitened(count: int | None, variant: str):
+        every, owner = features()
+        chosen = np.sort(np.random.default_rng(config.seed).permutation(len(category.train))[:count])
+        rows = np.isin(owner, chosen)
+        own = dataclasses.replace(config, variant=variant)
+        return fp._whiten_features(every[rows], np.searchsorted(chosen, owner[rows]), [], own, progress)
+
+    for count, variant in itertools.product(counts, variants):
+        changes, most = VARIANTS[variant]
+        most = iterations if most is None else most
+        own = dataclasses.replace(config, **changes)
+        file = kept("model", dataclasses.asdict(own), count, most)
+        try:
+            fp._read_npz(file)
+        except fp.ModelError:
+            shared = whitened(count, own.variant)  # the fit works in these two
+            shared = dataclasses.replace(shared, x0=shared.x0.copy(), whitener=shared.whitener.copy())
+            fp._fit_whitened(shared, own, backbone, most, None, threads, progress).save(file)
+        yield (variant, count), file
+
+
+def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable, *, backbones: Sequence[str],
+        variants: Sequence[str], steps: Sequence[int], seeds: Sequence[int], images: Sequence[int],
+        iterations: int | None, multi: bool, report: Path | None, as_json: bool, threads: int | None,
+        device: str, **settings) -> None:
+    """Train, evaluate and `measure` (prior, **facts -> facts and speed) every configuration; print them.
+
+    multi: also one model for all categories, the category not given. settings: fields of `fp.Settings`.
+    """
+    _import_sklearn()
+    if report:
+        _import_figure()
+    if unknown := set(variants) - set(VARIANTS):
+        raise fp.ShapeError(f"--variants: expected some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+    other = [n for n in steps if n not in fp._CALIBRATED_STEPS]
+    if len(other) > 1:
+        raise fp.ShapeError(f"--steps: with --data at most one besides {fp._CALIBRATED_STEPS}, got {other}")
+    categories = [c for root in roots for c in find_categories(root)]
+    for c in categories:
+        if [own.name for own in categories].count(c.name) > 1:
+            raise fp.ImageError(f"--data: two categories are called {c.name}; run them one after the other")
+        if images and not fp.MIN_IMAGES <= min(images) <= max(images) <= len(c.train):
+            raise fp.ShapeError(f"--images: expected {fp.MIN_IMAGES} to {len(c.train)}, which {c.name} has, "
+                                f"got {list(images)}")
+    points = []
+    for backbone in [fp.load_backbone(name) for name in backbones]:
+        base = fp.Settings(backbone=backbone.name, steps=(other or [fp.Settings.steps])[0], **settings)
+        base.check()
+        files = {}
+        with _interrupted_at_once():
+            for category, seed in itertools.product(categories, seeds):
+                for key, file in train(category, backbone, dataclasses.replace(base, seed=seed), variants,
+                                       images or [None], iterations, threads, progress):
+                    files[key, category.name, seed] = file
+
+        def load(key, category, seed, n):
+            return fp.Prior.load(files[key, category.name, seed], threads=threads, steps=n, device=device)
+
+        @functools.lru_cache(1)
+        def load_all(key, seed, n):
+            return fp.MultiPrior({c.name: load(key, c, seed, n) for c in categories})
+
+        joints = [False, True] if multi else [False]
+        for count, variant, joint, n in itertools.product(images or [None], variants, joints, steps):
+            label = variant + f", {count} images" * bool(count) + ", one model" * joint
+            facts, rows = {"backbone": backbone.name, "variant": label, "steps": n}, []
+            for seed, category in itertools.product(seeds, categories):
+                key = variant, count
+                prior = load_all(key, seed, n) if joint else load(key, category, seed, n)
+                own = {"category": category.name, "seed": seed, "images": count or len(category.train)}
+                rows.append(facts | own | evaluate(prior, category, progress))
+                if as_json:
+                    print(json.dumps(rows[-1]), flush=True)
+            points.append(measure(prior, **facts, **_means(rows)) | {"rows": rows})
+    if not as_json:
+        print("\n" + accuracy_table(points))
+    for file in write_report(points, report) if report else ():
+        fp._say(file)
+
+
+@contextlib.contextmanager
+def _interrupted_at_once():
+    """Ctrl-C ends the run: training alone would go on with the weights it has, and they would be kept."""
+    def stop(*_):
+        fp._say("interrupted")
+        sys.exit(130)
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _means(rows: list[dict]) -> dict[str, float]:
+    """Mean over categories and seeds of every metric that all rows have."""
+    metrics = [k for k in rows[0] if all(isinstance(r.get(k), float) for r in rows)]
+    return {k: float(np.mean([r[k] for r in rows])) for k in metrics}
+
+
+def _frame_ms(point: dict) -> float:
+    return point["batches"][1]["p50_ms"] if "batches" in point else point["frame_p50_ms"]
+
+
+def accuracy_table(points: list[dict]) -> str:
+    """Markdown: a row a configuration: image AUROC a category, means over categories and seeds, speed."""
+    names, seeds = (list(dict.fromkeys(r[k] for r in points[0]["rows"])) for k in ("category", "seed"))
+    head = ["backbone", "variant", "steps", *names, "mean", "pixel AUROC", "AUPRO", "ms a frame", "frames/s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for p in points:
+        each = [[r["image_auroc"] for r in p["rows"] if r["category"] == n] for n in names]
+        cells = [f"{np.mean(v):.4f}" + (f" ± {np.std(v):.4f}" if len(v) > 1 else "") for v in each]
+        cells += [f"{p[k]:.4f}" if k in p else "–" for k in ("image_auroc", "pixel_auroc", "aupro")]
+        cells += [f"{_frame_ms(p):.2f}", f"{1e3 / _frame_ms(p):.0f}"]
+        lines.append("| " + " | ".join([p["backbone"], p["variant"], str(p["steps"]), *cells]) + " |")
+    spread = " (mean ± deviation)" if len(seeds) > 1 else ""
+    return "\n".join([*lines, f"\nImage AUROC; seeds {', '.join(map(str, seeds))}{spread}; "
+                      "speed at batch 1, uint8 array to score and map."])
+
+
+def _import_figure():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise fp.BackendUnavailable("--report needs matplotlib: pip install 'fastprior[bench]'") from e
+    return Figure
+
+
+def write_report(points: list[dict], folder: Path) -> list[Path]:
+    """table.md and the trade-off of speed and image AUROC as PNG and SVG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = _import_figure()(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label in dict.fromkeys((p["backbone"], p["variant"]) for p in points):
+        own = [p for p in points if (p["backbone"], p["variant"]) == label]
+        x, y = [1e3 / _frame_ms(p) for p in own], [p["image_auroc"] for p in own]
+        axes.plot(x, y, "o-", label=", ".join(label))
+        for p, *at in zip(own, x, y):
+            axes.annotate(str(p["steps"]), at, textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axes.set(xlabel="frames a second, batch 1 (numbers: DDIM inversion steps)", xscale="log",
+             ylabel="image AUROC, mean of categories")
+    axes.grid(alpha=.3, which="both")
+    axes.legend()
+    files = [folder / name for name in ("tradeoff.png", "tradeoff.svg", "table.md")]
+    for file in files[:2]:
+        figure.savefig(file, dpi=150)
+    files[2].write_text(accuracy_table(points) + "\n")
+    return files
+
+
+# ------------------------------------------------------------------------------------------------
+# Speed of a frame on this machine
+# ------------------------------------------------------------------------------------------------
+
+def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backbones: Sequence[str],
+          size: int, input_size: int | None, batch: int, against: Sequence[str], processes: bool,
+          data: Sequence[Path], as_json: bool, device: str, threads: int | None, report: Path | None,
+          **accuracy) -> None:
+    """What `fastprior bench` does with its options; a line or a JSON object for each thing that is timed."""
+    if report and not data:
+        raise fp.FastPriorError("--report shows speed against accuracy: give --data too")
+    if model and data:
+        raise fp.FastPriorError("--model times that model alone: leave out --data, which trains its own")
+    device = fp.resolve_device(device)
+    if against:
+        check_runtimes(against, device)
+    peaks = measure_peaks() if device == "cpu" else {}
+    facts = fp.machine() | {"fastprior": fp.__version__, "dtype": "float32"}
+    fp._say(*(f"{k}={v}" for k, v in facts.items()), *(f"{k}={v:.0f}" for k, v in peaks.items()))
+
+    def measure(prior, **facts) -> dict:
+        pixels = input_size or _first(prior).settings.size
+        if prior.device == "cuda":
+            speed = fp._engines("cuda").bench_cuda(prior._engine(), pixels=pixels)
+        else:
+            speed = bench_speed(prior, pixels, batch) | peaks
+        speed |= bench_against(prior, against) if against else {}
+        speed |= bench_process(prior) if processes else {}
+        print(json.dumps(facts | speed) if as_json else _speed_text(dict(facts), speed), flush=True)
+        return facts | speed
+    if data:
+        run(data, measure, progress, backbones=backbones, steps=steps, size=size, report=report,
+            as_json=as_json, threads=threads, device=device, **accuracy)
+        return
+    for name in [model] if model else backbones:
+        prior = (fp.Prior.load(model, threads=threads, device=device) if model
+                 else untrained(name, size, threads, device))
+        for count in steps:
+            measure(prior.with_steps(count), backbone=Path(name).stem, steps=count,
+                    variant="as trained" if model else "untrained")
+
+
+def _median_ms(call: Callable[[], Any], seconds: float, least: int = 20) -> np.ndarray:
+    """Milliseconds of every call within a time budget, after three calls that are not counted."""
+    for _ in range(3):
+        call()
+    times, began = [], time.perf_counter()
+    while len(times) < least or time.perf_counter() - began < seconds:
+        t = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - t) * 1e3)
+    return np.array(times)
+
+
+def bench_speed(prior, input_size: int, batch: int = 16, seconds: float = 2.0) -> dict:
+    """Latency and throughput of this model on this machine; milliseconds, warm, decode apart.
+
+    The frame is `Prior.score` on a uint8 array of input_size^2: resize, features, inversion, density,
+    map and Python. Stages are the same program run in parts.
+    """
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (input_size // 16, input_size // 16, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(noise).resize((input_size, input_size), Image.BICUBIC))
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    frame = _median_ms(lambda: prior.score(image), seconds)
+    batched = _median_ms(lambda: prior.score_batch([image] * batch), seconds, 5)
+    first = _first(prior)
+
+    def decode():
+        return np.asarray(Image.open(stream).convert("RGB"))
+    report = {"size": first.settings.size, "input_size": input_size, "steps": first.settings.steps,
+              "threads": first._engine().threads if prior.backend == "numba" else 1,
+              "frame_p50_ms": np.median(frame), "frame_p95_ms": np.percentile(frame, 95),
+              "frame_p99_ms": np.percentile(frame, 99),
+              "frames_per_second": 1e3 / np.median(frame), "batch": batch,
+              "batch_frames_per_second": 1e3 * batch / np.median(batched),
+              "decode_png_ms": np.median(_median_ms(decode, .3))}
+    if prior.backend == "numba" and isinstance(prior, fp.Prior):
+        engine = prior._engine()
+        for name, stages in {"resize": ["resize"], "features": ["features"], "map": ["map"],
+                             "inversion": ["whitening", "denoiser", "density"]}.items():
+            ms = _median_ms(lambda: engine.run_only(stages, [image]), seconds / 4)
+            report[f"{name}_ms"] = np.median(ms)
+        flops, read = count_work(prior)
+        for name in flops:
+            report |= {f"{name}_gflop": flops[name] / 1e9, f"{name}_weights_mb": read[name] / 1e6,
+                       f"{name}_gflop_per_s": flops[name] / report[f"{name}_ms"] / 1e6}
+    return {k: float(v) if isinstance(v, np.floating) else v for k, v in report.items()}
+
+
+def count_work(prior) -> tuple[dict[str, float], dict[str, float]]:
+    """Operations (a multiplication and an addition are two) and bytes of weights read, a frame, by stage."""
+    flops = read = 0.0
+    side = prior.settings.size // 2
+    for i, block in enumerate(prior.backbone.blocks):
+        p = block.arrays
+        weights = dict(p) | ({"stem": prior.backbone.stem_w} if i == 0 else {})
+        out = -(-side // block.stride)
+        for name, a in weights.items():
+            if name in ("stem", "expand_w"):
+                flops += 2 * a.size * side * side
+            elif name in ("dw_w", "project_w"):
+                flops += 2 * a.size * out * out
+            read += 4 * a.size
+        side = out
+    n, d = prior.grid ** 2, prior.denoiser or {}
+    a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
+    a_step += 2 * d["in_w"].shape[1] * sum(a.size for k, a in d.items() if "_token" in k) if d else 0
+    factors = np.empty(0, fp.BLOCK) if prior.factors is None else prior.factors
+    weights = prior.whitener["weight"] if prior.whitener.dtype == fp.BLOCK else prior.whitener
+    products = weights.size + 2 * factors["weight"].size
+    steps = prior.settings.steps
+    return ({"features": flops, "inversion": 2.0 * products + steps * a_step},
+            {"features": read,
+             "inversion": (prior.whitener.nbytes + 2.0 * factors.nbytes
+                           + steps * 4.0 * sum(a.size for a in d.values()))})
+
+
+def measure_peaks(seconds: float = .5) -> dict[str, float]:
+    """What this machine reaches now: float32 matrix product (NumPy's BLAS, its threads) and memory copy."""
+    a = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    out = np.empty_like(a)
+    product = _median_ms(lambda: np.dot(a, a, out=out), seconds, 5).min()
+    big = [np.ones(1 << 25, np.float32) for _ in range(2)]  # zeros would be one page, read from the cache
+    copy = _median_ms(lambda: np.copyto(big[1], big[0]), seconds, 5).min()
+    return {"matmul_gflop_per_s": 2 * 1024 ** 3 / product / 1e6,
+            "copy_gb_per_s": 2 * big[0].nbytes / copy / 1e6}
+
+
+def untrained(backbone: str, size: int, threads: int | None = None, device: str = "cpu",
+              precision: str = "float32") -> "fp.Prior":
+    """A prior of random numbers with the shapes of a trained one: for timing, its scores mean nothing."""
+    settings = fp.Settings(backbone=backbone, size=size)
+    settings.check()
+    net = fp.load_backbone(backbone)
+    n, c = (size // 16) ** 2, sum(net.channels)
+    rng, panels = np.random.default_rng(0), -(-c // fp._PANEL)
+    denoiser = fp.initial_denoiser(n, c, settings)
+    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32),
+                   "moments": np.array([0., 1., 0.]), "scores": np.arange(100.), "peaks": np.arange(1., 101.)}
+    counts = panels * (panels + 1) // 2, panels * -(-settings.factors // fp._PANEL)
+    whitener, factors = (
+        fp.quantize(scale * rng.standard_normal((n, count, fp._PANEL, fp._PANEL), np.float32))
+        for scale, count in zip((.01, .001), counts))
+    return fp.Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
+                 {k: calibration for k in range(1, 51)}, {}, threads, device, precision,
+                 factors=factors.reshape(n * panels, -1))
+
+
+def _speed_text(facts: dict, speed: dict) -> str:
+    """What was timed in a line, then every figure under its name."""
+    import textwrap
+
+    def flat(of: dict, prefix: str = ""):
+        for name, value in of.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name} ")
+            else:
+                yield f"{prefix}{name} {value:.4g}" if isinstance(value, float) else f"{prefix}{name} {value}"
+    head = f"{facts.pop('backbone')}, {facts.pop('variant')}, {facts.pop('steps')} steps"
+    if "frame_p50_ms" in speed:
+        head += (f": {speed['frame_p50_ms']:.2f} ms a frame (p95 {speed['frame_p95_ms']:.2f}), "
+                 f"{speed['frames_per_second']:.0f} frames/s")
+    return head + "\n" + textwrap.indent(textwrap.fill(", ".join(flat(facts | speed)), 108), "  ")
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole processes, and the bare backbone in other runtimes
+# ------------------------------------------------------------------------------------------------
+
+# A child imports the very file that its parent is, whatever that is called there.
+_CHILD = """import atexit, importlib.util, sys
+spec = importlib.util.spec_from_file_location("fastprior", sys.argv.pop(1))
+fastprior = sys.modules["fastprior"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fastprior)
+"""
+
+
+def _command(code: str, *arguments) -> list[str]:
+    return [sys.executable, "-c", _CHILD + code, fp.__file__, *map(str, arguments)]
+
+
+def _first(prior):
+    return next(iter(fp._products(prior).values()))
+
+
+def _pixels(size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+
+
+def bench_process(prior) -> dict[str, float]:
+    """Processes that score one PNG, start to exit, kernels cached and compiled anew; peak resident memory."""
+    from PIL import Image
+    report = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model, image = Path(folder) / "model.npz", Path(folder) / "image.png"
+        prior.save(model)
+        report["model_load_s"] = float(np.median(_median_ms(lambda: fp.Prior.load(model), 0, 3)) / 1e3)
+        Image.fromarray(_pixels(_first(prior).settings.size)).save(image)
+        # the kernel's own count (getrusage) would include what this process held when it forked
+        tell = "atexit.register(lambda: print(open('/proc/self/status').read(), file=sys.stderr))"
+        command = _command(f"{tell}\nfastprior.main()", "score", image, "-m", model)
+        for name, runs, environment in (("process", 5, {}), ("first_process", 1, {"XDG_CACHE_HOME": folder})):
+            times = []
+            for _ in range(runs):
+                began = time.perf_counter()
+                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+                times.append(time.perf_counter() - began)
+                if done.returncode not in (0, 1):
+                    raise fp.FastPriorError(f"--processes: scoring failed: {done.stderr.split(chr(10))[0]}")
+            report[f"{name}_s"] = float(np.median(times))
+            peak = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("VmHWM")]
+            report |= {f"{name}_peak_mb": int(peak[0]) / 1e3} if peak else {}  # Linux only
+    return report
+
+
+def check_runtimes(names: Sequence[str], device: str) -> None:
+    known = ["torch"] if device == "cuda" else list(RUNTIMES)
+    for name in names:
+        if name not in known:
+            raise fp.ShapeError(f"--against: expected some of {', '.join(known)}, got {name!r}")
+        for package in (name,) if name == "torch" else (name, "onnx"):
+            if not fp._is_installed(package):
+                raise fp.BackendUnavailable(f"--against {name} needs {package}: pip install {package}")
+
+
+def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20) -> dict[str, float]:
+    """Whole frames of ours against the bare backbone in other runtimes, in turn.
+
+    Ours: uint8 (S, S, 3) array -> score and map. Theirs: the truncated backbone alone, its input already
+    resized and normalised, each in a process of its own that sleeps while others run. Of every round of calls
+    the median, of these the best (a round that was disturbed counts for nobody), in ms, and the ratio
+    ours/theirs; same threads, batch 1, float32. On a GPU (torch only, eager and as a CUDA graph) all is one
+    process, the arrays are there already, and every call waits for its result.
+    """
+    check_runtimes(names, prior.device)
+    on_gpu, first = prior.device == "cuda", _first(prior)
+    size, threads = first.settings.size, prior._engine().threads
+    image = _pixels(size)
+
+    def timer(call):
+        return lambda: float(np.median(_median_ms(call, 0, calls)))
+    with contextlib.ExitStack() as stack:
+        if on_gpu:
+            engine = prior._engine()
+            pixels = engine.cupy.asarray(image)
+            runs = {"fastprior": timer(lambda: engine.run([pixels], with_map=True).stream.synchronize())}
+            runs |= {name: timer(call) for name, call in torch_cuda(prior.backbone, size).items()}
+        else:
+            runs = {"fastprior": timer(lambda: prior.score(image))}
+            backbone = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "backbone.npz"
+            fp._write_npz(backbone, prior.backbone.header(), prior.backbone.to_arrays())
+            for name in names:
+                serve = 'fastprior._room("benchmark").serve(*sys.argv[1:])'
+                child = stack.enter_context(subprocess.Popen(
+                    _command(serve, name, backbone, size, threads), text=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+
+                def ask(child=child, name=name):
+                    with contextlib.suppress(BrokenPipeError):
+                        print(calls, file=child.stdin, flush=True)
+                    if not (answer := child.stdout.readline()):
+                        raise fp.BackendUnavailable(f"--against: {name} failed, see above")
+                    return float(answer)
+                runs[name] = ask
+                ask()
+        times: dict[str, list] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, call in runs.items():
+                times[name].append(call())
+    best = {name: min(t) for name, t in times.items()}
+    return ({f"{name}_ms": ms for name, ms in best.items()}
+            | {f"ratio_{name}": best["fastprior"] / ms for name, ms in best.items() if name != "fastprior"})
+
+
+def serve(name: str, backbone: str, size: str, threads: str) -> None:
+    """A child of `bench_against`: answers every line on stdin, a number of calls, with their median in ms."""
+    call = RUNTIMES[name](fp.Backbone.from_arrays(*fp._read_npz(backbone)), int(size), int(threads))
+    for line in sys.stdin:
+        print(float(np.median(_median_ms(call, 0, int(line)))), flush=True)
+
+
+# Each returns a callable that runs the backbone alone, batch 1, float32, up to the stage outputs.
+
+def onnxruntime(backbone, size: int, threads: int) -> Callable[[], list]:
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(to_onnx(backbone, size), options, ["CPUExecutionProvider"])
+    image = {"image": _noise(size)}
+    return lambda: session.run(None, image)
+
+
+def openvino(backbone, size: int, threads: int) -> Callable[[], list]:
+    import openvino
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(to_onnx(backbone, size)), "CPU", {
+        "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
+    request, image = compiled.create_infer_request(), {"image": _noise(size)}
+    return lambda: list(request.infer(image, share_inputs=True, share_outputs=True).values())
+
+
+def torch(backbone, size: int, threads: int, device: str = "cpu", x: np.ndarray | None = None) -> Callable:
+    """Eager mode, channels-last memory; x (size, size, 3) in place of noise."""
+    import torch
+    from torch.nn import functional
+    torch.set_num_threads(threads)
+
+    def tensor(a):
+        return torch.from_numpy(np.ascontiguousarray(a, np.float32)).to(device)
+
+    def conv(w, b, stride=1, group=1):  # w (out, in, k, k)
+        w, b = tensor(w).to(memory_format=torch.channels_last), tensor(b)
+
+        def run(x):
+            (top, bottom), (left, right) = (fp._same_padding(n, w.shape[-1], stride) for n in x.shape[2:])
+            if top == bottom and left == right:
+                return functional.conv2d(x, w, b, stride, (top, left), 1, group)
+            return functional.conv2d(functional.pad(x, (left, right, top, bottom)), w, b, stride, 0, 1, group)
+        return run
+
+    def pointwise(w, b):
+        return conv(w.T[:, :, None, None], b)
+
+    acts = {fp.RELU6: functional.relu6, fp.SILU: functional.silu}
+    stem = conv(backbone.stem_w.transpose(3, 2, 0, 1), backbone.stem_b, 2)
+    layers = []
+    for block in backbone.blocks:
+        p = block.arrays
+        layers.append((block.skip, acts[block.act],
+                       pointwise(p["expand_w"], p["expand_b"]) if "expand_w" in p else None,
+                       conv(p["dw_w"].transpose(2, 0, 1)[:, None], p["dw_b"], block.stride, p["dw_b"].size),
+                       [pointwise(p[f"se_{part}_w"], p[f"se_{part}_b"]) for part in ("reduce", "expand")]
+                       if "se_reduce_w" in p else None, pointwise(p["project_w"], p["project_b"])))
+
+    def run(x):
+        stages = []
+        with torch.inference_mode():
+            x = acts[backbone.act](stem(x))
+            for i, (skip, act, expand, depthwise, squeeze, project) in enumerate(layers):
+                y = act(depthwise(act(expand(x)) if expand else x))
+                if squeeze:
+                    reduce, grow = squeeze
+                    y = y * torch.sigmoid(grow(functional.silu(reduce(y.mean((2, 3), keepdim=True)))))
+                x = project(y) + x if skip else project(y)
+                if i in backbone.stages:
+                    stages.append(x)
+        return stages
+    image = tensor(_noise(size) if x is None else x.transpose(2, 0, 1)[None])
+    image = image.to(memory_format=torch.channels_last)
+    return lambda: run(image)
+
+
+RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino, "torch": torch}
+
+
+def _noise(size: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+
+
+def torch_cuda(backbone, size: int) -> dict[str, Callable[[], Any]]:
+    """Eager and as one CUDA graph, each with the wait for its result; cuDNN may use TF32."""
+    import torch as runtime
+    eager = torch(backbone, size, 1, "cuda")
+    with runtime.cuda.stream(runtime.cuda.Stream()):  # a capture needs calls before it
+        for _ in range(3):
+            eager()
+    runtime.cuda.synchronize()
+    graph = runtime.cuda.CUDAGraph()
+    with runtime.cuda.graph(graph):
+        eager()
+    return {"torch": lambda: (eager(), runtime.cuda.synchronize()),
+            "torch_graph": lambda: (graph.replay(), runtime.cuda.synchronize())}
+
+
+def to_onnx(backbone, size: int) -> bytes:
+    """ONNX model: float32 (1, 3, size, size), normalised -> the stage outputs, (1, C, h, w) each."""
+    from onnx import TensorProto, helper, numpy_helper
+    nodes, weights = [], []
+
+    def tensor(a):
+        weights.append(numpy_helper.from_array(np.ascontiguousarray(a, np.float32), f"w{len(weights)}"))
+        return weights[-1].name
+
+    def node(kind, *inputs, **attributes):
+        nodes.append(helper.make_node(kind, inputs, [f"x{len(nodes)}"], **attributes))
+        return nodes[-1].output[0]
+
+    def conv(x, w, b, stride=1, group=1):
+        return node("Conv", x, tensor(w), tensor(b), strides=[stride] * 2, group=group, auto_pad="SAME_UPPER")
+
+    def activate(x, act):
+        if act == fp.RELU6:
+            return node("Clip", x, tensor(0.0), tensor(6.0))
+        return node("Mul", x, node("Sigmoid", x))
+
+    def pointwise(x, w, b):
+        return conv(x, w.T[:, :, None, None], b)
+
+    x = activate(conv("image", backbone.stem_w.transpose(3, 2, 0, 1), backbone.stem_b, 2), backbone.act)
+    outputs = []
+    for i, block in enumerate(backbone.blocks):
+        p, y = block.arrays, x
+        if "expand_w" in p:
+            y = activate(pointwise(y, p["expand_w"], p["expand_b"]), block.act)
+        y = conv(y, p["dw_w"].transpose(2, 0, 1)[:, None], p["dw_b"], block.stride, p["dw_b"].size)
+        y = activate(y, block.act)
+        if "se_reduce_w" in p:
+            s = activate(pointwise(node("GlobalAveragePool", y), p["se_reduce_w"], p["se_reduce_b"]), fp.SILU)
+            y = node("Mul", y, node("Sigmoid", pointwise(s, p["se_expand_w"], p["se_expand_b"])))
+        y = pointwise(y, p["project_w"], p["project_b"])
+        x = node("Add", y, x) if block.skip else y
+        if i in backbone.stages:
+            outputs.append(x)
+    graph = helper.make_graph(
+        nodes, backbone.name, [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, size, size])],
+        [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return model.SerializeToString()
+
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "bench")
+    fp.main()

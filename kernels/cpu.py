@@ -1,0 +1,1603 @@
+"""The CPU engine: a frame as a program of fused operations, compiled by Numba and LLVM.
+
+A program is a table of rows, one a fused operation: the address of its compiled function and the fields that
+its kernel names (`_fields`). Each operation is cut into bands of rows, one a thread (in a batch: an image a
+thread). What must be fast is emitted as LLVM vector code: a register-tiled matrix product, a depthwise row.
+Each output is summed in one fixed order, so scores do not depend on threads, bands or batch.
+
+`_kernel` only marks a function: importing this file is light. When the first engine is built, Numba compiles
+all of them to one object file, which is kept in the user's cache folder: later processes load that, and never
+import Numba (half a second). So no kernel allocates or raises.
+
+In kernels an *address* is in bytes and an *offset* in float32 elements; counts and strides are in elements.
+`ws` is the address of the frame's workspace, `own` of the thread's (which may be the same; scratch is always
+there), `state` of what an image keeps between operations. To add an operation: see README.md in this folder.
+"""
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import logging
+import operator
+import os
+import stat
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import Callable, NamedTuple, Sequence
+
+import numpy as np
+
+from . import NONE, PANEL, QTILE, RELU6, SILU, Unavailable, padded_to, round_up, same_padding
+
+_log = logging.getLogger("fastprior")
+
+# contract: fused multiply-add; reassoc: vectorised sums (the order is fixed at compile time).
+# Never nnan or ninf: a NaN in must be a NaN out.
+_FASTMATH = {"contract", "reassoc", "nsz"}
+_KERNELS: list[Callable] = []
+_QTILE_BYTES = QTILE.itemsize
+
+
+def _fields(names: str) -> np.dtype:
+    """The int64 fields of a row; `emit` demands all of them, and a kernel reads them by name."""
+    return np.dtype([(name, np.int64) for name in names.split()])
+
+
+def _kernel(fields: np.dtype | None = None):
+    """Marks what Numba compiles. With `fields` it is an operation of a program, called by its address."""
+    def mark(function):
+        function.fields = fields
+        _KERNELS.append(function)
+        return function
+    return mark
+
+
+# ------------------------------------------------------------------------------------------------
+# Compiling once, and keeping the object file
+# ------------------------------------------------------------------------------------------------
+
+@functools.cache
+def _host() -> tuple[str, str]:
+    """Name and features of this CPU, as LLVM writes them. Sets what the packing of weights depends on."""
+    from llvmlite import binding
+    features = binding.get_host_cpu_features()
+    lanes = 16 if features.get("avx512f") else 8
+    # 8x3 of 32 registers, or 4x3 of 16: sums + panel + one
+    globals().update(_LANES=lanes, _TILE=8 if lanes == 16 else 4)
+    return binding.get_host_cpu_name(), features.flatten()
+
+
+_MOST_THREADS = 8  # by default: a frame has no more work than these share well
+
+
+def available_threads() -> int:
+    """NUMBA_NUM_THREADS, or the cores that this process may use: its affinity, its quota of time."""
+    text = os.environ.get("NUMBA_NUM_THREADS", "")
+    if text.isdecimal() and text.isascii() and int(text):
+        return int(text)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for file in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
+        try:
+            quota, period = (Path(file).read_text().split() + ["100000"])[:2]
+            cores = min(cores, max(1, -(-int(quota) // int(period)))) if int(quota) > 0 else cores
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return cores
+
+
+class _System(NamedTuple):
+    """Addresses of what the operating system offers: give a core away, semaphores and how to make one."""
+    give_way: int
+    post: int
+    wait: int
+    make: Callable[[int], int]  # address of 64 bytes -> what post and wait take
+
+
+@functools.cache
+def _system() -> _System:
+    def address(function) -> int:
+        return ctypes.cast(function, ctypes.c_void_p).value
+    if os.name == "nt":
+        kernel = ctypes.windll.kernel32
+        kernel.CreateSemaphoreW.restype = ctypes.c_void_p
+        return _System(address(kernel.SwitchToThread), address(kernel.ReleaseSemaphore),
+                       address(kernel.WaitForSingleObject),
+                       lambda _: kernel.CreateSemaphoreW(None, 0, 1 << 30, None))
+    libc = ctypes.CDLL(None)
+    if sys.platform == "darwin":
+        libc.dispatch_semaphore_create.restype = ctypes.c_void_p
+        return _System(address(libc.sched_yield), address(libc.dispatch_semaphore_signal),
+                       address(libc.dispatch_semaphore_wait),
+                       lambda _: libc.dispatch_semaphore_create(ctypes.c_long(0)))
+
+    def make(at: int) -> int:
+        libc.sem_init(ctypes.c_void_p(at), 0, 0)
+        return at
+    return _System(address(libc.sched_yield), address(libc.sem_post), address(libc.sem_wait), make)
+
+
+_LOADING = threading.Lock()
+_ENGINES: weakref.WeakSet = weakref.WeakSet()
+
+
+def _unlock() -> None:
+    """In a forked child: another thread of the parent may have held the locks."""
+    global _LOADING
+    _LOADING = threading.Lock()
+    for engine in _ENGINES:
+        engine._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
+
+
+_MAGIC = b"fastprior kernels 1\n"
+_KEPT = 4  # object files: of other versions and CPUs that share a home
+
+
+def _only_ours(status: os.stat_result) -> bool:
+    """Whether nobody else can have written this file or folder: it holds machine code."""
+    return os.name == "nt" or status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & 0o022
+
+
+def _read_object(path: Path) -> tuple[dict[str, str], bytes] | None:
+    """Symbols of the operations and the object file; None unless it is whole and certainly ours."""
+    folder = os.lstat(path.parent)
+    if not (stat.S_ISDIR(folder.st_mode) and _only_ours(folder)):
+        return None
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not (stat.S_ISREG(status.st_mode) and _only_ours(status)):
+            return None
+        data = file.read()
+    head = len(_MAGIC) + 32
+    if data[:len(_MAGIC)] != _MAGIC or hashlib.sha256(data[head:]).digest() != data[len(_MAGIC):head]:
+        return None
+    names, code = data[head:].split(b"\n", 1)
+    return json.loads(names), code
+
+
+def _write_object(path: Path, names: dict[str, str], code: bytes) -> None:
+    """Written to a temporary name, then renamed; the oldest of several versions go."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = os.lstat(path.parent)
+    if not (stat.S_ISDIR(folder.st_mode) and _only_ours(folder)):
+        raise OSError(f"{path.parent} could be written by others")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    body = json.dumps(names).encode() + b"\n" + code
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        with open(os.open(temporary, flags, 0o600), "wb") as file:
+            file.write(_MAGIC + hashlib.sha256(body).digest() + body)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    files = sorted(path.parent.glob("kernels-*"), key=lambda p: p.stat().st_mtime)
+    for old in files[:-_KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def load_kernels() -> None:
+    """Give every operation its machine `address`; compiles once. Unavailable says why it cannot."""
+    with _LOADING:
+        _load_kernels()
+
+
+def _object_file() -> Path:
+    """Named after everything that decides the code."""
+    from importlib.metadata import version
+    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in ("__init__.py", "cpu.py"))
+    key = repr([*_host(), *map(version, ("numba", "llvmlite"))]).encode() + sources
+    return cache_folder() / f"kernels-{hashlib.sha256(key).hexdigest()[:24]}.o"
+
+
+@functools.cache
+def _load_kernels():
+    """Returns the engine of LLVM that owns the code."""
+    try:
+        from llvmlite import binding
+    except (ImportError, OSError) as e:  # the latter: its library does not load here
+        raise Unavailable(f"numba is missing ({e}): pip install numba") from e
+    cpu, features = _host()
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    target = binding.Target.from_default_triple()
+    machine = target.create_target_machine(  # as Numba does
+        cpu=cpu, features=features, opt=3, codemodel="jitdefault",
+        reloc="static" if target.name.startswith("x86") else "default")
+
+    # nothing kept yet, read-only, no home, a frozen program without sources or versions
+    nowhere = OSError, RuntimeError, ImportError, ValueError
+    try:
+        kept = _read_object(_object_file())
+    except nowhere:
+        kept = None
+    if kept is None:
+        names, code = _compile_kernels(machine)
+        try:
+            _write_object(_object_file(), names, code)
+        except nowhere as e:
+            _log.warning("compiled kernels cannot be kept, each process will compile them (%s)", e)
+    else:
+        names, code = kept
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    for function in _KERNELS:
+        if function.fields is not None:
+            function.address = engine.get_function_address(names[function.__name__])
+            if not function.address:
+                raise Unavailable(f"compiled kernels without {function.__name__}: delete {cache_folder()}")
+    return engine
+
+
+# What the object file may ask of the process beside it; more would crash when it is called.
+_OUTSIDE = {"memset", "memcpy", "memmove", "expf", "sqrtf"}
+
+
+def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
+    """Symbols of the operations, and the object file that holds them."""
+    try:
+        import numba
+        if numba.config.DISABLE_JIT:
+            raise ImportError("NUMBA_DISABLE_JIT is set")
+    except ImportError as e:
+        raise Unavailable(f"numba cannot compile ({e})") from e
+    from llvmlite import binding
+    _log.info("compiling kernels for this CPU, once (about 20 s)")
+    scope = globals()
+    marked = {function.__name__: function for function in _KERNELS}
+    _define_intrinsics(_LANES)
+    scope["carray"] = numba.carray
+    options = {"fastmath": _FASTMATH, "error_model": "numpy"}
+    names, whole = {}, binding.parse_assembly("")
+    try:
+        for function in _KERNELS:
+            if function.fields is not None:
+                arguments = [numba.int64] * function.__code__.co_argcount
+                compiled = numba.cfunc(numba.void(*arguments), **options)(function)
+                names[function.__name__] = compiled.native_name
+                whole.link_in(binding.parse_assembly(compiled.inspect_llvm()))
+            else:
+                scope[function.__name__] = numba.njit(**options)(function)
+    except (numba.core.errors.NumbaError, RuntimeError) as e:  # the latter: LLVM's
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise Unavailable(f"this numba cannot compile the kernels ({reason}): install the numba that "
+                          "fastprior names") from e
+    finally:
+        scope.update(marked)
+    # Numba's wrappers know what to do if a kernel raises, which none can: its runtime is not needed for that
+    unneeded = "NRT_", "Py", "numba_"
+    traps = [f"define void @{f.name}() {{ call void @llvm.trap() unreachable }}" for f in whole.functions
+             if f.is_declaration and f.name.startswith(unneeded)]
+    traps += [f"@{g.name} = global ptr null" for g in whole.global_variables
+              if g.is_declaration and g.name.startswith(unneeded)]
+    whole.link_in(binding.parse_assembly("\n".join(["declare void @llvm.trap()", *traps])))
+    asked = {f.name for f in whole.functions if f.is_declaration} - _OUTSIDE
+    asked = sorted(name for name in asked if not name.startswith("llvm."))
+    if asked:
+        raise Unavailable(f"this numba compiles calls of {', '.join(asked)} into the kernels: "
+                          "install the numba that fastprior names")
+    return names, machine.emit_object(whole)
+
+
+# ------------------------------------------------------------------------------------------------
+# Vector code
+# ------------------------------------------------------------------------------------------------
+
+def _define_intrinsics(lanes: int) -> None:
+    """The vector intrinsics, as globals."""
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    f32, i8, i32, i64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+    vec, byte_vec, int_vec = ir.VectorType(f32, lanes), ir.VectorType(i8, lanes), ir.VectorType(i32, lanes)
+    rows = _TILE
+
+    def const(x):
+        return ir.Constant(i64, x)
+
+    def splat(b, x):
+        empty = ir.Constant(ir.VectorType(x.type, lanes), ir.Undefined)
+        one = b.insert_element(empty, x, ir.Constant(i32, 0))
+        return b.shuffle_vector(one, one, ir.Constant(int_vec, [0] * lanes))
+
+    def value(x):
+        return ir.Constant(vec, [x] * lanes)
+
+    def call(b, name, *args):
+        kind = ir.FunctionType(vec, [a.type for a in args])
+        return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v{lanes}f32"), args)
+
+    def at(b, address, offset, kind):  # offset in float32 elements
+        return b.inttoptr(b.add(address, b.shl(offset, const(2))), kind.as_pointer())
+
+    def load(b, address, offset, kind=vec):
+        return b.load(at(b, address, offset, kind), align=4)
+
+    def store(b, x, address, offset):
+        b.store(x, at(b, address, offset, vec), align=4)
+
+    def silu(b, x):
+        # exp(-x) = 2^n * p(r): p is the degree-6 Taylor polynomial on |r| <= ln(2)/2, error < 2e-7 relative
+        y = call(b, "maxnum", call(b, "minnum", b.fneg(x), value(87.)), value(-87.))
+        n = call(b, "rint", b.fmul(y, value(1.4426950408889634)))
+        r = call(b, "fma", n, value(-0.693145751953125), y)
+        r = call(b, "fma", n, value(-1.428606765330187e-06), r)
+        p = value(1 / 720)
+        for k in (120, 24, 6, 2, 1, 1):
+            p = call(b, "fma", p, r, value(1 / k))
+        bias, place = (ir.Constant(int_vec, [k] * lanes) for k in (127, 23))  # of a float32's exponent
+        power = b.shl(b.add(b.fptosi(n, int_vec), bias), place)
+        return b.fdiv(x, call(b, "fma", p, b.bitcast(power, vec), value(1.)))
+
+    def relu6(b, x):
+        # ordered comparisons are false for NaN, which therefore passes through
+        low = b.select(b.fcmp_ordered("<", x, value(0.)), value(0.), x)
+        return b.select(b.fcmp_ordered(">", low, value(6.)), value(6.), low)
+
+    def activated(b, act, emit):
+        """Run emit(activation) in the branch that the run-time code `act` names."""
+        with b.if_else(b.icmp_signed("==", act, const(SILU))) as (yes, no):
+            with yes:
+                emit(lambda x: silu(b, x))
+            with no, b.if_else(b.icmp_signed("==", act, const(RELU6))) as (clip, plain):
+                with clip:
+                    emit(lambda x: relu6(b, x))
+                with plain:
+                    emit(lambda x: x)
+
+    wide = PANEL // lanes  # vectors in a row of a QTILE
+
+    def tile_row(b, w, k):
+        """Row k of the weights of the QTILE at w, without their scales. Asks for the tile after the next."""
+        prefetch = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i32, i32, i32])
+        later = b.add(b.add(w, const(2 * _QTILE_BYTES)), b.mul(k, const(_QTILE_BYTES // PANEL)))
+        b.call(cgutils.get_or_insert_function(b.module, prefetch, "llvm.prefetch.p0"),
+               [b.inttoptr(later, cgutils.voidptr_t), *(ir.Constant(i32, n) for n in (0, 3, 1))])
+        row = b.add(b.add(w, const(4 * PANEL)), b.mul(k, const(PANEL)))
+        whole = [b.load(b.inttoptr(b.add(row, const(n * lanes)), byte_vec.as_pointer()), align=1)
+                 for n in range(wide)]
+        return [b.sitofp(b.sext(v, int_vec), vec) for v in whole]
+
+    def make_qtile(m_rows: int):
+        chains = 4 // wide  # sums side by side, as many as a multiply-add takes to finish
+
+        @intrinsic
+        def qtile(typing, a, w, c, ld):
+            """c += a @ QTILE for a, c (m_rows, PANEL), rows ld apart in both."""
+            def codegen(context, b, signature, args):
+                a, w, c, ld = args
+                acc = [[[cgutils.alloca_once(b, vec) for _ in range(wide)] for _ in range(m_rows)]
+                       for _ in range(chains)]
+                for chain in acc:
+                    for sums in chain:
+                        for total in sums:
+                            b.store(value(0.), total)
+                with cgutils.for_range(b, const(PANEL // chains), intp=i64) as loop:
+                    for i, chain in enumerate(acc):
+                        k = b.add(b.mul(loop.index, const(chains)), const(i))
+                        weights = tile_row(b, w, k)
+                        for m in range(m_rows):
+                            x = splat(b, load(b, a, b.add(b.mul(ld, const(m)), k), f32))
+                            for n in range(wide):
+                                b.store(call(b, "fma", x, weights[n], b.load(chain[m][n])), chain[m][n])
+                for m in range(m_rows):
+                    for n in range(wide):
+                        total = b.load(acc[0][m][n])
+                        for chain in acc[1:]:
+                            total = b.fadd(total, b.load(chain[m][n]))
+                        to = b.add(b.mul(ld, const(m)), const(n * lanes))
+                        store(b, call(b, "fma", load(b, w, const(n * lanes)), total, load(b, c, to)), c, to)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 4), codegen
+        return qtile
+
+    @intrinsic
+    def dots(typing, x, w, sums):
+        """sums (PANEL, lanes) += products that are one lane's share of QTILE @ x, x (PANEL,)."""
+        def codegen(context, b, signature, args):
+            x, w, sums = args
+            scaled = [b.fmul(load(b, x, const(n * lanes)), load(b, w, const(n * lanes))) for n in range(wide)]
+            with cgutils.for_range(b, const(PANEL), intp=i64) as loop:
+                at_sum = b.mul(loop.index, const(lanes))
+                total = load(b, sums, at_sum)
+                for mine, other in zip(scaled, tile_row(b, w, loop.index)):
+                    total = call(b, "fma", mine, other, total)
+                store(b, total, sums, at_sum)
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 3), codegen
+
+    def make_tile(m_rows: int, n_vecs: int):
+        @intrinsic
+        def tile(typing, a, lda, w, ldw, k, bias, ldbias, res, ldres, c, ldc, act):
+            """c = act(bias + a @ w) + res for m_rows x (n_vecs * lanes); bias and res may be 0."""
+            def codegen(context, b, signature, args):
+                a, lda, w, ldw, k, bias, ldbias, res, ldres, c, ldc, act = args
+                acc = [[cgutils.alloca_once(b, vec) for _ in range(n_vecs)] for _ in range(m_rows)]
+                cells = [(m, n) for m in range(m_rows) for n in range(n_vecs)]
+                with b.if_else(b.icmp_signed("!=", bias, const(0))) as (some, none):
+                    with some:
+                        for m, n in cells:
+                            to = b.add(b.mul(ldbias, const(m)), const(n * lanes))
+                            b.store(load(b, bias, to), acc[m][n])
+                    with none:
+                        for m, n in cells:
+                            b.store(value(0.), acc[m][n])
+                with cgutils.for_range(b, k, intp=i64) as loop:
+                    row = b.mul(loop.index, ldw)
+                    panel = [load(b, w, b.add(row, const(n * lanes))) for n in range(n_vecs)]
+                    for m in range(m_rows):
+                        x = splat(b, load(b, a, b.add(b.mul(lda, const(m)), loop.index), f32))
+                        for n in range(n_vecs):
+                            b.store(call(b, "fma", x, panel[n], b.load(acc[m][n])), acc[m][n])
+
+                for m, n in cells:
+                    store(b, b.load(acc[m][n]), c, b.add(b.mul(ldc, const(m)), const(n * lanes)))
+                # a second pass over the tile, still in the first-level cache, keeps the code small
+                more = b.or_(b.icmp_signed("!=", act, const(NONE)), b.icmp_signed("!=", res, const(0)))
+                with b.if_then(more):
+                    with cgutils.for_range(b, const(m_rows), intp=i64) as loop:
+                        for n in range(n_vecs):
+                            to = b.add(b.mul(ldc, loop.index), const(n * lanes))
+                            y = cgutils.alloca_once(b, vec)
+                            x = load(b, c, to)
+                            activated(b, act, lambda f: b.store(f(x), y))
+                            with b.if_then(b.icmp_signed("!=", res, const(0))):
+                                other = load(b, res, b.add(b.mul(ldres, loop.index), const(n * lanes)))
+                                b.store(b.fadd(b.load(y), other), y)
+                            store(b, b.load(y), c, to)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 12), codegen
+        return tile
+
+    def make_depthwise(size: int, stride: int):
+        # whether all taps stay in registers; else a row of them does
+        kept = size * size + 5 <= (32 if lanes == 16 else 16)
+        group = 4 if size == 3 or not kept else 2  # outputs at once: they share loads
+
+        @intrinsic
+        def row(typing, lines, n_out, channels, w, bias, out, ldo, sums, act):
+            """One output row. lines: address of `size` int64 row addresses; sums (channels,) or 0."""
+            def codegen(context, b, signature, args):
+                lines, n_out, channels, w, bias, out, ldo, sums, act = args
+                with cgutils.for_range(b, b.udiv(channels, const(lanes)), intp=i64) as loop:
+                    first = b.mul(loop.index, const(lanes))
+
+                    def tap(i):
+                        return load(b, w, b.add(first, b.mul(channels, const(i))))
+
+                    taps = [tap(i) for i in range(size * size)] if kept else None
+                    offset = load(b, bias, first)
+                    bases = [b.load(b.inttoptr(b.add(lines, const(8 * i)), i64.as_pointer()))
+                             for i in range(size)]
+                    total = cgutils.alloca_once(b, vec)
+                    b.store(value(0.), total)
+
+                    def outputs(x, count):
+                        start = b.mul(b.mul(x, const(stride)), channels)
+                        acc = [offset] * count
+                        for i in range(size):
+                            row = [taps[i * size + j] if kept else tap(i * size + j) for j in range(size)]
+                            for j in range((count - 1) * stride + size):
+                                at_x = b.add(b.add(start, b.mul(channels, const(j))), first)
+                                users = [o for o in range(count) if 0 <= j - o * stride < size]
+                                if users:
+                                    v = load(b, bases[i], at_x)
+                                for o in users:
+                                    acc[o] = call(b, "fma", v, row[j - o * stride], acc[o])
+
+                        def finish(activation):
+                            for o in range(count):
+                                y = activation(acc[o])
+                                store(b, y, out, b.add(b.mul(b.add(x, const(o)), ldo), first))
+                                b.store(b.fadd(b.load(total), y), total)
+                        activated(b, act, finish)
+                    groups = b.udiv(n_out, const(group))
+                    with cgutils.for_range(b, groups, intp=i64) as inner:
+                        outputs(b.mul(inner.index, const(group)), group)
+                    rest = b.mul(groups, const(group))
+                    with cgutils.for_range_slice(b, rest, n_out, const(1), intp=i64) as (x, _):
+                        outputs(x, 1)
+                    with b.if_then(b.icmp_signed("!=", sums, const(0))):
+                        store(b, b.load(total), sums, first)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 9), codegen
+        return row
+
+    @intrinsic
+    def resize_pixels(typing, line, start, weight, taps, n, affine, out):
+        """out (n, 3) = scale * (sum of taps of line) + shift.
+
+        A pixel is four lanes: the last is 0, and the next pixel's to write.
+        """
+        four = ir.VectorType(f32, 4)
+
+        def codegen(context, b, signature, args):
+            line, start, weight, taps, n, affine, out = args
+            scale, shift = load(b, affine, const(0), four), load(b, affine, const(4), four)
+            kind = ir.FunctionType(four, [four] * 3)
+            fma = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v4f32")
+            total = cgutils.alloca_once(b, four)
+            with cgutils.for_range(b, n, intp=i64) as pixel:
+                first = b.load(b.inttoptr(b.add(start, b.shl(pixel.index, const(3))), i64.as_pointer()))
+                own = b.mul(pixel.index, taps)
+                b.store(ir.Constant(four, [0.] * 4), total)
+                with cgutils.for_range(b, taps, intp=i64) as tap:
+                    share = load(b, weight, b.add(own, tap.index), f32)
+                    one = b.insert_element(ir.Constant(four, ir.Undefined), share, ir.Constant(i32, 0))
+                    share = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, 4), [0] * 4))
+                    at_line = b.mul(b.add(first, tap.index), const(3))
+                    b.store(b.call(fma, [share, load(b, line, at_line, four), b.load(total)]), total)
+                to = at(b, out, b.mul(pixel.index, const(3)), four)
+                b.store(b.call(fma, [scale, b.load(total), shift]), to, align=4)
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 7), codegen
+
+    @intrinsic
+    def as_pointer(typing, address):
+        def codegen(context, b, signature, args):
+            return b.inttoptr(args[0], cgutils.voidptr_t)
+        return types.voidptr(types.int64), codegen
+
+    @intrinsic
+    def call_operation(typing, function, row, band, bands, ws, own, state, image, batch, state_stride):
+        def codegen(context, b, signature, args):
+            kind = ir.FunctionType(ir.VoidType(), [i64] * 9)
+            b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 10), codegen
+
+    @intrinsic
+    def call3(typing, function, x, y, z):
+        """A function of the C library of up to three arguments, each a word."""
+        def codegen(context, b, signature, args):
+            b.call(b.inttoptr(args[0], ir.FunctionType(i32, [i64] * 3).as_pointer()), args[1:])
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 4), codegen
+
+    @intrinsic
+    def load_word(typing, address):
+        def codegen(context, b, signature, args):
+            return b.load_atomic(b.inttoptr(args[0], i64.as_pointer()), "acquire", 8)
+        return types.int64(types.int64), codegen
+
+    @intrinsic
+    def store_word(typing, address, word):
+        def codegen(context, b, signature, args):
+            b.store_atomic(args[1], b.inttoptr(args[0], i64.as_pointer()), "release", 8)
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 2), codegen
+
+    @intrinsic
+    def add_word(typing, address, word):
+        def codegen(context, b, signature, args):
+            b.atomic_rmw("add", b.inttoptr(args[0], i64.as_pointer()), args[1], "acq_rel")
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 2), codegen
+
+    @intrinsic
+    def claim(typing, address):
+        """The word, and one less in its place; 0 if it is 0, which stays."""
+        def codegen(context, b, signature, args):
+            word = b.inttoptr(args[0], i64.as_pointer())
+            seen = cgutils.alloca_once(b, i64)
+            b.store(b.load_atomic(word, "acquire", 8), seen)
+            again, end = b.append_basic_block("again"), b.append_basic_block("end")
+            b.branch(again)
+            b.position_at_end(again)
+            old = b.load(seen)
+            new = b.select(b.icmp_signed("==", old, const(0)), old, b.sub(old, const(1)))
+            result = b.cmpxchg(word, old, new, "acq_rel", "acquire")
+            b.store(b.extract_value(result, 0), seen)
+            b.cbranch(b.extract_value(result, 1), end, again)
+            b.position_at_end(end)
+            return b.load(seen)
+        return types.int64(types.int64), codegen
+
+    @intrinsic
+    def pause(typing):
+        def codegen(context, b, signature, args):
+            if "86" in b.module.triple:
+                kind = ir.FunctionType(ir.VoidType(), [])
+                b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse2.pause"), [])
+            elif "aarch64" in b.module.triple or "arm64" in b.module.triple:
+                kind = ir.FunctionType(ir.VoidType(), [i32])
+                hint = cgutils.get_or_insert_function(b.module, kind, "llvm.aarch64.hint")
+                b.call(hint, [ir.Constant(i32, 1)])
+            return context.get_dummy_value()
+        return types.void(), codegen
+
+    scope = globals()
+    scope.update(_as_pointer=as_pointer, _call=call_operation, _call3=call3, _load=load_word,
+                 _store=store_word, _add=add_word, _claim=claim, _pause=pause)
+    for n_vecs in (1, 2, 3):
+        scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs)
+        scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs)
+    scope.update(_qtile_rows=make_qtile(rows // 2), _qtile_row=make_qtile(1), _dots=dots,
+                 _resize_pixels=resize_pixels)
+    for size in (3, 5):
+        for stride in (1, 2):
+            scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
+
+
+# ------------------------------------------------------------------------------------------------
+# Kernels
+# ------------------------------------------------------------------------------------------------
+
+@_kernel()
+def _columns(left):
+    """How many vectors wide the next panel is: threes, and 2 + 2 rather than 3 + 1."""
+    return 2 if left == 4 else min(left, 3)
+
+
+@_kernel()
+def _matmul(a, lda, m, k, w, ldw, n, bias, ldbias, res, ldres, c, ldc, act):
+    """c = act(bias + a @ w) + res, a (m, k), n a multiple of _LANES; ldw = 0: w is packed in panels.
+
+    The last tile of rows overlaps the one before it, so c must not alias a or res.
+    """
+    j = 0
+    while j < n:
+        wide = _columns((n - j) // _LANES)
+        panel = w + 4 * j * (k if ldw == 0 else 1)
+        step = wide * _LANES if ldw == 0 else ldw
+        b = bias + 4 * j if bias != 0 else 0
+        i = 0
+        while i < m:
+            if m >= _TILE:
+                i = min(i, m - _TILE)
+            x, y = a + 4 * i * lda, c + 4 * (i * ldc + j)
+            r = res + 4 * (i * ldres + j) if res != 0 else 0
+            bi = b + 4 * i * ldbias if b != 0 else 0
+            if m >= _TILE:
+                if wide == 3:
+                    _tile_3(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                elif wide == 2:
+                    _tile_2(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                else:
+                    _tile_1(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                i += _TILE
+            else:
+                if wide == 3:
+                    _tile_3_row(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                elif wide == 2:
+                    _tile_2_row(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                else:
+                    _tile_1_row(x, lda, panel, step, k, bi, ldbias, r, ldres, y, ldc, act)
+                i += 1
+        j += wide * _LANES
+
+
+@_kernel()
+def _floats(address, n):
+    """n float32 at an address, as an array."""
+    return carray(_as_pointer(address), n, np.float32)
+
+
+@_kernel()
+def _bytes(address, n):
+    """n uint8 at an address."""
+    return carray(_as_pointer(address), n, np.uint8)
+
+
+@_kernel()
+def _row(address, fields):
+    """A row of a program, of the image table, or the job: its fields by name."""
+    return carray(_as_pointer(address), 1, fields)[0]
+
+
+# A row of the image table: all that differs from image to image. The taps are `fastprior.resize_taps`,
+# row_map (height, G) and col_map (G, width) the two sides of the map's operator, map 0 if none is wanted.
+# Before a thread's workspace lies a `line` of floats for the resize, after it its scratch.
+_IMAGE = _fields("pixels height width row_start row_weight row_taps col_start col_weight col_taps "
+                 "map row_map col_map line")
+
+_RESIZE = _fields("operation out size row_stride affine")
+
+
+@_kernel(_RESIZE)
+def _resize(row, band, bands, ws, own, state, image, batch, state_stride):
+    """The image's pixels -> (size, size, 3) normalised, rows `row_stride` apart."""
+    p, image = _row(row, _RESIZE), _row(image, _IMAGE)
+    size, pixels, w, row_taps = p.size, image.pixels, image.width, image.row_taps
+    rs, rw = carray(_as_pointer(image.row_start), size, np.int64), _floats(image.row_weight, size * row_taps)
+    line_at = own - 4 * image.line
+    line = _floats(line_at, w * 3 + 1)
+    for y in range(band * size // bands, (band + 1) * size // bands):
+        line[:] = 0
+        t = 0
+        while t < row_taps:
+            a, weight = pixels + (rs[y] + t) * w * 3, rw[y * row_taps + t:(y + 1) * row_taps]
+            if t + 4 <= row_taps:  # at once: the line is read and written less often
+                s0, s1 = _bytes(a, w * 3), _bytes(a + w * 3, w * 3)
+                s2, s3 = _bytes(a + w * 6, w * 3), _bytes(a + w * 9, w * 3)
+                w0, w1, w2, w3 = weight[0], weight[1], weight[2], weight[3]
+                for i in range(w * 3):
+                    line[i] += ((w0 * np.float32(s0[i]) + w1 * np.float32(s1[i]))
+                                + (w2 * np.float32(s2[i]) + w3 * np.float32(s3[i])))
+                t += 4
+            else:
+                s0, w0 = _bytes(a, w * 3), weight[0]
+                if w0 != 0:
+                    for i in range(w * 3):
+                        line[i] += w0 * np.float32(s0[i])
+                t += 1
+        _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, size, p.affine,
+                       ws + 4 * (p.out + y * p.row_stride))
+
+
+_COPY, _POINTWISE, _STEM = 0, 1, 2  # where an inverted residual's expanded rows come from
+
+
+@_kernel()
+def _expand_row(source, x, y, w, c_in, c_mid, weight, bias, act, patches, out):
+    """Row y of the expanded map, (w, c_mid) at address out; x is the input map's address."""
+    if source == _POINTWISE:
+        stride = (c_in + _LANES - 1) // _LANES * _LANES
+        _matmul(x + 4 * y * w * stride, stride, w, c_in, weight, 0, c_mid, bias, 0, 0, 0, out, c_mid, act)
+    elif source == _STEM:  # im2col: three runs of nine floats a pixel, then a product with K = 27
+        line = (2 * w + 1) * 3
+        to = _floats(patches, w * 27)
+        for i in range(3):
+            pixels = _floats(x + 4 * (2 * y + i) * line, line)
+            for j in range(w):
+                for k in range(9):
+                    to[j * 27 + i * 9 + k] = pixels[j * 6 + k]
+        _matmul(patches, 27, w, 27, weight, 0, c_mid, bias, 0, 0, 0, out, c_mid, act)
+    else:
+        a, b = _floats(x + 4 * y * w * c_mid, w * c_mid), _floats(out, w * c_mid)
+        for i in range(w * c_mid):
+            b[i] = a[i]
+
+
+_MBCONV = _fields("operation source x h w c_in c_mid size stride act expand_w expand_b dw_w dw_b project_w "
+                  "project_b c_out residual out sums scratch chunk")
+
+
+@_kernel(_MBCONV)
+def _mbconv(row, band, bands, ws, own, state, image, batch, state_stride):
+    """Expand -> depthwise -> project, row by row; the expanded map is only ever k rows.
+
+    With squeeze-excitation (sums >= 0) it stops after the depthwise part, and `_project` follows.
+    """
+    p = _row(row, _MBCONV)
+    x, h, w, c_mid, size, stride, act = p.x, p.h, p.w, p.c_mid, p.size, p.stride, p.act
+    c_out, out, sums, chunk = p.c_out, p.out, p.sums, p.chunk
+    h_out, w_out = (h + stride - 1) // stride, (w + stride - 1) // stride
+    top = max((h_out - 1) * stride + size - h, 0) // 2
+    across = max((w_out - 1) * stride + size - w, 0)
+    left = across // 2
+    line = (w + across) * c_mid
+    slots = (chunk - 1) * stride + size
+    zeros = own + 4 * p.scratch
+    ring = zeros + 4 * line
+    depth = ring + 4 * slots * line
+    patches = depth + 4 * chunk * w_out * c_mid
+    _floats(zeros, line)[:] = 0
+    for i in range(slots):
+        padded = _floats(ring + 4 * i * line, line)
+        padded[:left * c_mid] = 0
+        padded[(left + w) * c_mid:] = 0
+    taps_at = patches + 4 * ((w * 27 + 1) // 2 * 2)
+    lines = carray(_as_pointer(taps_at), size, np.int64)
+    first, last = band * h_out // bands, (band + 1) * h_out // bands
+    ready = max(first * stride - top, 0)
+    y = first
+    while y < last:
+        count = min(chunk, last - y)
+        bottom = min((y + count - 1) * stride - top + size, h)
+        while ready < bottom:
+            _expand_row(p.source, ws + 4 * x, ready, w, p.c_in, c_mid, p.expand_w, p.expand_b, act, patches,
+                        ring + 4 * (ready % slots * line + left * c_mid))
+            ready += 1
+        target = ws + 4 * (out + y * w_out * c_mid) if sums >= 0 else depth
+        for r in range(count):
+            for i in range(size):
+                above = (y + r) * stride - top + i
+                lines[i] = ring + 4 * (above % slots) * line if 0 <= above < h else zeros
+            to = target + 4 * r * w_out * c_mid
+            total = ws + 4 * (sums + (y + r) * c_mid) if sums >= 0 else 0
+            if size == 3 and stride == 1:
+                _depthwise_31(taps_at, w_out, c_mid, p.dw_w, p.dw_b, to, c_mid, total, act)
+            elif size == 3:
+                _depthwise_32(taps_at, w_out, c_mid, p.dw_w, p.dw_b, to, c_mid, total, act)
+            elif stride == 1:
+                _depthwise_51(taps_at, w_out, c_mid, p.dw_w, p.dw_b, to, c_mid, total, act)
+            else:
+                _depthwise_52(taps_at, w_out, c_mid, p.dw_w, p.dw_b, to, c_mid, total, act)
+        if sums < 0:
+            skip = ws + 4 * (x + y * w_out * c_out) if p.residual else 0
+            _matmul(depth, c_mid, count * w_out, c_mid, p.project_w, 0, c_out, p.project_b, 0, skip, c_out,
+                    ws + 4 * (out + y * w_out * c_out), c_out, NONE)
+        y += count
+
+
+_PROJECT = _fields("operation x h w c_mid sums squeezed reduce_w reduce_b expand_w expand_b project_w "
+                   "project_b c_out residual out scratch")
+
+
+@_kernel(_PROJECT)
+def _project(row, band, bands, ws, own, state, image, batch, state_stride):
+    """Squeeze-excitation folded into a scaled copy of the projection, then the product."""
+    p = _row(row, _PROJECT)
+    h, w, c_mid, squeezed, c_out = p.h, p.w, p.c_mid, p.squeezed, p.c_out
+    work = own + 4 * p.scratch
+    mean, gate = _floats(work, c_mid), _floats(work + 4 * c_mid, c_mid)
+    hidden = _floats(work + 8 * c_mid + 4 * c_mid * c_out, squeezed)
+    total = _floats(ws + 4 * p.sums, h * c_mid)
+    mean[:] = 0
+    for y in range(h):
+        for c in range(c_mid):
+            mean[c] += total[y * c_mid + c]
+    weight, bias = _floats(p.reduce_w, c_mid * squeezed), _floats(p.reduce_b, squeezed)
+    for s in range(squeezed):
+        hidden[s] = bias[s]
+    for c in range(c_mid):
+        average = mean[c] / np.float32(h * w)
+        for s in range(squeezed):
+            hidden[s] += average * weight[c * squeezed + s]
+    weight, bias = _floats(p.expand_w, c_mid * squeezed), _floats(p.expand_b, c_mid)
+    for c in range(c_mid):
+        gate[c] = bias[c]
+    for s in range(squeezed):
+        scaled = hidden[s] / (np.float32(1) + np.exp(-hidden[s]))
+        for c in range(c_mid):
+            gate[c] += scaled * weight[s * c_mid + c]
+    weight, copy = _floats(p.project_w, c_mid * c_out), _floats(work + 8 * c_mid, c_mid * c_out)
+    for c in range(c_mid):
+        gate[c] = np.float32(1) / (np.float32(1) + np.exp(-gate[c]))
+    j = 0
+    while j < c_out:
+        wide = _columns((c_out - j) // _LANES) * _LANES
+        for c in range(c_mid):
+            for i in range(wide):
+                copy[j * c_mid + c * wide + i] = gate[c] * weight[j * c_mid + c * wide + i]
+        j += wide
+    first, last = band * h * w // bands, (band + 1) * h * w // bands
+    skip = ws + 4 * (p.residual + first * c_out) if p.residual >= 0 else 0
+    _matmul(ws + 4 * (p.x + first * c_mid), c_mid, last - first, c_mid, work + 8 * c_mid, 0, c_out,
+            p.project_b, 0, skip, c_out, ws + 4 * (p.out + first * c_out), c_out, NONE)
+
+
+_POOL = _fields("operation x h stride channels grid out columns")
+
+
+@_kernel(_POOL)
+def _pool(row, band, bands, ws, own, state, image, batch, state_stride):
+    """Mean over the cells of a stage's map into its slice of the token matrix."""
+    p = _row(row, _POOL)
+    h, stride, channels, grid = p.h, p.stride, p.channels, p.grid
+    cell = h // grid
+    share = np.float32(1) / np.float32(cell * cell)
+    for gy in range(band * grid // bands, (band + 1) * grid // bands):
+        for gx in range(grid):
+            to = _floats(state + 4 * (p.out + (gy * grid + gx) * p.columns), channels)
+            to[:] = 0
+            for y in range(gy * cell, (gy + 1) * cell):
+                for column in range(gx * cell, (gx + 1) * cell):
+                    pixel = _floats(ws + 4 * (p.x + (y * h + column) * stride), channels)
+                    for c in range(channels):
+                        to[c] += pixel[c]
+            for c in range(channels):
+                to[c] *= share
+
+
+@_kernel()
+def _add_qtile(a, w, c, batch, state_stride):
+    """c += a @ QTILE for all images, a and c (32,); the same bits whatever the batch."""
+    b, tall = 0, _TILE // 2
+    while b < batch:
+        u, y = a + 4 * b * state_stride, c + 4 * b * state_stride
+        if batch - b >= tall:
+            _qtile_rows(u, w, y, state_stride)
+            b += tall
+        else:
+            _qtile_row(u, w, y, state_stride)
+            b += 1
+
+
+_WHITEN = _fields("operation f x n c mean w diagonal")
+
+
+@_kernel(_WHITEN)
+def _whiten(row, band, bands, ws, own, state, image, batch, state_stride):
+    """x0 = W (f - mean) for a band of positions and all images, W read once; f is left centred."""
+    p = _row(row, _WHITEN)
+    f, x, n, c, w = p.f, p.x, p.n, p.c, p.w
+    panels = c // PANEL
+    for i in range(band * n // bands, (band + 1) * n // bands):
+        centre = _floats(p.mean + 4 * i * c, c)
+        for b in range(batch):
+            features = _floats(state + 4 * (b * state_stride + f + i * c), c)
+            for j in range(c):
+                features[j] -= centre[j]
+        first_f, first_x = state + 4 * (f + i * c), state + 4 * (x + i * c)
+        if p.diagonal:
+            scale = _floats(w + 4 * i * c, c)
+            for b in range(batch):
+                features = _floats(first_f + 4 * b * state_stride, c)
+                to = _floats(first_x + 4 * b * state_stride, c)
+                for j in range(c):
+                    to[j] = scale[j] * features[j]
+            continue
+        for b in range(batch):
+            to = _floats(first_x + 4 * b * state_stride, c)
+            to[:] = 0
+        qtile = w + _QTILE_BYTES * i * (panels * (panels + 1) // 2)
+        for q in range(panels):
+            for k in range(q + 1):
+                _add_qtile(first_f + 4 * k * PANEL, qtile, first_x + 4 * q * PANEL, batch, state_stride)
+                qtile += _QTILE_BYTES
+
+
+_PARTS = 16  # of the sum over places: as many whatever the threads, so that its order is always the same
+_PROJECT_FACTORS = _fields("operation x size v k sums parts")
+
+
+@_kernel(_PROJECT_FACTORS)
+def _project_factors(row, band, bands, ws, own, state, image, batch, state_stride):
+    """V x of all images, in parts of the sum; V read once."""
+    p = _row(row, _PROJECT_FACTORS)
+    x, v, k, sums = p.x, p.v, p.k, p.sums
+    panels, groups = p.size // PANEL, k // PANEL
+    for part in range(band * _PARTS // bands, (band + 1) * _PARTS // bands):
+        for b in range(batch):
+            lanes = _floats(state + 4 * (b * state_stride + sums + part * k * _LANES), k * _LANES)
+            lanes[:] = 0
+        for q in range(part * panels // _PARTS, (part + 1) * panels // _PARTS):
+            for b in range(batch):
+                its = state + 4 * b * state_stride
+                for g in range(groups):
+                    _dots(its + 4 * (x + q * PANEL), v + _QTILE_BYTES * (q * groups + g),
+                          its + 4 * (sums + (part * k + g * PANEL) * _LANES))
+        for b in range(batch):
+            its = state + 4 * b * state_stride
+            lanes = _floats(its + 4 * (sums + part * k * _LANES), k * _LANES)
+            to = _floats(its + 4 * (p.parts + part * k), k)
+            for j in range(k):
+                total = np.float32(0)
+                for i in range(_LANES):
+                    total += lanes[j * _LANES + i]
+                to[j] = total
+
+
+_REMOVE_FACTORS = _fields("operation x size v k parts projected")
+
+
+@_kernel(_REMOVE_FACTORS)
+def _remove_factors(row, band, bands, ws, own, state, image, batch, state_stride):
+    """x -= V^T (V x) of all images, a band of places, V read once."""
+    p = _row(row, _REMOVE_FACTORS)
+    x, v, k, projected = p.x, p.v, p.k, p.projected + band * p.k
+    panels, groups = p.size // PANEL, k // PANEL
+    for b in range(batch):
+        its = state + 4 * b * state_stride
+        part, total = _floats(its + 4 * p.parts, _PARTS * k), _floats(its + 4 * projected, k)
+        total[:] = 0
+        for i in range(_PARTS):
+            for j in range(k):
+                total[j] -= part[i * k + j]
+    for q in range(band * panels // bands, (band + 1) * panels // bands):
+        for g in range(groups):
+            _add_qtile(state + 4 * (projected + g * PANEL), v + _QTILE_BYTES * (q * groups + g),
+                       state + 4 * (x + q * PANEL), batch, state_stride)
+
+
+_LAYER_NORM = _fields("operation x n d gain bias out")
+
+
+@_kernel(_LAYER_NORM)
+def _layer_norm(row, band, bands, ws, own, state, image, batch, state_stride):
+    """Over rows of d."""
+    p = _row(row, _LAYER_NORM)
+    n, d = p.n, p.d
+    g, b = _floats(p.gain, d), _floats(p.bias, d)
+    for i in range(band * n // bands, (band + 1) * n // bands):
+        x, to = _floats(ws + 4 * (p.x + i * d), d), _floats(ws + 4 * (p.out + i * d), d)
+        mean = np.float32(0)
+        for j in range(d):
+            mean += x[j]
+        mean /= np.float32(d)
+        square = np.float32(0)
+        for j in range(d):
+            square += (x[j] - mean) * (x[j] - mean)
+        scale = np.float32(1) / np.sqrt(square / np.float32(d) + np.float32(1e-5))
+        for j in range(d):
+            to[j] = (x[j] - mean) * scale * g[j] + b[j]
+
+
+_ROTATE = _fields("operation h d w bias x n c coef out z gain offset scratch")
+
+
+@_kernel(_ROTATE)
+def _rotate(row, band, bands, ws, own, state, image, batch, state_stride):
+    """The denoiser's last product, DDIM rotation and log-density; F never leaves the cache.
+
+    out < 0: the last step, only z = gain |x'|^2 / 2 + offset leaves.
+    """
+    p = _row(row, _ROTATE)
+    d, n, c, out = p.d, p.n, p.c, p.out
+    work = own + 4 * p.scratch
+    ab = _floats(p.coef, 2)
+    keep, turn = ab[0], ab[1]
+    gain, offset, z = _floats(p.gain, n), _floats(p.offset, n), _floats(state + 4 * p.z, n)
+    i, last = band * n // bands, (band + 1) * n // bands
+    while i < last:
+        count = min(_TILE, last - i)
+        _matmul(ws + 4 * (p.h + i * d), d, count, d, p.w, 0, c, p.bias, 0, 0, 0, work, c, NONE)
+        for r in range(count):
+            f, x = _floats(work + 4 * r * c, c), _floats(state + 4 * (p.x + (i + r) * c), c)
+            square = np.float32(0)
+            if out >= 0:
+                to = _floats(state + 4 * (out + (i + r) * c), c)
+                for j in range(c):
+                    to[j] = keep * x[j] + turn * f[j]
+                    square += to[j] * to[j]
+            else:
+                for j in range(c):
+                    y = keep * x[j] + turn * f[j]
+                    square += y * y
+            z[i + r] = np.float32(.5) * square * gain[i + r] + offset[i + r]
+        i += count
+
+
+_MAP_ROWS = 32  # of the map at once
+_MAP = _fields("operation z grid weight offset scratch")
+
+
+@_kernel(_MAP)
+def _map(row, band, bands, ws, own, state, image, batch, state_stride):
+    """Smooth and enlarge weight * z + offset of the grid to the image's own size."""
+    p, image = _row(row, _MAP), _row(image, _IMAGE)
+    grid, target, h, w, cols = p.grid, image.map, image.height, image.width, image.col_map
+    if target == 0:
+        return
+    work = own + 4 * p.scratch
+    cells, r = _floats(work + 4 * _MAP_ROWS * grid, grid * grid), _floats(image.row_map, h * grid)
+    z, weights = _floats(state + 4 * p.z, grid * grid), _floats(p.weight, grid * grid)
+    offsets = _floats(p.offset, grid * grid)
+    for i in range(grid * grid):
+        cells[i] = weights[i] * z[i] + offsets[i]
+    y, last = band * h // bands, (band + 1) * h // bands
+    while y < last:
+        count = min(_MAP_ROWS, last - y)
+        mixed = _floats(work, count * grid)
+        mixed[:] = 0
+        for line in range(count):
+            for i in range(grid):
+                for j in range(grid):
+                    mixed[line * grid + j] += r[(y + line) * grid + i] * cells[i * grid + j]
+        to, whole = target + 4 * y * w, w // _LANES * _LANES
+        _matmul(work, grid, count, grid, cols, w, whole, 0, 0, 0, 0, to, w, NONE)
+        if 0 < whole < w:  # the last vector overlaps the one before it
+            back = 4 * (w - _LANES)
+            _matmul(work, grid, count, grid, cols + back, w, _LANES, 0, 0, 0, 0, to + back, w, NONE)
+        elif whole == 0:
+            c, narrow = _floats(cols, grid * w), _floats(to, count * w)
+            narrow[:] = 0
+            for line in range(count):
+                for j in range(grid):
+                    for column in range(w):
+                        narrow[line * w + column] += mixed[line * grid + j] * c[j * w + column]
+        y += count
+
+
+_LINEAR = _fields("operation x n k w m bias ldbias residual out act lda from_state")
+
+
+@_kernel(_LINEAR)
+def _linear(row, band, bands, ws, own, state, image, batch, state_stride):
+    """act(x @ w + bias) + residual, a band of rows; bias is one row, or one a position."""
+    p = _row(row, _LINEAR)
+    n, m = p.n, p.m
+    first, last = band * n // bands, (band + 1) * n // bands
+    a = (state if p.from_state else ws) + 4 * (p.x + first * p.lda)
+    skip = ws + 4 * (p.residual + first * m) if p.residual >= 0 else 0
+    _matmul(a, p.lda, last - first, p.k, p.w, 0, m, p.bias + 4 * first * p.ldbias, p.ldbias, skip, m,
+            ws + 4 * (p.out + first * m), m, p.act)
+
+
+_MIX = _fields("operation w n_out n x d residual out act")
+
+
+@_kernel(_MIX)
+def _mix(row, band, bands, ws, own, state, image, batch, state_stride):
+    """act(w @ x) + residual, a band of output positions."""
+    p = _row(row, _MIX)
+    n, d = p.n, p.d
+    first, last = band * p.n_out // bands, (band + 1) * p.n_out // bands
+    skip = ws + 4 * (p.residual + first * d) if p.residual >= 0 else 0
+    _matmul(p.w + 4 * first * n, n, last - first, n, ws + 4 * p.x, d, d, 0, 0, skip, d,
+            ws + 4 * (p.out + first * d), d, p.act)
+
+
+# A frame's work is a row of claims: every operation once for each band, operation after operation. A thread
+# that finds none left goes to sleep; one that lost its core holds up only the band that it had claimed.
+# `left` (claims) and `done` lie on cache lines of their own; the job is written when no claim is open.
+_JOB = _fields("rows length whole_first whole_last workspace stride states table batch state_stride bands "
+               "total left done quit give_way post wait")
+_ROW_BYTES = 8 * 24  # from one row of a program or of the image table to the next
+_SPINS = 4000  # pauses before a thread that waits gives its core away or sleeps, some 100 us
+
+
+@_kernel()
+def _work(job, thread):
+    """Claim and compute until nothing is left to claim."""
+    p = _row(job, _JOB)
+    left, done = p.left, p.done
+    while True:
+        claims = _claim(left)
+        if claims == 0:
+            return
+        rows, batch, bands, stride = p.rows, p.batch, p.bands, p.stride
+        own = p.workspace + 4 * thread * stride
+        index = p.total - claims
+        # the operations up to `whole_first`, those up to `whole_last` (of all images at once), and the
+        # rest: of few images each operation is cut into bands; of many, an image is one claim
+        first = 0
+        for part in range(3):
+            start = 0 if part == 0 else p.whole_first if part == 1 else p.whole_last
+            stop = p.whole_first if part == 0 else p.whole_last if part == 1 else p.length
+            by_image = part != 1 and batch >= bands
+            each = 1 if part == 1 else batch
+            claimed = (batch if stop > start else 0) if by_image else each * (stop - start) * bands
+            if index < first + claimed:
+                break
+            first += claimed
+        polls = 0
+        before = first if by_image else index - (index - first) % bands
+        while _load(done) < before:
+            polls += 1
+            if polls < _SPINS:
+                _pause()
+            else:
+                _call3(p.give_way, 0, 0, 0)
+        if by_image:
+            b = index - first
+            for k in range(start, stop):
+                row = rows + _ROW_BYTES * k
+                _call(_row(row, _RESIZE).operation, row, 0, 1, own, own, p.states + 4 * b * p.state_stride,
+                      p.table + _ROW_BYTES * b, 1, p.state_stride)
+        else:
+            step, band = (index - first) // bands, (index - first) % bands
+            b, k = step // (stop - start), step % (stop - start)
+            row = rows + _ROW_BYTES * (start + k)
+            _call(_row(row, _RESIZE).operation, row, band, bands, p.workspace, own,
+                  p.states + 4 * b * p.state_stride, p.table + _ROW_BYTES * b, batch if part == 1 else 1,
+                  p.state_stride)
+        _add(done, 1)
+
+
+@_kernel(_JOB)
+def _frame(job, sleepers, helpers):
+    """A whole frame for its caller: offer the claims, wake the helpers, work, wait for the last claim."""
+    p = _row(job, _JOB)
+    _store(p.done, 0)
+    _store(p.left, p.total)
+    for i in range(helpers):
+        _call3(p.post, _load(sleepers + 8 * i), 1, 0)
+    _work(job, 0)
+    polls = 0
+    while _load(p.done) < p.total:
+        polls += 1
+        if polls < _SPINS:
+            _pause()
+        else:
+            _call3(p.give_way, 0, 0, 0)
+
+
+@_kernel(_JOB)
+def _help(job, sleeper, thread):
+    """Life of a helper: work, look out for more a short while, sleep. Never takes the interpreter's lock."""
+    p = _row(job, _JOB)
+    while _load(p.quit) == 0:
+        _work(job, thread)
+        polls = 0
+        while _load(p.left) == 0 and polls < _SPINS:
+            _pause()
+            polls += 1
+        if _load(p.left) == 0:
+            _call3(p.wait, sleeper, -1, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# The engine
+# ------------------------------------------------------------------------------------------------
+
+def _aligned(shape, dtype=np.float32) -> np.ndarray:
+    """Zeros that start on a cache line."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start:start + size].view(dtype).reshape(shape)
+
+
+class _Team:
+    """The helpers of an engine in this process, asleep between frames; they end with the team."""
+
+    def __init__(self, threads: int):
+        self.process, system = os.getpid(), _system()
+        self.job, self.counters = np.zeros(1, _JOB), _aligned(24, np.int64)
+        left, done = self.counters.ctypes.data, self.counters[8:].ctypes.data
+        semaphores = _aligned(8 * max(threads - 1, 1), np.int64)
+        self.sleepers = np.array([system.make(semaphores[8 * i:].ctypes.data) for i in range(threads - 1)],
+                                 np.int64)
+        self.job["left"], self.job["done"], self.job["quit"] = left, done, self.counters[16:].ctypes.data
+        self.job["give_way"], self.job["post"], self.job["wait"] = system[:3]
+        memory = self.job, self.counters, semaphores  # a helper may still look at them when the team is gone
+        for i, sleeper in enumerate(self.sleepers.tolist()):
+            threading.Thread(target=self._live, args=(memory, sleeper, i + 1), name="fastprior",
+                             daemon=True).start()
+        post = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 3)(system.post)
+        weakref.finalize(self, self._end, memory, self.sleepers, post, self.process)
+
+    @staticmethod
+    def _live(memory: tuple, sleeper: int, number: int) -> None:
+        _entry(_help)(memory[0].ctypes.data, sleeper, number)
+
+    @staticmethod
+    def _end(memory: tuple, sleepers: np.ndarray, post: Callable, process: int) -> None:
+        memory[1][16] = 1
+        if os.getpid() == process:
+            for sleeper in sleepers.tolist():
+                post(sleeper, 1, 0)
+
+
+def _entry(function: Callable) -> Callable:
+    """A compiled function, called from Python; the interpreter's lock is free meanwhile."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * function.__code__.co_argcount)(function.address)
+
+
+class Frames(NamedTuple):
+    """What `run` made of a batch. Everything is on the host already."""
+    scores: np.ndarray | None  # (B,)
+    maps: list  # float32 (H, W) or None
+    outputs: list  # what was kept, float32 (B, ...)
+
+    def to_host(self, array):
+        return array
+
+
+class Engine:
+    """The program of one model, its packed weights and its memory. See `fastprior.Engine` for the interface.
+
+    Safe to call from several threads, one at a time; two engines run side by side.
+    """
+
+    device = "cpu"
+    _TOGETHER = _whiten, _project_factors, _remove_factors  # operations that take all images of a batch
+
+    def __init__(self, threads: int | None = None):
+        load_kernels()
+        most = available_threads()
+        usual = most if "NUMBA_NUM_THREADS" in os.environ else min(most, _MOST_THREADS)
+        self.threads = max(1, min(threads or usual, most))
+        self._frame, self._team = _entry(_frame), None
+        self._programs: dict[tuple, tuple[np.ndarray, int, int]] = {}  # by stages
+        self._rows: list[tuple[str, Callable, dict[str, int]]] = []  # stage, operation, fields
+        self._stage = "resize"
+        self._constants: list[np.ndarray] = []  # whatever the program points to
+        self._workspace_floats = self._state_floats = self._scratch_floats = 0
+        self._tables: dict[tuple, tuple] = {}  # taps and map operators of a size of image
+        self._line = 0  # floats of an image's row between the passes of the resize
+        self._memory = self._states = None
+        self._given = self._score = self._taps = self._operator = None
+        self._kept: list[tuple[int, tuple[int, ...], int]] = []
+        self._size = 0
+        self._lock = threading.Lock()
+        _ENGINES.add(self)
+
+    # -- building blocks ---------------------------------------------------------------------------
+
+    def constant(self, array, dtype=np.float32) -> int:
+        """Address of an aligned copy."""
+        copy = _aligned(np.shape(array), dtype)
+        copy[...] = array
+        self._constants.append(copy)
+        return copy.ctypes.data
+
+    def workspace(self, *shape: int) -> int:
+        """Offset of so many floats, that live for a frame."""
+        offset = self._workspace_floats
+        self._workspace_floats += round_up(int(np.prod(shape)), 16)
+        return offset
+
+    def state(self, *shape: int) -> int:
+        """Offset of so many floats of an image, that outlive its operations."""
+        offset = self._state_floats
+        self._state_floats += round_up(int(np.prod(shape)), 16)
+        return offset
+
+    def emit(self, operation: Callable, scratch: int = 0, **fields: int) -> None:
+        """Append an operation. `scratch`: floats that each thread needs for itself while it runs."""
+        if scratch:
+            self._scratch_floats = max(self._scratch_floats, round_up(scratch, 16))
+            fields["scratch"] = 0  # where that is, `finish` knows
+        wanted = set(operation.fields.names) - {"operation"}
+        if set(fields) != wanted:
+            raise TypeError(f"{operation.__name__}: missing or unknown fields {sorted(set(fields) ^ wanted)}")
+        fields = {name: operator.index(value) for name, value in fields.items()}
+        self._rows.append((self._stage, operation, fields))
+
+    def packed(self, w: np.ndarray) -> tuple[int, int]:
+        """(K, M) as panels of up to three vectors, M padded to whole vectors -> address, padded M."""
+        k, m = w.shape
+        padded = round_up(m, _LANES)
+        full = padded_to(w, k, padded)
+        panels, j = [], 0
+        while j < padded:
+            wide = _columns((padded - j) // _LANES) * _LANES
+            panels.append(full[:, j:j + wide].ravel())
+            j += wide
+        return self.constant(np.concatenate(panels)), padded
+
+    def padded(self, b: np.ndarray, m: int) -> int:
+        """Address of a copy whose last axis is filled with zeros up to m."""
+        return self.constant(padded_to(b, *b.shape[:-1], m))
+
+    # -- operations: the interface -----------------------------------------------------------------
+
+    def features(self, backbone, size: int, grid: int, taps: Callable) -> tuple[int, int]:
+        columns = round_up(sum(backbone.channels), PANEL)
+        tokens = self.state(grid * grid, columns)
+        x, h, w, column = self.resize(size, backbone.mean, backbone.std, taps), size // 2, size // 2, 0
+        self._stage = "features"
+        for i, block in enumerate(backbone.blocks):
+            weights = (backbone.stem_w, backbone.stem_b) if i == 0 else (None, None)
+            x, h, w = self.mbconv(x, h, w, block, *weights)
+            if i in backbone.stages:
+                channels = block.channels[2]
+                self.emit(_pool, x=x, h=h, stride=round_up(channels, _LANES), channels=channels, grid=grid,
+                          out=tokens + column, columns=columns)
+                column += channels
+        return tokens, columns
+
+    def given(self, n: int, c: int) -> tuple[int, int]:
+        columns = round_up(c, PANEL)
+        self._given = self.state(n, columns), n, c, columns
+        return self._given[0], columns
+
+    def whiten(self, f: int, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> int:
+        self._stage = "whitening"
+        x, diagonal = self.state(n, c), w.dtype != QTILE
+        weights = self.padded(w, c) if diagonal else self.constant(w, QTILE)
+        self.emit(_whiten, f=f, x=x, n=n, c=c, mean=self.padded(mean, c), w=weights, diagonal=diagonal)
+        return x
+
+    def remove_factors(self, x: int, n: int, c: int, factors: np.ndarray) -> int:
+        self._stage = "whitening"
+        v, k = self.constant(factors, QTILE), factors.shape[1] * PANEL
+        parts, projected = self.state(_PARTS, k), self.state(self.threads, k)
+        sums = self.state(_PARTS, k, _LANES)
+        self.emit(_project_factors, x=x, size=n * c, v=v, k=k, sums=sums, parts=parts)
+        self.emit(_remove_factors, x=x, size=n * c, v=v, k=k, parts=parts, projected=projected)
+        return x
+
+    def linear(self, x: int, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE,
+               residual: int | None = None, lda: int | None = None,
+               from_state: bool = False) -> tuple[int, int]:
+        self._stage = "denoiser"
+        address, m = self.packed(padded_to(w, k, w.shape[1]))
+        out = self.workspace(n, m)
+        self.emit(_linear, x=x, n=n, k=k, w=address, m=m, bias=self.padded(b, m),
+                  ldbias=m if b.ndim == 2 else 0, residual=-1 if residual is None else residual, out=out,
+                  act=act, lda=lda or k, from_state=from_state)
+        return out, m
+
+    def mix(self, x: int, d: int, w: np.ndarray, act: int = NONE, residual: int | None = None) -> int:
+        self._stage = "denoiser"
+        n_out, n = w.shape
+        out = self.workspace(n_out, d)
+        self.emit(_mix, w=self.constant(w), n_out=n_out, n=n, x=x, d=d,
+                  residual=-1 if residual is None else residual, out=out, act=act)
+        return out
+
+    def layer_norm(self, x: int, n: int, d: int, gain: np.ndarray, bias: np.ndarray) -> int:
+        self._stage = "denoiser"
+        out = self.workspace(n, d)
+        self.emit(_layer_norm, x=x, n=n, d=d, gain=self.constant(gain), bias=self.constant(bias), out=out)
+        return out
+
+    def rotate(self, h: int, d: int, w: np.ndarray, b: np.ndarray, x: int, n: int, c: int, coef, last: bool,
+               z: int, gain: np.ndarray, offset: np.ndarray) -> None:
+        self._stage = "density"
+        self.emit(_rotate, h=h, d=d, w=self.packed(padded_to(w, d, c))[0], bias=self.padded(b, c), x=x, n=n,
+                  c=c, coef=self.constant(coef), out=-1 if last else x, z=z, gain=self.constant(gain),
+                  offset=self.constant(offset), scratch=c * _TILE)
+
+    def score(self, z: int, grid: int, worst: int, location: float, scale: float, weight: np.ndarray,
+              offset: np.ndarray, operator: Callable) -> None:
+        self._stage = "map"
+        self._score, self._operator = (z, grid * grid, worst, location, scale), operator
+        self.map(z, grid, weight, offset)
+
+    def keep(self, x: int, n: int, c: int | None = None) -> None:
+        columns = 1 if c is None else round_up(c, PANEL)
+        self._kept.append((x, (n, columns), c))
+
+    # -- what the interface's operations are made of -------------------------------------------------
+
+    def resize(self, size: int, mean, std, taps: Callable) -> int:
+        """Pixels of the image table -> (size + 1, size + 1, 3), zero in the last row and column."""
+        self._size, self._taps = size, taps
+        out = self.workspace(size + 1, size + 1, 3)
+        mean, std = np.asarray(mean), np.asarray(std)
+        affine = self.constant([*1 / (255 * std), 0, *-mean / std, 0])
+        self.emit(_resize, out=out, size=size, row_stride=(size + 1) * 3, affine=affine)
+        return out
+
+    def mbconv(self, x: int, h: int, w: int, block, stem_w=None, stem_b=None) -> tuple[int, int, int]:
+        """Returns offset and size of the output map. With stem weights, x is the normalised image."""
+        p = block.arrays
+        c_in, mid, c_out = block.channels
+        mid_padded, out_padded = round_up(mid, _LANES), round_up(c_out, _LANES)
+        source, expand_w, expand_b = _COPY, 0, 0
+        if stem_w is not None:
+            source, c_in = _STEM, 27
+            expand_w, expand_b = self.packed(stem_w.reshape(27, -1))[0], self.padded(stem_b, mid_padded)
+        elif "expand_w" in p:
+            source = _POINTWISE
+            expand_w, expand_b = self.packed(p["expand_w"])[0], self.padded(p["expand_b"], mid_padded)
+        size, stride = p["dw_w"].shape[0], block.stride
+        h_out, w_out = -(-h // stride), -(-w // stride)
+        project_w = self.packed(padded_to(p["project_w"], mid_padded, c_out))[0]
+        project_b = self.padded(p["project_b"], out_padded)
+        chunk = min(h_out, max(1, 64 // w_out))
+        line = (w + sum(same_padding(w, size, stride))) * mid_padded
+        scratch = ((1 + (chunk - 1) * stride + size) * line + chunk * w_out * mid_padded + round_up(w * 27, 2)
+                   + 2 * size)
+        squeeze = "se_reduce_w" in p
+        out = self.workspace(h_out, w_out, out_padded)
+        middle = self.workspace(h_out, w_out, mid_padded) if squeeze else out
+        sums = self.workspace(h_out, mid_padded) if squeeze else -1
+        self.emit(_mbconv, source=source, x=x, h=h, w=w, c_in=c_in, c_mid=mid_padded, size=size,
+                  stride=stride, act=block.act, expand_w=expand_w, expand_b=expand_b,
+                  dw_w=self.padded(p["dw_w"].reshape(size * size, mid), mid_padded),
+                  dw_b=self.padded(p["dw_b"], mid_padded), project_w=project_w, project_b=project_b,
+                  c_out=out_padded, residual=block.skip, out=middle, sums=sums, chunk=chunk, scratch=scratch)
+        if squeeze:
+            squeezed = p["se_reduce_w"].shape[1]
+            self.emit(_project, x=middle, h=h_out, w=w_out, c_mid=mid_padded, sums=sums, squeezed=squeezed,
+                      reduce_w=self.constant(padded_to(p["se_reduce_w"], mid_padded, squeezed)),
+                      reduce_b=self.constant(p["se_reduce_b"]),
+                      expand_w=self.padded(p["se_expand_w"], mid_padded),
+                      expand_b=self.padded(p["se_expand_b"], mid_padded), project_w=project_w,
+                      project_b=project_b, c_out=out_padded, residual=x if block.skip else -1, out=out,
+                      scratch=mid_padded * (2 + out_padded) + squeezed)
+        return out, h_out, w_out
+
+    def map(self, z: int, grid: int, weight: np.ndarray, offset: np.ndarray) -> None:
+        self.emit(_map, z=z, grid=grid, weight=self.constant(weight), offset=self.constant(offset),
+                  scratch=grid * (grid + _MAP_ROWS))
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        for _, _, fields in self._rows:
+            if "scratch" in fields:
+                fields["scratch"] = self._workspace_floats
+        self._allocate(16)
+
+    def _allocate(self, line: int) -> None:
+        memory = _aligned((self.threads, line + self._workspace_floats + self._scratch_floats))
+        self._memory, self._line = memory, line  # at once: an interrupt leaves them as they were
+
+    def run(self, images: Sequence[np.ndarray] | None, *, with_map: bool = False, outputs: bool = False,
+            shifts: Sequence[tuple[float, float]] | None = None, given: np.ndarray | None = None) -> Frames:
+        batch = len(given) if images is None else len(images)
+        images, shifts = images or [None] * batch, shifts or [(0.0, 0.0)] * batch
+        maps = [np.empty(image.shape[:2], np.float32) if with_map else None for image in images]
+        scores, kept = None, []
+        with self._lock:
+            states = self.prepare(batch)
+            if given is not None:
+                x, n, c, columns = self._given
+                places = states[:, x:x + n * columns].reshape(batch, n, columns)
+                places[:, :, :c] = given
+                places[:, :, c:] = 0
+            self._run(self._program(), self._image_table(images, shifts, maps), states)
+            if self._score:
+                z, n, worst, location, scale = self._score
+                worst_z = np.partition(states[:, z:z + n], -worst, -1)[:, -worst:]
+                scores = (worst_z.mean(-1) - location) / scale
+            for x, shape, c in self._kept if outputs else ():
+                places = states[:, x:x + shape[0] * shape[1]].reshape(batch, *shape)
+                kept.append(places[:, :, 0].copy() if c is None else places[:, :, :c].copy())
+        return Frames(scores, maps, kept)
+
+    def run_only(self, stages: Sequence[str], images: Sequence[np.ndarray], with_map: bool = True) -> None:
+        """Only the operations of these stages, on whatever the others left: for timing."""
+        maps = [np.empty(image.shape[:2], np.float32) if with_map else None for image in images]
+        with self._lock:
+            table = self._image_table(images, [(0.0, 0.0)] * len(images), maps)
+            self._run(self._program(tuple(stages)), table, self.prepare(len(images)))
+
+    def _program(self, stages: tuple[str, ...] | None = None) -> tuple[np.ndarray, int, int]:
+        """Rows of the operations of these stages (all), and which of them take all images of a batch."""
+        if stages not in self._programs:
+            kept = [(operation, fields) for stage, operation, fields in self._rows
+                    if stages is None or stage in stages]
+            rows = np.zeros((max(len(kept), 1), _ROW_BYTES // 8), np.int64)
+            for row, (operation, fields) in zip(rows, kept):
+                row[:len(operation.fields)] = [fields.get(name, operation.address)
+                                               for name in operation.fields.names]
+            whole = [i for i, (operation, _) in enumerate(kept) if operation in self._TOGETHER]
+            first, last = (whole[0], whole[-1] + 1) if whole else (len(kept), len(kept))
+            self._programs[stages] = rows[:len(kept)], first, last
+        return self._programs[stages]
+
+    def _image_table(self, images: Sequence, shifts: Sequence, maps: Sequence) -> np.ndarray:
+        """A row of _IMAGE for each image; taps and map operators are kept by size."""
+        table = np.zeros((len(images), _ROW_BYTES // 8), np.int64)
+        rows = table[:, :len(_IMAGE)].view(_IMAGE)[:, 0]
+        widest = 0
+        for i, (image, shift, m) in enumerate(zip(images, shifts, maps)):
+            if image is not None:
+                height, width = image.shape[:2]
+                widest = max(widest, width)
+                tables, addresses = self._tables_of(height, width, shift)
+                target = 0 if m is None else m.ctypes.data
+                rows[i] = (image.ctypes.data, height, width, *addresses[:6], target, *addresses[6:], 0)
+        while len(self._tables) > max(256, len(images)):  # never one that this batch points to
+            del self._tables[next(iter(self._tables))]
+        line = round_up(3 * widest + 1, 16)
+        if line > self._line:
+            self._allocate(line)
+        rows["line"] = self._line
+        return table
+
+    def _tables_of(self, height: int, width: int, shift: tuple[float, float]) -> tuple[list, list[int]]:
+        key = height, width, *shift
+        entry = self._tables.pop(key, None)
+        if entry is None:
+            tables = []
+            for n, s in zip((height, width), shift):
+                if self._taps:
+                    start, weight = self._taps(n, self._size, s)
+                    tables += [start, weight.astype(np.float32), weight.shape[1]]
+                else:
+                    tables += [0, 0, 0]
+            if self._operator:
+                tables += [np.ascontiguousarray(self._operator(height), np.float32),
+                           np.ascontiguousarray(self._operator(width).T, np.float32)]
+            addresses = [t if isinstance(t, int) else t.ctypes.data for t in tables]
+            entry = tables, addresses + [0] * (8 - len(tables))
+        self._tables[key] = entry  # most recently used last
+        return entry
+
+    def _run(self, program: tuple[np.ndarray, int, int], table: np.ndarray, states: np.ndarray) -> None:
+        if self._team is None or self._team.process != os.getpid():  # a fork has no helpers
+            self._team = _Team(self.threads)
+        rows, first, last = program
+        batch, bands, job = len(table), self.threads, self._team.job
+        by_image = batch >= bands
+        before, after = (batch * (n > 0) if by_image else batch * bands * n
+                         for n in (first, len(rows) - last))
+        values = {"rows": rows.ctypes.data, "length": len(rows), "whole_first": first, "whole_last": last,
+                  "workspace": self._memory.ctypes.data + 4 * self._line, "stride": self._memory.shape[1],
+                  "states": states.ctypes.data, "table": table.ctypes.data, "batch": batch,
+                  "state_stride": states.shape[1], "bands": bands,
+                  "total": before + (last - first) * bands + after}
+        for name, value in values.items():
+            job[name] = value
+        # one call of C code: a KeyboardInterrupt comes before or after, never between
+        self._frame(job.ctypes.data, self._team.sleepers.ctypes.data, self.threads - 1)
+
+    def prepare(self, batch: int) -> np.ndarray:
+        """The states of a batch, float32 (batch, floats an image)."""
+        if self._states is None or len(self._states) < batch:
+            self._states = _aligned((batch, max(self._state_floats, 16)))
+        return self._states[:batch]

@@ -1,0 +1,568 @@
+"""The CUDA engine: the program of cpu.py as launches of the .cu files here, replayed as one graph a frame.
+
+A buffer is known by its bytes an image and placed by `finish` (two buffers share memory if they never live at
+once); a batch of B stretches all of it B times. What differs between calls (pixels, sizes, taps, where
+results go) is in the image table, so that one graph a batch size serves every frame.
+"""
+from __future__ import annotations
+
+import collections
+import functools
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
+
+import numpy as np
+
+from . import NONE, PANEL, QTILE, Unavailable, Unfit, padded_to, round_up, same_padding
+
+_INSTALL_CUPY = "pip install cupy-cuda12x (driver for CUDA 12) or cupy-cuda13x (driver 580 or newer)"
+_LEAST_CAPABILITY = 75  # m16n8k8 products of halves
+
+
+@functools.cache
+def import_cupy():
+    """CuPy with a GPU that works; Unavailable says what of them is missing."""
+    try:
+        import cupy
+    except ImportError as e:
+        raise Unavailable(f"device 'cuda': CuPy is missing ({e}): {_INSTALL_CUPY}") from e
+    runtime = cupy.cuda.runtime
+    driver, built_for = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+    if driver == 0:
+        raise Unavailable("device 'cuda': CuPy is there, but no NVIDIA driver: install it, or use the CPU")
+    if driver // 1000 < built_for // 1000:
+        raise Unavailable(f"device 'cuda': the NVIDIA driver knows CUDA up to {driver // 1000}, this CuPy "
+                          f"needs {built_for // 1000}: {_INSTALL_CUPY}")
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as e:
+        raise Unavailable(f"device 'cuda': CuPy and the driver are there, but no GPU answers ({e})") from e
+    if count == 0:
+        raise Unavailable("device 'cuda': CuPy and the driver are there, but no GPU is visible "
+                          "(is CUDA_VISIBLE_DEVICES set?)")
+    return cupy
+
+
+@functools.cache
+def kernel_source(name: str) -> str:
+    """The text of <name>.cu with common.cuh pasted in, so that CuPy's cache is keyed by all of it."""
+    folder = Path(__file__).parent
+    try:
+        common = (folder / "common.cuh").read_text()
+        return (folder / f"{name}.cu").read_text().replace('#include "common.cuh"', common)
+    except FileNotFoundError as e:
+        raise Unavailable(f"device 'cuda': {e.filename} is missing: copy the whole folder kernels/") from e
+
+
+class Buffer:
+    """Device memory of `size` bytes an image; `offset` an image is set by `Engine.finish`."""
+
+    def __init__(self, size: int):
+        self.size, self.offset = round_up(size, 256), 0
+
+
+class Launch(NamedTuple):
+    """Arguments: buffers, device arrays, None for a null pointer, int for int32, float for float32, scalars."""
+    kernel: Callable
+    grid: tuple[int, int, int]
+    block: tuple[int, ...]
+    args: tuple
+
+
+class _Frame(NamedTuple):
+    """All launches of one batch size, bound to addresses, and their graph."""
+    stages: list[str]  # of each launch
+    launches: list[Launch]
+    graph: Any
+
+
+class Frames:
+    """What `run` left on the GPU, in the order of `stream`: scores (B,), maps, what was kept."""
+
+    def __init__(self, scores, maps: list, outputs: list, stream, gpu):
+        self.scores, self.maps, self.outputs, self.stream, self._gpu = scores, maps, outputs, stream, gpu
+        self._host: dict[int, np.ndarray] = {}
+
+    def to_host(self, array) -> np.ndarray:
+        """Waits for the frame and copies, once."""
+        if id(array) not in self._host:
+            with self._gpu, self.stream:
+                self._host[id(array)] = array.get()
+        return self._host[id(array)]
+
+
+class Engine:
+    """Device memory, weights and launches of one model on the current GPU. See `fastprior.Engine`.
+
+    precision "float32" stores activations in 32 bits and multiplies them on tensor cores as pairs of
+    halves, "float16" stores 16 bits; both add in float32. Work of several streams is put in order.
+    """
+
+    device = "cuda"
+    threads = 1
+    _RING = 8  # frames that may be in flight before the host waits to write another image table
+
+    def __init__(self, precision: str = "float32"):
+        if precision not in ("float16", "float32"):
+            raise Unfit(f"precision: expected 'float32' or 'float16', got {precision!r}")
+        self.cupy = import_cupy()
+        self.gpu = self.cupy.cuda.Device()
+        properties = self.cupy.cuda.runtime.getDeviceProperties(self.gpu.id)
+        capability = 10 * properties["major"] + properties["minor"]
+        if capability < _LEAST_CAPABILITY:
+            raise Unavailable(f"device 'cuda': {properties['name'].decode()} has compute capability "
+                              f"{capability / 10}, 7.5 (Turing) or newer is needed: use device='cpu'")
+        self.processors = properties["multiProcessorCount"]
+        self.real = np.dtype(precision)
+        self.steps: list[tuple[str, Callable[[int], Launch]]] = []
+        self.frames: dict[int, _Frame] = {}
+        self.image_bytes = 0
+        self._lock = threading.Lock()
+        self._modules: dict[tuple, Any] = {}
+        self._stage = "resize"  # what the launches that are being emitted belong to
+        self._tables: dict[tuple, tuple[list[int], list]] = {}
+        self._size = self._capacity = 0
+        self._taps = self._operator = self._given = None
+        self._scored = False
+        self._kept: list[tuple[Buffer, tuple[int, int], int | None]] = []
+
+    # -- building blocks ---------------------------------------------------------------------------
+
+    def constant(self, array, dtype=np.float32):
+        """A device copy."""
+        return self.cupy.asarray(np.ascontiguousarray(array, dtype))
+
+    def weights(self, array, *shape: int):
+        """A device copy in the storage type, filled with zeros up to `shape`."""
+        return self.constant(padded_to(array, *shape), self.real)
+
+    def buffer(self, *shape: int, dtype=None) -> Buffer:
+        return Buffer(int(np.prod(shape)) * np.dtype(dtype or self.real).itemsize)
+
+    def state(self, *shape: int) -> Buffer:
+        return self.buffer(*shape, dtype=np.float32)
+
+    def kernel(self, file: str, name: str | None = None, tile: int | None = None):
+        options = (f"-DHALF={int(self.real == np.float16)}",) + ((f"-DTILE={tile}",) if tile else ())
+        source = kernel_source(file)
+        try:
+            if (file, options) not in self._modules:
+                self._modules[file, options] = self.cupy.RawModule(code=source, options=options)
+            return self._modules[file, options].get_function(name or file)
+        except Exception as e:  # CuPy finds NVRTC, or what NVRTC says, only when it compiles
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise Unavailable(f"device 'cuda': CuPy cannot compile kernels/{file}.cu ({reason}); if NVRTC is "
+                              "missing: pip install 'cupy-cuda12x[ctk]' or 'cupy-cuda13x[ctk]'") from e
+
+    def emit(self, make: Callable[[int], Launch]) -> None:
+        """Append a launch, given the batch."""
+        self.steps.append((self._stage, make))
+
+    def product(self, a: Buffer, lda: int, w, ldw: int, rows: int, n: int, k: int, *, bias=None,
+                ldbias: int = 0, gate: Buffer | None = None, residual: Buffer | None = None, act: int = NONE,
+                steps: tuple[int, int] | None = None) -> Buffer:
+        """act(a @ w + bias) + residual: one product over the rows of all images, or one an image.
+
+        The latter with `steps`: elements of a and of w from one image to the next.
+        """
+        out = self.buffer(rows, n)
+
+        def make(batch: int) -> Launch:
+            m, images = (rows * batch, 1) if steps is None else (rows, batch)
+            # the large tile reads less, the small one spreads a small product over more processors
+            tile = 64 if -(-m // 64) * -(-n // 64) * images >= 2 * self.processors else 32
+            a_step, w_step = map(np.int64, steps or (0, 0))
+            args = a, a_step, lda, w, w_step, ldw, bias, ldbias, gate, residual, out, m, n, k, rows, act
+            blocks = -(-m // tile) * -(-n // tile), 1, images
+            return Launch(self.kernel("product", tile=tile), blocks, (128,), args)
+        self.emit(make)
+        return out
+
+    # -- operations: the interface -----------------------------------------------------------------
+
+    def features(self, backbone, size: int, grid: int, taps: Callable) -> tuple[Buffer, int]:
+        columns, column = round_up(sum(backbone.channels), PANEL), 0
+        tokens = self.state(grid * grid, columns)
+        x = self.resize(size, backbone.mean, backbone.std, taps)
+        self._stage = "features"
+        x = self.stem(x, size, backbone.stem_w, backbone.stem_b, backbone.act)
+        h, w = size // 2, size // 2
+        for i, block in enumerate(backbone.blocks):
+            x, h, w = self.mbconv(x, h, w, block)
+            if i in backbone.stages:
+                channels = block.channels[2]
+                fill = columns - column - channels if i == backbone.stages[-1] else 0
+                threads = grid * grid * -(-(channels + fill) // (16 // self.real.itemsize))
+                args = (x, tokens, h, round_up(channels, 8), channels, fill, grid, column, columns)
+                self.emit(lambda batch, args=args, threads=threads: Launch(
+                    self.kernel("pool"), (-(-threads // 128), 1, batch), (128,), args))
+                column += channels
+        return tokens, columns
+
+    def given(self, n: int, c: int) -> tuple[Buffer, int]:
+        columns = round_up(c, PANEL)
+        self._given = self.state(n, columns), n, c, columns
+        return self._given[0], columns
+
+    def whiten(self, f: Buffer, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> Buffer:
+        self._stage = "whitening"
+        x, mean = self.buffer(n, c), self.constant(padded_to(mean, n, c))
+        if w.dtype != QTILE:
+            w = self.constant(padded_to(w, n, c))
+            self.emit(lambda batch: Launch(self.kernel("whiten", "whiten_diagonal"),
+                                           (-(-n * c // 128), 1, batch), (128,), (f, mean, w, x, n, c)))
+        else:
+            w = self.constant(w.view(np.int8), np.int8)
+            self.emit(lambda batch: Launch(self.kernel("whiten"), (n * c // PANEL, 1, -(-batch // 8)), (128,),
+                                           (f, mean, w, x, n, c, batch)))
+        return x
+
+    def remove_factors(self, x: Buffer, n: int, c: int, factors: np.ndarray) -> Buffer:
+        self._stage = "whitening"
+        size, groups, v = n * c, factors.shape[1], self.constant(factors.view(np.int8), np.int8)
+        parts = -(-size // 1024)
+        sums = self.buffer(parts, groups * PANEL, dtype=np.float32)
+        self.emit(lambda batch: Launch(self.kernel("remove_factors", "project_factors"), (parts, 1, batch),
+                                       (128,), (x, v, sums, size, groups)))
+        self.emit(lambda batch: Launch(self.kernel("remove_factors"), (-(-size // 256), 1, batch), (256,),
+                                       (x, v, sums, size, groups, parts)))
+        return x
+
+    def linear(self, x: Buffer, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE,
+               residual: Buffer | None = None, lda: int | None = None,
+               from_state: bool = False) -> tuple[Buffer, int]:
+        self._stage = "denoiser"
+        m, k = round_up(w.shape[1], 8), round_up(k, 8)
+        bias = self.constant(padded_to(b, *b.shape[:-1], m))
+        return self.product(x, lda or k, self.weights(w, k, m), m, n, m, k, bias=bias,
+                            ldbias=m if b.ndim == 2 else 0, residual=residual, act=act), m
+
+    def mix(self, x: Buffer, d: int, w: np.ndarray, act: int = NONE,
+            residual: Buffer | None = None) -> Buffer:
+        self._stage = "denoiser"
+        n_out, n = w.shape
+        padded = round_up(n, 8)
+        return self.product(self.weights(w, n_out, padded), padded, x, d, n_out, d, n, residual=residual,
+                            act=act, steps=(0, n * d))
+
+    def layer_norm(self, x: Buffer, n: int, d: int, gain: np.ndarray, bias: np.ndarray) -> Buffer:
+        self._stage = "denoiser"
+        out, gain, bias = self.buffer(n, d), self.constant(gain), self.constant(bias)
+        self.emit(lambda batch: Launch(self.kernel("layer_norm"), (-(-n * batch // 4), 1, 1), (128,),
+                                       (x, gain, bias, out, n * batch, d)))
+        return out
+
+    def rotate(self, h, d: int, w: np.ndarray, b: np.ndarray, x: Buffer, n: int, c: int, coef, last: bool,
+               z: Buffer, gain: np.ndarray, offset: np.ndarray) -> None:
+        f = self.linear(h, n, d, padded_to(w, d, c), padded_to(b, c))[0] if d else None
+        self._stage = "density"
+        gain, offset = self.constant(gain), self.constant(offset)
+        a, b = map(float, coef)
+        x_out, z = (None, z) if last else (x, None)
+        self.emit(lambda batch: Launch(self.kernel("rotate_density"), (-(-n * batch // 4), 1, 1), (128,),
+                                       (x, f, a, b, x_out, gain, offset, z, n * batch, n, c)))
+
+    def score(self, z: Buffer, grid: int, worst: int, location: float, scale: float, weight: np.ndarray,
+              offset: np.ndarray, operator: Callable) -> None:
+        self._stage, self._operator, self._scored = "map", operator, True
+        location, gain, n = float(location), float(1 / scale), grid * grid
+        weight, offset = self.constant(weight), self.constant(offset)
+        self.emit(lambda batch: Launch(self.kernel("worst_mean"), (1, 1, batch), (256,),
+                                       (z, self.table, n, worst, location, gain)))
+        self.emit(lambda batch: Launch(self.kernel("anomaly_map"), (256, 1, batch), (128,),
+                                       (z, weight, offset, self.table, grid)))
+
+    def keep(self, x: Buffer, n: int, c: int | None = None) -> None:
+        self._kept.append((x, (n, 1 if c is None else round_up(c, PANEL)), c))
+
+    # -- what the interface's operations are made of -----------------------------------------------
+
+    def resize(self, size: int, mean, std, taps: Callable) -> Buffer:
+        """u8 pixels of the image table -> (size, size, 4), the fourth value zero."""
+        self._size, self._taps, mean, std = size, taps, np.asarray(mean), np.asarray(std)
+        out = self.buffer(size, size, 4)
+        affine = self.constant(np.concatenate([1 / (255 * std), -mean / std]))
+        self.emit(lambda batch: Launch(self.kernel("resize_normalize"), (-(-size * size // 128), 1, batch),
+                                       (128,), (self.table, affine, out, size)))
+        return out
+
+    def stem(self, x: Buffer, size: int, w: np.ndarray, b: np.ndarray, act: int) -> Buffer:
+        c = round_up(w.shape[-1], 8)
+        w, b = self.weights(w, 3, 3, 3, c), self.constant(padded_to(b, c))
+        out = self.buffer(size // 2, size // 2, c)
+        threads = (size // 2) ** 2 * c // (16 // self.real.itemsize)
+        self.emit(lambda batch: Launch(self.kernel("stem"), (-(-threads // 128), 1, batch), (128,),
+                                       (x, w, b, out, size, c, act)))
+        return out
+
+    def mbconv(self, x: Buffer, h: int, w: int, block) -> tuple[Buffer, int, int]:
+        """Returns the output map and its size; channels padded to a multiple of 8, at every place."""
+        p = block.arrays
+        c_in, mid, c_out = (round_up(c, 8) for c in block.channels)
+        y = x
+        if "expand_w" in p:
+            y = self.product(x, c_in, self.weights(p["expand_w"], c_in, mid), mid, h * w, mid, c_in,
+                             bias=self.constant(padded_to(p["expand_b"], mid)), act=block.act)
+        size, stride = p["dw_w"].shape[0], block.stride
+        h_out, w_out = -(-h // stride), -(-w // stride)
+        middle = self.buffer(h_out, w_out, mid)
+        chunks = mid // (16 // self.real.itemsize)
+        across = min(chunks, 32)
+        down = 128 // across
+        grid = -(-chunks // across), -(-h_out * -(-w_out // 2) // down)  # a thread makes two pixels of a row
+        sums = self.buffer(grid[1], mid, dtype=np.float32) if "se_reduce_w" in p else None
+        taps, bias = self.weights(p["dw_w"], size, size, mid), self.constant(padded_to(p["dw_b"], mid))
+        top, left = (same_padding(n, size, stride)[0] for n in (h, w))
+        args = y, taps, bias, middle, sums, h, w, mid, top, left, block.act
+        self.emit(lambda batch: Launch(self.kernel("depthwise", f"depthwise_{size}{stride}"), (*grid, batch),
+                                       (across, down), args))
+        gate = self.squeeze_excite(sums, grid[1], mid, h_out * w_out, p) if sums else None
+        out = self.product(middle, mid, self.weights(p["project_w"], mid, c_out), c_out, h_out * w_out, c_out,
+                           mid, bias=self.constant(padded_to(p["project_b"], c_out)), gate=gate,
+                           residual=x if block.skip else None)
+        return out, h_out, w_out
+
+    def squeeze_excite(self, sums: Buffer, parts: int, c: int, pixels: int, p: dict) -> Buffer:
+        s = p["se_reduce_b"].size
+        if c > 4096 or s > 256:
+            raise Unfit(f"squeeze-excitation of {c} to {s} channels: on a GPU at most 4096 to 256")
+        gate = self.buffer(c, dtype=np.float32)
+        weights = [self.constant(padded_to(a, *shape)) for a, shape in (
+            (p["se_reduce_w"].T, (s, c)), (p["se_reduce_b"], (s,)), (p["se_expand_w"], (s, c)),
+            (p["se_expand_b"], (c,)))]
+        self.emit(lambda batch: Launch(self.kernel("squeeze_excite"), (1, 1, batch), (512,),
+                                       (sums, *weights, gate, parts, c, s, pixels)))
+        return gate
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Place every buffer in the bytes of an image, first fit, by the launches that name it; compile."""
+        self._allocate(1)
+        lives: dict[Buffer, list[int]] = {self._given[0]: [0, 0]} if self._given else {}
+        for i, (_, make) in enumerate(self.steps):
+            for a in make(1).args:
+                if isinstance(a, Buffer):
+                    lives.setdefault(a, [i, i])[1] = i
+        for buffer, _, _ in self._kept:
+            lives[buffer][1] = len(self.steps)
+        placed: list[Buffer] = []
+        for buffer, (begin, end) in lives.items():
+            buffer.offset = 0
+            beside = [p for p in placed if lives[p][0] <= end and lives[p][1] >= begin]
+            for other in sorted(beside, key=lambda p: p.offset):
+                if other.offset < buffer.offset + buffer.size:
+                    buffer.offset = max(buffer.offset, other.offset + other.size)
+            placed.append(buffer)
+        self.image_bytes = max(b.offset + b.size for b in placed)
+        self.capture_stream = self.cupy.cuda.Stream(non_blocking=True)
+        self.done = self.cupy.cuda.Event(disable_timing=True)
+        self.done.record()
+
+    def _allocate(self, capacity: int) -> None:
+        """Memory for batches up to `capacity`; what was bound to the old addresses goes."""
+        if self._capacity:
+            self.done.synchronize()
+        self._capacity = 0  # should there be no memory
+        self.frames.clear()
+        self.workspace = None  # before the new one, so that both never exist together
+        self.workspace = self.cupy.empty(max(self.image_bytes, 256) * capacity, np.uint8)
+        self.table = self.cupy.empty((capacity, 13), np.int64)
+        self.written = np.zeros((0, 13), np.int64)
+        pinned = [self.cupy.cuda.alloc_pinned_memory(capacity * 13 * 8) for _ in range(self._RING)]
+        self.ring = collections.deque((p, np.frombuffer(p, np.int64, capacity * 13).reshape(capacity, 13),
+                                       self.cupy.cuda.Event(disable_timing=True)) for p in pinned)
+        self._capacity = capacity if self.image_bytes else 0
+
+    def bind(self, launch: Launch, batch: int) -> Launch:
+        """Buffers to addresses, numbers to the types that kernels take."""
+        base = self.workspace.data.ptr
+
+        def value(a):
+            if isinstance(a, Buffer):
+                return np.uint64(base + a.offset * batch)
+            if a is None:
+                return np.uint64(0)
+            return np.int32(a) if isinstance(a, int) else np.float32(a) if isinstance(a, float) else a
+        return launch._replace(args=tuple(map(value, launch.args)))
+
+    def launch(self, launches: Iterable[Launch]) -> None:
+        for kernel, grid, block, args in launches:
+            kernel(grid, block, args)
+
+    def capture(self, launches: Iterable[Launch]):
+        """A CUDA graph of launches that have all run before (so that nothing is loaded while capturing)."""
+        with self.capture_stream:
+            self.capture_stream.begin_capture()
+            try:
+                self.launch(launches)
+            finally:
+                graph = self.capture_stream.end_capture()
+        return graph
+
+    def image_row(self, pixels, shift: tuple[float, float], score: int, target=None) -> list[int]:
+        """The image table's row: see struct Image in common.cuh. Taps and operators are kept by size."""
+        key = *pixels.shape[:2], *shift
+        entry = self._tables.pop(key, None)
+        if entry is None:
+            row, keep = [], []
+            for n, s in zip(pixels.shape, shift):
+                taps = self._taps or (lambda *_: (np.zeros(1), np.zeros((1, 1))))  # of no pixels that are read
+                start, weight = taps(n, self._size, s)
+                keep += [self.constant(start, np.int32), self.constant(weight)]
+                row += [keep[-2].data.ptr, keep[-1].data.ptr, weight.shape[1]]
+            if self._operator:
+                rows, cols = map(self._operator, pixels.shape[:2])
+                keep += [self.constant(rows), self.constant(cols.T)]
+            entry = row, keep
+        self._tables[key] = entry  # most recently used last
+        row, keep = entry
+        where = (0, 0, 0) if target is None else (target.data.ptr, keep[-2].data.ptr, keep[-1].data.ptr)
+        return [pixels.data.ptr, *pixels.shape[:2], *row, *where, score]
+
+    def stream_of(self, images: Sequence):
+        """torch's current stream if there are torch tensors among the images, else CuPy's."""
+        torch, cuda = sys.modules.get("torch"), self.cupy.cuda
+        if torch and any(isinstance(image, torch.Tensor) for image in images):
+            pointer = torch.cuda.current_stream(self.gpu.id).cuda_stream
+            return cuda.ExternalStream(pointer) if pointer else cuda.Stream(null=True)
+        return cuda.get_current_stream()
+
+    def to_device(self, image):
+        """u8 (H, W, 3) on this GPU; an array that is there already is not copied."""
+        a = self.cupy.asarray(image)
+        if (a.dtype != np.uint8 or a.ndim != 3 or a.shape[2] != 3 or min(a.shape[:2]) < 8
+                or max(a.shape[:2]) > 32768):
+            raise Unfit("image on the GPU: expected uint8 (H, W, 3) of 8 to 32768 pixels a side, "
+                        f"got {a.dtype} {a.shape}")
+        if a.device.id != self.gpu.id:
+            raise Unfit(f"image on GPU {a.device.id}, the model is on GPU {self.gpu.id}: copy it there")
+        return self.cupy.ascontiguousarray(a)
+
+    def run(self, images: Sequence | None, *, with_map: bool = False, outputs: bool = False,
+            shifts: Sequence[tuple[float, float]] | None = None, given=None) -> Frames:
+        """Enqueue a batch on the caller's stream; nothing waits for it."""
+        batch = len(given) if images is None else len(images)
+        shifts = shifts or [(0.0, 0.0)] * batch
+        with self._lock, self.gpu, self.stream_of(images or ()) as stream:
+            if batch > self._capacity:
+                self._allocate(batch)
+            # never one that a frame in flight points to
+            while len(self._tables) > self._RING * max(128, self._capacity):
+                del self._tables[next(iter(self._tables))]
+            stream.wait_event(self.done)  # the workspace is shared between streams
+            pixels = [self.to_device(image) for image in images or ()]
+            scores = self.cupy.empty(batch, np.float32) if self._scored else None
+            maps = [self.cupy.empty(p.shape[:2], np.float32) if with_map else None for p in pixels]
+            at = scores.data.ptr if self._scored else 0
+            rows = [self.image_row(p, s, at + 4 * i, m)
+                    for i, (p, s, m) in enumerate(zip(pixels, shifts, maps))]
+            rows = np.array(rows or np.zeros((batch, 13)), np.int64)
+            if given is not None:
+                x, n, c, columns = self._given
+                places = self._view(x, batch, n, columns)
+                places.fill(0)
+                places[:, :, :c] = self.cupy.asarray(given)
+            if not np.array_equal(rows, self.written):
+                self.write_table(rows, stream)
+            frame = self.frames.get(batch)
+            if frame is None:
+                launches = [self.bind(make(batch), batch) for _, make in self.steps]
+                self.launch(launches)
+                stages = [stage for stage, _ in self.steps]
+                self.frames[batch] = _Frame(stages, launches, self.capture(launches))
+            else:
+                frame.graph.launch(stream)
+            kept = []
+            for x, shape, c in self._kept if outputs else ():
+                places = self._view(x, batch, *shape)
+                kept.append((places.reshape(batch, -1) if c is None else places[:, :, :c]).copy())
+            self.done.record(stream)
+        return Frames(scores, maps, kept, stream, self.gpu)
+
+    def _view(self, buffer: Buffer, batch: int, *shape: int):
+        """A float32 buffer of the workspace as an array (B, ...)."""
+        start = buffer.offset * batch
+        size = 4 * int(np.prod(shape)) * batch
+        return self.workspace[start:start + size].view(np.float32).reshape(batch, *shape)
+
+    def run_only(self, stages: Sequence[str], images: Sequence, with_map: bool = True) -> None:
+        """Only the launches of these stages, on whatever the others left, and the wait for them."""
+        built = self.frames[len(images)]
+        with self._lock, self.gpu:
+            self.launch([k for s, k in zip(built.stages, built.launches) if s in stages])
+            self.cupy.cuda.get_current_stream().synchronize()
+
+    def write_table(self, rows: np.ndarray, stream) -> None:
+        pinned, host, copied = self.ring[0]
+        self.ring.rotate(-1)
+        copied.synchronize()  # long past, unless _RING frames are in flight
+        host[:len(rows)] = rows
+        runtime = self.cupy.cuda.runtime
+        runtime.memcpyAsync(self.table.data.ptr, host.ctypes.data, rows.nbytes, runtime.memcpyHostToDevice,
+                            stream.ptr)
+        copied.record(stream)
+        self.written = rows
+
+
+def bench_cuda(engine: Engine, images: Sequence[int] = (1, 16, 64, 256), frames: int = 200,
+               pixels: int = 256, values: int = 64 << 20) -> dict:
+    """Device-event timings of a built engine, u8 on the device to score and map, after a warm-up.
+
+    Returns, for each batch of `images` random images of `pixels` a side: p50 and p95 in ms a batch, images a
+    second; for batch 1 also the p50 of each stage (a graph of its own, so a stage includes one graph launch);
+    and for the fused rotation and density on `values` values: bytes moved a second, beside those of a device
+    copy of as many bytes.
+    """
+    cupy, rng = engine.cupy, np.random.default_rng(0)
+    runtime = cupy.cuda.runtime
+    stream = cupy.cuda.Stream(non_blocking=True)
+
+    def timed(work: Callable[[], None], count: int) -> list[float]:
+        events = [cupy.cuda.Event() for _ in range(2 * count)]
+        for _ in range(10):
+            work()
+        for begin, end in zip(events[::2], events[1::2]):
+            begin.record(stream)
+            work()
+            end.record(stream)
+        stream.synchronize()
+        return sorted(cupy.cuda.get_elapsed_time(b, e) for b, e in zip(events[::2], events[1::2]))
+
+    report: dict[str, Any] = {"gpu": runtime.getDeviceProperties(engine.gpu.id)["name"].decode(),
+                              "precision": str(engine.real), "frames": frames, "batches": {},
+                              "stages_p50_ms": {}}
+    with stream:
+        for batch in images:
+            frame = [cupy.asarray(rng.integers(0, 256, (pixels, pixels, 3), np.uint8)) for _ in range(batch)]
+            ms = timed(lambda: engine.run(frame, with_map=True), max(10, frames // batch))
+            p50, p95 = ms[len(ms) // 2], ms[int(.95 * (len(ms) - 1))]
+            report["batches"][batch] = {"p50_ms": p50, "p95_ms": p95, "images_per_s": 1e3 * batch / p50}
+            if batch == 1:
+                built = engine.frames[1]
+                for stage in dict.fromkeys(built.stages):
+                    graph = engine.capture([k for s, k in zip(built.stages, built.launches) if s == stage])
+                    ms = timed(lambda: graph.launch(stream), frames)
+                    report["stages_p50_ms"][stage] = ms[len(ms) // 2]
+        c, n = 256, 256
+        rows = values // c
+        x, f = (cupy.empty((rows, c), engine.real) for _ in range(2))
+        z = cupy.empty(rows, np.float32)
+        x.fill(0)
+        f.fill(0)
+        ones = engine.constant(np.ones(n))
+        rotate = engine.bind(Launch(engine.kernel("rotate_density"), (-(-rows // 4), 1, 1), (128,),
+                                     (x, f, .8, .6, None, ones, ones, z, rows, n, c)), 1)
+        moved = x.nbytes + f.nbytes + z.nbytes
+        copy = cupy.empty(x.nbytes, np.uint8)
+        for name, work, size in (
+                ("rotate_density", lambda: engine.launch([rotate]), moved),
+                ("device_copy", lambda: runtime.memcpyAsync(copy.data.ptr, x.data.ptr, x.nbytes,
+                                                            runtime.memcpyDeviceToDevice, stream.ptr),
+                 2 * x.nbytes)):
+            ms = timed(work, 50)
+            report[f"{name}_gb_per_s"] = size / ms[len(ms) // 2] / 1e6
+    report["rotate_share_of_copy"] = report["rotate_density_gb_per_s"] / report["device_copy_gb_per_s"]
+    return report

@@ -1,0 +1,128 @@
+"""The engines: one interface, checked fields, memory by threads; a prior that travels between processes."""
+import copy
+import inspect
+import multiprocessing
+import pickle
+
+import numpy as np
+import pytest
+
+import fastprior as fp
+from twins import cpu
+
+METHODS = [name for name, _ in inspect.getmembers(fp.Engine, inspect.isfunction) if not name.startswith("_")]
+
+
+def parameters(function):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_an_engine_has_the_methods_of_the_interface(kind):
+    engine = fp._engines(kind).Engine
+    for name in METHODS:
+        assert parameters(getattr(engine, name)) == parameters(getattr(fp.Engine, name)), name
+    assert engine.device == kind and len(METHODS) > 12
+    assert set(fp.Engine.__annotations__) == {"device", "threads"}
+
+
+def test_a_frame_calls_nothing_but_the_interface(trained):
+    called = set()
+
+    class Recorder:
+        def __getattr__(self, name):
+            called.add(name)
+            # a place is a number here, and a place with its columns two
+            return lambda *_, **__: (0, 32) if name in ("features", "given", "linear") else 0
+    for from_pixels in (True, False):
+        trained._emit(Recorder(), from_pixels)
+    assert called <= set(METHODS)
+    assert called == set(METHODS) - {"run", "run_only"}
+
+
+def test_emit_refuses_missing_and_unknown_fields_and_what_is_no_integer():
+    fields = {"x": 0, "n": 4, "d": 8, "gain": 0, "bias": 0, "out": 64}
+    engine = cpu.Engine(1)
+    engine.emit(cpu._layer_norm, **fields)
+    for name in fields:
+        with pytest.raises(TypeError, match=rf"_layer_norm: missing or unknown fields \['{name}'\]"):
+            engine.emit(cpu._layer_norm, **{k: v for k, v in fields.items() if k != name})
+        for value in (1.5, None, np.zeros(3)):
+            with pytest.raises(TypeError):
+                engine.emit(cpu._layer_norm, **fields | {name: value})
+    for name in ("gian", "scratch", "operation"):
+        with pytest.raises(TypeError, match=name):
+            engine.emit(cpu._layer_norm, **fields, **{name: 16})
+    with pytest.raises(TypeError, match="scratch"):  # a kernel that needs some
+        engine.emit(cpu._map, z=0, grid=4, weight=0, offset=0)
+    assert len(engine._rows) == 1
+
+
+def test_rows_have_room_for_all_fields_and_the_operation_first():
+    operations = [kernel for kernel in cpu._KERNELS if kernel.fields is not None and kernel is not cpu._run]
+    assert len(operations) > 10
+    for fields in (cpu._IMAGE, *(kernel.fields for kernel in operations)):
+        assert fields.itemsize <= cpu._ROW_BYTES
+        assert {fields[name] for name in fields.names} == {np.dtype(np.int64)}
+    assert {kernel.fields.names[0] for kernel in operations} == {"operation"}
+
+
+def test_memory_grows_with_the_threads_and_no_faster(trained, monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "64")
+    shapes = {}
+    for threads in (1, 2, 64):
+        engine = cpu.Engine(threads)
+        trained._emit(engine, True)
+        shapes[threads] = engine._memory.shape
+    assert [n for n, _ in shapes.values()] == [1, 2, 64]
+    assert len({floats for _, floats in shapes.values()}) == 1
+
+
+def test_only_some_stages_run_again(trained, pictures):
+    want = trained.score(pictures[0])
+    engine = trained._engine()
+    assert {stage for stage, _, _ in engine._rows} == set(fp.STAGES)
+    states = engine.prepare(1)
+    before = states.copy()
+    engine.run_only(["map"], pictures[:1])
+    np.testing.assert_array_equal(states, before)
+    states[...] = np.nan
+    engine.run_only(["resize", "features"], pictures[:1])
+    assert np.isfinite(states).any() and np.isnan(states).any()
+    states[...] = 0  # as a frame finds them when they are new
+    assert trained.score(pictures[0]).score == want.score
+
+
+# -- a prior travels -----------------------------------------------------------------------------
+
+def assert_same(a, b):
+    assert (a.score, a.p_value, a.verdict, a.product) == (b.score, b.p_value, b.verdict, b.product)
+    np.testing.assert_array_equal(a.anomaly_map, b.anomaly_map)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["prior", "several"])
+@pytest.mark.parametrize("travel", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))],
+                         ids=["copy", "deepcopy", "pickle"])
+def test_a_prior_can_be_copied_and_pickled(trained, pictures, travel, several):
+    prior = fp.MultiPrior({"one": trained, "two": trained.with_steps(2)}) if several else trained
+    want = [prior.score(p) for p in pictures]  # it has an engine now, which does not travel
+    for a, b in zip(travel(prior).score_batch(pictures), want):
+        assert_same(a, b)
+
+
+def test_a_result_is_pickled_without_its_batch(trained, pictures):
+    results = trained.score_batch(pictures)
+    for result in results:
+        data = pickle.dumps(result)
+        assert len(data) < result.anomaly_map.nbytes + 4096 and b"_fastprior_kernels" not in data
+        assert_same(pickle.loads(data), result)
+        assert_same(copy.deepcopy(result), result)
+    bare = pickle.loads(pickle.dumps(trained.score(pictures[0], with_map=False)))
+    assert bare.anomaly_map is None and bare.score == results[0].score
+
+
+def test_a_prior_scores_in_a_spawned_worker(trained, pictures):
+    want = [trained.score(p) for p in pictures]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for a, b in zip(pool.map(trained.score, pictures), want):
+            assert_same(a, b)
