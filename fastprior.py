@@ -2647,8 +2647,10 @@ def _build_app():
             for i, (path, name) in enumerate(found.images.items()):
                 row = {"path": str(path)}
                 try:
-                    with _silence():
+                    with _silence(), warnings.catch_warnings(record=True) as said:
                         image = load_image(path, _bits(prior))
+                    for warning in said:
+                        _say(f"warning: {warning.message}")
                     r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
                     if not math.isfinite(r.score):
                         raise ShapeError("its score is not a number")
