@@ -2623,6 +2623,23 @@ def _say(*text) -> None:
             print(_printable(" ".join(map(str, text))), file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _silence():
+    """What C code writes to stderr goes nowhere: libtiff writes there what its caller raises too."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _json(value) -> str:
     """Strict JSON: what is not a number is null."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
@@ -2759,7 +2776,10 @@ def _build_app():
             for i, (path, name) in enumerate(found.images.items()):
                 row = {"path": str(path)}
                 try:
-                    image = load_image(path, _bits(prior))
+                    with _silence(), warnings.catch_warnings(record=True) as said:
+                        image = load_image(path, _bits(prior))
+                    for warning in said:
+                        _say(f"warning: {warning.message}")
                     seen += image_key(image) in known_images
                     r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
                     if not math.isfinite(r.score) or r.device_map is not None and not np.isfinite(r.anomaly_map).all():
@@ -2933,8 +2953,9 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):  # a closed stream is None
                 stream.reconfigure(errors="backslashreplace")  # names are any bytes, and terminals of any code page
+        logging.getLogger("PIL").addHandler(logging.NullHandler())  # decoders speak by what they raise
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of decoders
+            warnings.simplefilter("ignore")
             warnings.simplefilter("once", ImageWarning)
             warnings.showwarning = lambda text, *_: _say(f"warning: {text}")
             code = _run_app()

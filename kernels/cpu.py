@@ -77,7 +77,7 @@ _MOST_THREADS = 8  # by default: a frame has no more work than these share well
 def available_threads() -> int:
     """NUMBA_NUM_THREADS, or the cores that this process may use: its affinity, its quota of time."""
     text = os.environ.get("NUMBA_NUM_THREADS", "")
-    if text.isdecimal() and text.isascii() and int(text):
+    if text.isdecimal() and text.isascii() and 0 < int(text) < 1000:
         return int(text)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for file in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):

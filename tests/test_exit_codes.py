@@ -73,6 +73,15 @@ def test_every_command_fails_with_two(args, shell, code):
     assert run(*args, shell=shell).returncode in {code, 2}
 
 
+def test_libtiff_does_not_speak_beside_us(model_file, images):
+    Image.open(images / "a.png").convert("RGB").save(images / "t.tif", compression="tiff_adobe_deflate")
+    data = bytearray((images / "t.tif").read_bytes())
+    data[len(data) // 2] ^= 16
+    (images / "t.tif").write_bytes(data)
+    done = run("score", "-m", model_file, images / "t.tif")
+    assert done.returncode == 2 and len(lines(done.stderr)) == 1 and b"t.tif: not a readable image" in done.stderr
+
+
 @LINUX
 def test_names_of_every_kind(model_file, images):
     data = (images / "a.png").read_bytes()
