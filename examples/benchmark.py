@@ -285,14 +285,6 @@ VARIANTS = {  # settings, and training steps (None: as many as asked for)
 }
 
 
-@functools.lru_cache(1)
-def _digest(files: tuple[Path, ...]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
 def train(category: Category, backbone, config, variants: Sequence[str], counts: Sequence[int | None],
           iterations: int | None, threads: int | None, progress: Callable) -> Iterator[tuple[tuple, Path]]:
     """((variant, count), model file) for each variant and number of images (None: all of them).
@@ -300,12 +292,14 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
     Everything is kept in the cache folder, under a digest of all that decides it: the features, which are
     computed once, and the models. Gaussians are fitted once a number of images (and once more for "plain").
     """
-    weights = hashlib.sha256(b"".join(a.tobytes() for a in backbone.to_arrays().values())).hexdigest()
-    common = [fp.__version__, fp.FORMAT, fp.FIT_REVISION, weights, _digest(tuple(category.train))]
+    common = hashlib.sha256(repr([fp.__version__, fp.FORMAT, fp.FIT_REVISION]).encode())
+    for part in itertools.chain(backbone.to_arrays().values(), (p.read_bytes() for p in category.train)):
+        common.update(part)
 
     def kept(kind: str, *key) -> Path:
-        digest = hashlib.sha256(json.dumps([*common, kind, *key]).encode()).hexdigest()
-        return fp._cache_folder() / f"{category.name}-{kind}-{digest[:24]}.npz"
+        digest = common.copy()
+        digest.update(json.dumps(key).encode())
+        return fp._cache_folder() / f"{category.name}-{kind}-{digest.hexdigest()[:24]}.npz"
 
     @functools.cache
     def features() -> fp.Extracted:
@@ -353,8 +347,10 @@ def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable,
     _import_sklearn()
     if report:
         _import_figure()
-    if unknown := set(variants) - set(VARIANTS):
+    if unknown := [v for v in variants if v not in VARIANTS]:
         raise fp.ShapeError(f"--variants: expected some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+    if any(VARIANTS[v][1] is None for v in variants) and not fp._is_installed("torch"):
+        fp._import_torch()  # says what to install
     other = [n for n in steps if n not in fp._CALIBRATED_STEPS]
     if len(other) > 1:
         raise fp.ShapeError(f"--steps: with --data at most one besides {fp._CALIBRATED_STEPS}, got {other}")

@@ -206,7 +206,9 @@ def test_a_model_of_the_grid_is_the_one_that_fit_makes(data, backbone, tmp_path,
     for _, file in benchmark.train(category, net, config, ["gaussian", "joint"], [None], 5, None, fp._quiet):
         fp.Prior.load(file)
     moved = dict(benchmark.train(category, net, config, ["gaussian"], [10], 5, None, fp._quiet))
-    assert not set(moved.values()) & set(models.values())
+    fewer = category._replace(train=category.train[:-1])
+    other = dict(benchmark.train(fewer, net, config, ["gaussian"], [None], 5, None, fp._quiet))
+    assert not {*moved.values(), *other.values()} & set(models.values())
 
 
 def test_report_has_table_and_picture(bench, data, tmp_path):
@@ -256,6 +258,11 @@ def test_categories_of_one_name_and_missing_libraries_are_named(bench, data, tmp
         error = bench(*option).exception
         assert isinstance(error, fp.BackendUnavailable) and "\n" not in str(error)
         assert need in str(error) and "pip install 'fastprior[bench]'" in str(error)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(fp, "_is_installed", lambda name: name != "torch")
+    error = bench("--backbone", "lite0").exception
+    assert isinstance(error, fp.BackendUnavailable) and "needs torch" in str(error)
 
 
 def test_an_interrupted_training_is_not_kept(bench, monkeypatch):
