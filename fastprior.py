@@ -351,11 +351,12 @@ def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.
 
 
 def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
-    """An image (H, W, C) in bands whose float32 fit the cache: input rows, and rows of zeros beyond."""
+    """An image (H, W, C) in bands that fit the cache: input rows, and rows of zeros above and below them."""
     height, (above, _) = shape[0], _same_padding(shape[0], kernel, stride)
-    out, count = -(-height // stride), -(-4 * math.prod(shape) // _BAND_BYTES)
+    out = -(-height // stride)
+    count = min(out, -(-4 * math.prod(shape) // _BAND_BYTES))
     bands = []
-    for i in range(min(count, out)):
+    for i in range(count):
         first, last = out * i // count * stride - above, (out * (i + 1) // count - 1) * stride + kernel - above
         bands.append((slice(max(first, 0), min(last, height)), (max(-first, 0), max(last - height, 0))))
     return bands
@@ -1041,14 +1042,25 @@ def load_image(source, bits: int | None = None) -> np.ndarray:
 
 
 def find_depth(images: Iterable) -> int | None:
-    """The smallest depth (see `load_image`) that holds all but a thousandth of the 16-bit values; None without any."""
-    beyond, count = np.zeros(len(_DEPTHS)), 0
+    """The smallest depth (see `load_image`) that holds all but a thousandth of the 16-bit values; None without.
+
+    ShapeError where most images use 4 bits less: then two depths are mixed.
+    """
+    beyond, counts = [], []
     for source in images:
         with contextlib.suppress(Exception):  # what cannot be read is said when it is to be used
             a = _pixels(source, deep_only=True)
             if a is not None:
-                beyond, count = beyond + _beyond(a), count + a.size
-    return _depth(beyond, count) if count else None
+                beyond.append(_beyond(a))
+                counts.append(a.size)
+    if not counts:
+        return None
+    depth = _depth(sum(beyond), sum(counts))
+    lower = [own for own in map(_depth, beyond, counts) if own <= depth - 4]
+    if 2 * len(lower) > len(counts):
+        raise ShapeError(f"{len(lower)} of {len(counts)} images use at most {max(lower)} bits, others {depth}: "
+                         "say which is meant (--bits)")
+    return depth
 
 
 def _beyond(a: np.ndarray) -> np.ndarray:
@@ -1609,13 +1621,12 @@ def find_regions(anomaly_map: np.ndarray | None) -> list[Region]:
     if anomaly_map is None:
         raise ShapeError("regions: this image was scored without its map: score(..., with_map=True)")
     from scipy import ndimage
-    labels, count = ndimage.label(anomaly_map > 1, np.ones((3, 3)))
-    if not count:
-        return []
-    numbers = range(1, count + 1)
-    peaks, sizes = ndimage.maximum(anomaly_map, labels, numbers), np.bincount(labels.ravel())[1:]
-    regions = [Region(x.start, y.start, x.stop, y.stop, int(size), float(peak))
-               for (y, x), size, peak in zip(ndimage.find_objects(labels), sizes, peaks)]
+    labels, _ = ndimage.label(anomaly_map > 1, np.ones((3, 3)))
+    regions = []
+    for number, (y, x) in enumerate(ndimage.find_objects(labels), 1):
+        inside = labels[y, x] == number
+        peak = float(anomaly_map[y, x][inside].max())
+        regions.append(Region(x.start, y.start, x.stop, y.stop, int(inside.sum()), peak))
     return sorted(regions, key=lambda r: -r.peak)
 
 

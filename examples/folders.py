@@ -111,7 +111,8 @@ class Found:
             self.suffixes[path.suffix or "no suffix"] += 1
         elif _OUTPUT.search(path.name):
             self.left_out["maps and masks of fastprior"] += 1
-        elif path.suffix.lower() in (".png", ".bmp") and _MASK_OF.sub("", path.stem) in stems - {path.stem}:
+        elif (path.suffix.lower() in (".png", ".bmp") and _MASK_OF.search(path.stem)
+              and _MASK_OF.sub("", path.stem) in stems):
             self.left_out["masks beside their images"] += 1
         elif real in self.seen:
             self.left_out["seen by another name"] += 1

@@ -314,6 +314,8 @@ def test_the_depth_is_that_of_the_set_not_of_a_hot_pixel(tmp_path):
     images = [HALF.copy() for _ in range(6)] + [RGB]
     images[0][3, 3] = 65535
     assert fp.find_depth(images) == 12 and fp.find_depth([RGB]) is None and fp.find_depth([]) is None
+    with pytest.raises(fp.ShapeError, match="6 of 7 images use at most 12 bits, others 16"):
+        fp.find_depth([HALF] * 6 + [DEEP])
     assert fp.find_depth([HALF >> 2, HALF]) == 12 and fp.find_depth([tmp_path / "none.png", HALF]) == 12
 
 
