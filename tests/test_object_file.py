@@ -24,6 +24,7 @@ def python(code, *args, path=ROOT, **environment):
                           env=os.environ | environment)
 
 
+_OWNERS = []  # of machine code in which helper threads may sleep: never freed
 LOAD = "import fastprior as fp; fp._engines('cpu').load_kernels(); print('numba' in sys.modules)"
 
 
@@ -44,12 +45,12 @@ def load(compiled, tmp_path, monkeypatch):
         if kernel.fields is not None:
             monkeypatch.setattr(kernel, "address", kernel.address)  # other tests go on with the old code
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made, owners, kept = [], [], cpu._read_object(compiled[1])
+    made, kept = [], cpu._read_object(compiled[1])
     monkeypatch.setattr(cpu, "_compile_kernels", lambda machine: made.append(1) or kept)
 
     def load() -> bool:
         made.clear()
-        owners.append(cpu._load_kernels.__wrapped__())
+        _OWNERS.append(cpu._load_kernels.__wrapped__())
         return bool(made)
     load.file = cpu._object_file()
     return load
@@ -163,12 +164,12 @@ def test_the_name_of_the_file_is_the_text_of_the_kernels(compiled, tmp_path):
 
 # -- what cannot be compiled ----------------------------------------------------------------------
 
-def calls_outside(row, band, bands, ws, state, image, batch, state_stride):
+def calls_outside(row, band, bands, ws, own, state, image, batch, state_stride):
     if np.tan(np.float64(ws)) > 2:
-        cpu._arrive(state)
+        cpu._add(state, 1)
 
 
-def not_typed(row, band, bands, ws, state, image, batch, state_stride):
+def not_typed(row, band, bands, ws, own, state, image, batch, state_stride):
     return row.nothing
 
 
@@ -241,4 +242,4 @@ def test_the_command_says_that_it_compiles(model_file, compiled, tmp_path):
         fp.main()"""
     image = str(ROOT / "examples" / "washers" / "good_0.png")
     done = python(code, str(compiled[1]), "score", "-m", str(model_file), image, XDG_CACHE_HOME=str(tmp_path))
-    assert done.stderr.splitlines()[0] == "compiling", done.stderr
+    assert done.stderr.splitlines()[0] == "fastprior: compiling", done.stderr
