@@ -1483,7 +1483,7 @@ class Settings:
     eps-prediction), for ablations. `steps` may be changed when scoring.
     """
     backbone: str = "lite0"
-    size: int = 256  # side that an image is resized to, pixels
+    size: int = 448  # side that an image is resized to, pixels
     cell: int = 0  # side of a place, pixels of the resized image; 0: 32 from 384 pixels on, else 16
     steps: int = 2
     first: int = 50  # t at which the features are taken to lie
