@@ -206,18 +206,7 @@ def gaussian_log_prob(x: np.ndarray, axis: int = -1) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 NONE, RELU6, SILU = 0, 1, 2  # activation codes, shared with the kernels
-_BAND_BYTES = 1 << 21  # of a band of an image, see `_bands`
-
-
-@functools.cache
-def _threads() -> "concurrent.futures.ThreadPoolExecutor":
-    """One thread a core for the bands; kept."""
-    import concurrent.futures
-    return concurrent.futures.ThreadPoolExecutor(_available_threads())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
+_BAND_BYTES = 1 << 20  # of the expanded image, see `mbconv`
 
 
 def activate(x: np.ndarray, act: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -348,12 +337,12 @@ def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.
 
 def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
     """An image (H, W, C) in bands that fit the cache: input rows, and rows of zeros above and below them."""
-    height, (above, _) = shape[0], _same_padding(shape[0], kernel, stride)
+    height, (top, _) = shape[0], _same_padding(shape[0], kernel, stride)
     out = -(-height // stride)
     count = min(out, -(-4 * math.prod(shape) // _BAND_BYTES))
     bands = []
     for i in range(count):
-        first, last = out * i // count * stride - above, (out * (i + 1) // count - 1) * stride + kernel - above
+        first, last = out * i // count * stride - top, (out * (i + 1) // count - 1) * stride + kernel - top
         bands.append((slice(max(first, 0), min(last, height)), (max(-first, 0), max(last - height, 0))))
     return bands
 
@@ -372,7 +361,7 @@ def mbconv(x: np.ndarray, block: "Block") -> np.ndarray:
         y = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act, beyond)
         return y if squeeze else linear(y, p["project_w"], p["project_b"])
     bands = _bands(x.shape[:2] + (block.channels[1],), kernel, block.stride)
-    y = np.concatenate(list(_threads().map(band, *zip(*bands))))
+    y = np.concatenate([band(*rows) for rows in bands])
     if squeeze:
         y = squeeze_excite(y, p["se_reduce_w"], p["se_reduce_b"], p["se_expand_w"], p["se_expand_b"])
         y = linear(y, p["project_w"], p["project_b"])
