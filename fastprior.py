@@ -36,7 +36,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import logging
 import math
@@ -209,19 +208,7 @@ def gaussian_log_prob(x: np.ndarray, axis: int = -1) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 NONE, RELU6, SILU = 0, 1, 2  # activation codes, shared with the kernels
-_BAND_BYTES = 1 << 21  # of a band of an image, see `_bands`
-
-
-@functools.cache
-def _threads():
-    """One thread a core for the bands; kept."""
-    import concurrent.futures
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return concurrent.futures.ThreadPoolExecutor(cores)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
+_BAND_BYTES = 1 << 20  # of the expanded image, see `mbconv`
 
 
 def activate(x: np.ndarray, act: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -352,12 +339,12 @@ def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.
 
 def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
     """An image (H, W, C) in bands that fit the cache: input rows, and rows of zeros above and below them."""
-    height, (above, _) = shape[0], _same_padding(shape[0], kernel, stride)
+    height, (top, _) = shape[0], _same_padding(shape[0], kernel, stride)
     out = -(-height // stride)
     count = min(out, -(-4 * math.prod(shape) // _BAND_BYTES))
     bands = []
     for i in range(count):
-        first, last = out * i // count * stride - above, (out * (i + 1) // count - 1) * stride + kernel - above
+        first, last = out * i // count * stride - top, (out * (i + 1) // count - 1) * stride + kernel - top
         bands.append((slice(max(first, 0), min(last, height)), (max(-first, 0), max(last - height, 0))))
     return bands
 
@@ -376,7 +363,7 @@ def mbconv(x: np.ndarray, block: "Block") -> np.ndarray:
         y = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act, beyond)
         return y if squeeze else linear(y, p["project_w"], p["project_b"])
     bands = _bands(x.shape[:2] + (block.channels[1],), kernel, block.stride)
-    y = np.concatenate(list(_threads().map(band, *zip(*bands))))
+    y = np.concatenate([band(*rows) for rows in bands])
     if squeeze:
         y = squeeze_excite(y, p["se_reduce_w"], p["se_reduce_b"], p["se_expand_w"], p["se_expand_b"])
         y = linear(y, p["project_w"], p["project_b"])
@@ -2565,22 +2552,6 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
 
 
-def machine() -> dict[str, str | int]:
-    """What a figure needs beside it."""
-    import platform
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    if _is_installed("numba"):
-        from importlib.metadata import version
-        versions["numba"] = version("numba")
-    return {"cpu": name, "cores": os.cpu_count() or 1, **versions}
-
-
 # ------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------
@@ -2590,67 +2561,9 @@ def demo_model() -> Path:
     return _data_folder("weights") / "demo.npz"
 
 
-class _Bars:
-    """rich progress bars on stderr, one a stage; silent where stderr is no terminal."""
-
-    def __enter__(self):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
-        console = Console(file=sys.stderr or io.StringIO())
-        self.bars = Bars(TextColumn("{task.description:>12}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                         console=console, disable=not console.is_terminal)
-        self.tasks: dict[str, Any] = {}
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_):
-        self.bars.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self.tasks:
-            self.tasks[what] = self.bars.add_task(what, total=total)
-        self.bars.update(self.tasks[what], completed=done, total=total)
-
-
 def _printable(text: object) -> str:
     """One line that moves no cursor and forges no row: what cannot be printed as Python escapes it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def _say(*text) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody listens
-        if sys.stderr:
-            print(_printable(" ".join(map(str, text))), file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _silence():
-    """What C code writes to stderr goes nowhere: libtiff writes there what its caller raises too."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _json(value) -> str:
-    """Strict JSON: what is not a number is null."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
-
-
-def _promise(t: Threshold, n: int) -> str:
-    text = (f"threshold {t.value:.2f}: {n} held-out good images promise false alarms of {t.expected:.1%} on average, "
-            f"at most {t.bound:.1%} with 95 % confidence")
-    if t.bound > t.fpr:
-        text += f"; for {t.fpr:.1%} you need {t.needed} (an estimate, no promise: threshold {t.estimate:.2f})"
-    return text
 
 
 def _products(model: Prior | MultiPrior) -> dict[str, Prior]:
@@ -2659,6 +2572,7 @@ def _products(model: Prior | MultiPrior) -> dict[str, Prior]:
 
 def _build_app():
     import typer
+    console = _room("console")
     app = typer.Typer(name="fastprior", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                       context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode=None,
                       help="Tell good parts from bad ones: train on good images, score new ones in milliseconds.")
@@ -2704,31 +2618,13 @@ def _build_app():
         if tier not in TIERS:
             raise ShapeError(f"--tier: expected {', '.join(TIERS)}, got {tier!r}")
         own = {k: v for k, v in {"backbone": backbone, "size": size, "cell": cell}.items() if v is not None}
-        with _Bars() as bars:
+        with console.Bars() as bars:
             made = (fit_many if multi else fit)(
                 good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
                 variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits, keep_all=keep_all,
                 **TIERS[tier] | own)
         made.save(output)
-        for name, prior in _products(made).items():
-            s = prior.summary
-            if name:
-                _say(f"{name}:")
-            _say(s["found"])
-            for line in s["unreadable"]:
-                _say(f"cannot be read: {line}")
-            if s["not_read"]:
-                _say(f"{s['not_read']} images could not be read")
-            if s["repeated"]:
-                _say(f"{s['repeated']} images repeat the pixels of others: they count once")
-            if s["set_aside"]:
-                _say(f"{len(s['set_aside'])} images are unlike the others and were set aside (--keep-all keeps "
-                     "them; look at them: fastprior score --map): " + ", ".join(s["set_aside"]))
-            depth = f", {prior.settings.bits} bits" if prior.settings.bits else ""
-            loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
-            _say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
-                 f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
-            _say(_promise(prior.threshold, len(prior.calibration["scores"])))
+        console.tell_training(made)
         print(output)
 
     @app.command()
@@ -2751,81 +2647,8 @@ def _build_app():
 
         Example: fastprior score -m part.npz --fpr 0.05 --json 'photos/*.png'
         """
-        if model is None:
-            model = demo_model()
-            _say(f"no --model given: using the demo model, which knows the washers of examples/ ({model})")
-        folders = _room("folders")
-        found = folders.find_all(paths)
-        if str(found):
-            _say(found)
-        failed, anomalies, seen, scores = 0, 0, 0, {}
-
-        def refuse(text: str, row: dict) -> None:
-            nonlocal failed
-            failed += 1
-            _say(f"error: {text}")
-            if as_json:
-                print(_json(row | {"error": text}), flush=True)
-        for path, text in found.errors.items():
-            refuse(f"{path or repr(path)}: {text}", {"path": path})
-        if not found.images:
-            raise typer.Exit(2)
-        prior = Prior.load(model, threads=threads, steps=steps, fpr=fpr, threshold=threshold, device=device)
-        known_images = {key for own in _products(prior).values() for key in own.summary.get("trained_on", ())}
-        with _Bars() as bars:
-            for i, (path, name) in enumerate(found.images.items()):
-                row = {"path": str(path)}
-                try:
-                    with _silence(), warnings.catch_warnings(record=True) as said:
-                        image = load_image(path, _bits(prior))
-                    for warning in said:
-                        _say(f"warning: {warning.message}")
-                    seen += image_key(image) in known_images
-                    r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
-                    if not math.isfinite(r.score) or r.device_map is not None and not np.isfinite(r.anomaly_map).all():
-                        raise ShapeError("its score or map is not a number")
-                except (FastPriorError, MemoryError) as e:
-                    refuse(str(e) if isinstance(e, ImageError) else f"{path}: {str(e) or 'out of memory'}", row)
-                    continue
-                anomalies += r.is_anomaly
-                product = getattr(r, "product", "")
-                scores.setdefault(product, []).append(r.score)
-                row |= {"score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
-                row |= {"product": product} if product else {}
-                unwritten = ""
-                try:
-                    if as_json:
-                        row |= {"threshold": round(r.threshold, 4),
-                                "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
-                    if map_folder:
-                        drawn = overlay(image, r.anomaly_map, r.regions)
-                        row["map"] = folders.write_png(map_folder, name, "map", drawn, path)
-                    if mask_folder:
-                        mask = (r.anomaly_map > 1).astype(np.uint8) * 255
-                        row["mask"] = folders.write_png(mask_folder, name, "mask", mask, path)
-                except (OSError, ValueError, MemoryError) as e:
-                    unwritten = f"{path}: scored, but its map or mask cannot be written ({getattr(e, 'strerror', None) or e})"
-                cells = [str(path), f"{r.score:.2f}", f"{r.p_value:.4f}", r.verdict, *filter(None, [product])]
-                if not as_json:
-                    print("\t".join(map(_printable, cells)), flush=True)
-                elif not unwritten:
-                    print(_json(row), flush=True)
-                if unwritten:
-                    refuse(unwritten, row)
-                if len(found.images) > 1:
-                    bars("scoring", i + 1, len(found.images))
-        if failed and len(found.images) + len(found.errors) > 1:
-            _say(f"{failed} of {len(found.images) + len(found.errors)} could not be scored, or their maps not written")
-        if 2 * seen > len(found.images) > 1:
-            _say(f"warning: {seen} of {len(found.images)} images were trained on: their scores say nothing of new ones")
-        for product, own in scores.items():
-            if product not in _products(prior):
-                continue
-            known = _products(prior)[product]
-            moved = drift(own, known.calibration["scores"], known.threshold.value)
-            if moved:
-                _say("warning: " + f"{product}: " * bool(product) + moved)
-        raise typer.Exit(2 if failed else int(anomalies > 0))
+        raise typer.Exit(console.score(paths, model, map_folder, mask_folder, as_json, threads=threads, steps=steps,
+                                       fpr=fpr, threshold=threshold, device=device))
 
     @app.command()
     def calibrate(good: str = typer.Argument(..., help="Folder of new good images, not those of training."),
@@ -2843,28 +2666,7 @@ def _build_app():
         Example: fastprior calibrate -m part.npz photos/good_today -o today.npz --known-bad photos/bad
         """
         _room("folders").check_output(output)
-        prior = Prior.load(model, threads=threads, device=device)
-        if isinstance(prior, MultiPrior):
-            raise FastPriorError(f"{model}: holds {len(prior.priors)} products; calibrate takes a model of one")
-        changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
-        with _Bars() as bars:
-            prior = prior.calibrate(good, progress=bars, **changes)
-            tried = prior.score_batch(find_images(known_bad, without="good"), with_map=False, errors="return") if known_bad else []
-        bad = [r.score for r in tried if isinstance(r, Result)]
-        unreadable = prior.summary["unreadable"] + [r for r in tried if isinstance(r, Exception)]
-        if known_bad and not bad:
-            raise ImageError(f"--known-bad: none of {len(tried)} images can be read, the first: {tried[0]}")
-        prior.save(output)
-        for line in unreadable:
-            _say(f"left out: {line}")
-        _say(_promise(prior.threshold, len(prior.calibration["scores"])))
-        if known_bad:
-            print("threshold\tfalse alarms\tat most\tmissed")
-            for t, wrong, most, missed, note in trade_off(prior.calibration["scores"], np.array(bad)):
-                print(f"{t:.2f}\t{wrong:.1%}\t{most:.1%}\t{missed:.1%}\t{note}".rstrip())
-            _say("to use one: fastprior score --threshold, or calibrate --threshold")
-        else:
-            print(output)
+        console.calibrate(good, model, output, known_bad, fpr, threshold, device, threads)
 
     @app.command()
     def bench(steps: str = typer.Option("2", help="DDIM inversion steps, several with commas: 1,2,3,5,10."),
@@ -2893,12 +2695,12 @@ def _build_app():
 
         Example: fastprior bench --data mvtec --variants gaussian,joint,full --steps 2,3,5 --report results
         """
-        with _Bars() as bars:
+        with console.Bars() as bars:
             _room("benchmark").bench(
-                bars, steps=_numbers(steps, "steps"), model=model, backbones=backbone, size=size,
+                bars, steps=console.numbers(steps, "steps"), model=model, backbones=backbone, size=size,
                 input_size=input_size, batch=batch, against=against.split(",") if against else [],
-                processes=processes, data=data, variants=variants.split(","), seeds=_numbers(seeds, "seeds"),
-                images=_numbers(images, "images") if images else [], iterations=iterations, multi=multi,
+                processes=processes, data=data, variants=variants.split(","), seeds=console.numbers(seeds, "seeds"),
+                images=console.numbers(images, "images") if images else [], iterations=iterations, multi=multi,
                 report=report, as_json=as_json, device=device, threads=threads, calibration=calibration)
 
     @app.command()
@@ -2908,97 +2710,14 @@ def _build_app():
 
         Example: fastprior info part.npz
         """
-        facts: dict[str, Any] = {"fastprior": __version__, "file": __file__, **machine()}
-        try:
-            engines = _engines("cpu")
-            with _engine_errors():
-                engines.load_kernels()
-            facts |= {"backend": "numba (cpu)", "threads": engines.available_threads()}
-        except BackendUnavailable as e:
-            facts |= {"backend": f"numpy (slow: {e})", "threads": 1}
-        try:
-            with _engine_errors():
-                cupy = _engines("cuda").import_cupy()
-            facts["cuda"] = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() + f", CuPy {cupy.__version__}"
-        except BackendUnavailable as e:
-            facts["cuda"] = f"no: {e}"
-        if model:
-            made = Prior.load(model)
-            facts |= {"model": str(model), "megabytes": round(model.stat().st_size / 1e6, 1),
-                      "backbone": made.backbone.name, "grid": f"{made.grid}x{made.grid}",
-                      "channels": sum(made.backbone.channels)}
-            for name, prior in _products(made).items():
-                own = {**dataclasses.asdict(prior.settings),
-                       "timesteps": prior.timesteps.tolist(), "calibrated_steps": sorted(prior.calibrations),
-                       "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()), **prior.summary,
-                       "promise": _promise(prior.threshold, len(prior.calibration["scores"]))}
-                facts |= {f"{name}: {k}": v for k, v in own.items()} if name else own
-        print(_json(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
+        console.info(model, as_json)
 
     return app
 
 
-def _numbers(text: str, name: str) -> list[int]:
-    try:
-        return [int(n) for n in text.split(",")]
-    except ValueError as e:
-        raise ShapeError(f"--{name}: expected numbers separated by commas, got {text!r}") from e
-
-
-
 def main() -> None:
     """Entry point of the command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
-    code = 2
-    try:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError):  # a closed stream is None
-                stream.reconfigure(errors="backslashreplace")  # names are any bytes, and terminals of any code page
-        logging.getLogger("PIL").addHandler(logging.NullHandler())  # decoders speak by what they raise
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("once", ImageWarning)
-            warnings.showwarning = lambda text, *_: _say(f"warning: {text}")
-            code = _run_app()
-        if sys.stdout:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        code = 130
-    except BaseException as e:  # the last edge; a SystemExit here is what click makes of a closed pipe
-        code = 2
-        if "--debug" in sys.argv:
-            import traceback
-            traceback.print_exc()
-        _say(f"error: {e}" if isinstance(e, FastPriorError) else "error: cannot write to standard output" if isinstance(e, SystemExit)
-             else f"error: {type(e).__name__}: {e} (--debug shows where)")
-    if code == 130:
-        _say("interrupted")
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except (OSError, ValueError):  # else Python tries again as it ends, and ends with a code of its own
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(code)
-
-
-def _run_app() -> int:
-    try:
-        import typer
-    except ImportError as e:
-        raise BackendUnavailable("the command line needs typer: pip install typer") from e
-    if not _log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("fastprior: %(message)s"))
-        _log.addHandler(handler)
-    _log.setLevel(logging.INFO)
-    try:
-        return _build_app()(standalone_mode=False) or 0
-    except typer.Abort as e:
-        raise KeyboardInterrupt from e
-    except Exception as e:
-        if not hasattr(e, "show"):  # what click says of wrong options
-            raise
-        e.show()
-        return 2
+    _room("console").run(_build_app)
 
 
 if __name__ == "__main__":

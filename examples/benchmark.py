@@ -394,14 +394,14 @@ def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable,
     if not as_json:
         print("\n" + accuracy_table(points))
     for file in write_report(points, report) if report else ():
-        fp._say(file)
+        fp._room("console").say(file)
 
 
 @contextlib.contextmanager
 def _interrupted_at_once():
     """Ctrl-C ends the run: training alone would go on with the weights it has, and they would be kept."""
     def stop(*_):
-        fp._say("interrupted")
+        fp._room("console").say("interrupted")
         sys.exit(130)
     before = signal.signal(signal.SIGINT, stop)
     try:
@@ -483,8 +483,8 @@ def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backb
     if against:
         check_runtimes(against, device)
     peaks = measure_peaks() if device == "cpu" else {}
-    facts = fp.machine() | {"fastprior": fp.__version__, "dtype": "float32"}
-    fp._say(*(f"{k}={v}" for k, v in facts.items()), *(f"{k}={v:.0f}" for k, v in peaks.items()))
+    facts = fp._room("console").machine() | {"fastprior": fp.__version__, "dtype": "float32"}
+    fp._room("console").say(*(f"{k}={v}" for k, v in facts.items()), *(f"{k}={v:.0f}" for k, v in peaks.items()))
 
     def measure(prior, **facts) -> dict:
         pixels = input_size or _first(prior).settings.size

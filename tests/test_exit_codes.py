@@ -108,7 +108,7 @@ def test_names_of_every_kind(model_file, images):
 
 
 def test_json_is_json():
-    assert fp._json({"a": [float("nan"), 1.5], "b": -float("inf"), "c": "日\udcff"}) == '{"a": [null, 1.5], "b": null, "c": "\\u65e5\\udcff"}'
+    assert fp._room("console").strict_json({"a": [float("nan"), 1.5], "b": -float("inf"), "c": "日\udcff"}) == '{"a": [null, 1.5], "b": null, "c": "\\u65e5\\udcff"}'
 
 
 def test_a_score_that_is_no_number_is_an_error(model_file, images, monkeypatch, capsys):

@@ -1,7 +1,4 @@
 """The references as what scores without kernels: float32 throughout, arguments untouched, bands alike."""
-import concurrent.futures
-import os
-
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter1d
@@ -109,19 +106,3 @@ def test_smoothing_is_scipys(grid, sigma):
     np.testing.assert_allclose(fp.map_operator(grid, 33, sigma).sum(1), 1)
     with pytest.raises(ValueError):
         got[0] = 0  # it is kept for the next image
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_has_threads_of_its_own():
-    x, b = np.ones((40, 40, 3), np.float32), fp.load_backbone("lite0")
-    block, x = b.blocks[0], np.repeat(x, 11, 2)[..., :32]
-    want = fp.mbconv(x, block)
-    child = os.fork()
-    if not child:
-        os._exit(int(not np.array_equal(fp.mbconv(x, block), want)))
-    with concurrent.futures.ThreadPoolExecutor(1) as waiting:  # a child without threads would wait for ever
-        try:
-            assert waiting.submit(os.waitpid, child, 0).result(timeout=60)[1] == 0
-        except concurrent.futures.TimeoutError:
-            os.kill(child, 9)
-            raise

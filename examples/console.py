@@ -1,0 +1,324 @@
+#!/usr/bin/env python3
+"""What the command says and does around the method: progress, rows, narration, exit codes.
+
+Results go to stdout, everything else to stderr. fastprior loads this file by its path and hands itself in as `fp`.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+if "fp" not in globals():
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import fastprior as fp
+
+
+def machine() -> dict[str, str | int]:
+    """What a figure needs beside it."""
+    import platform
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    versions = {"python": platform.python_version(), "numpy": np.fp.__version__}
+    if fp._is_installed("numba"):
+        from importlib.metadata import version
+        versions["numba"] = version("numba")
+    return {"cpu": name, "cores": os.cpu_count() or 1, **versions}
+
+
+class Bars:
+    """rich progress bars on stderr, one a stage; silent where stderr is no terminal."""
+
+    def __enter__(self):
+        self.bars, self.tasks = None, {}
+        try:
+            from rich.console import Console
+        except ImportError:
+            return self
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
+        console = Console(file=sys.stderr or io.StringIO())
+        self.bars = Bars(TextColumn("{task.description:>12}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                         console=console, disable=not console.is_terminal)
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.bars:
+            self.bars.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if not self.bars:
+            return
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=total)
+        self.bars.update(self.tasks[what], completed=done, total=total)
+
+
+def say(*text) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody listens
+        if sys.stderr:
+            print(fp._printable(" ".join(map(str, text))), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def silence():
+    """What C code writes to stderr goes nowhere: libtiff writes there what its caller raises too."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def strict_json(value) -> str:
+    """Strict JSON: what is not a number is null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
+
+
+def promise(t, n: int) -> str:
+    text = (f"threshold {t.value:.2f}: {n} held-out good images promise false alarms of {t.expected:.1%} on average, "
+            f"at most {t.bound:.1%} with 95 % confidence")
+    if t.bound > t.fpr:
+        text += f"; for {t.fpr:.1%} you need {t.needed} (an estimate, no promise: threshold {t.estimate:.2f})"
+    return text
+
+
+def numbers(text: str, name: str) -> list[int]:
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError as e:
+        raise fp.ShapeError(f"--{name}: expected numbers separated by commas, got {text!r}") from e
+
+
+def tell_training(made) -> None:
+    """What a training has to say, on stderr."""
+    for name, prior in fp._products(made).items():
+        s = prior.summary
+        if name:
+            say(f"{name}:")
+        say(s["found"])
+        for line in s["unreadable"]:
+            say(f"cannot be read: {line}")
+        if s["not_read"]:
+            say(f"{s['not_read']} images could not be read")
+        if s["repeated"]:
+            say(f"{s['repeated']} images repeat the pixels of others: they count once")
+        if s["set_aside"]:
+            say(f"{len(s['set_aside'])} images are unlike the others and were set aside (--keep-all keeps "
+                 "them; look at them: fastprior score --map): " + ", ".join(s["set_aside"]))
+        depth = f", {prior.settings.bits} bits" if prior.settings.bits else ""
+        loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
+        say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
+             f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
+        say(promise(prior.threshold, len(prior.calibration["scores"])))
+
+
+def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_folder: Path | None, as_json: bool,
+          **options) -> int:
+    """A row an image; returns the exit code. What cannot be scored or written is said, and the rest goes on."""
+    if model is None:
+        model = fp.demo_model()
+        say(f"no --model given: using the demo model, which knows the washers of examples/ ({model})")
+    folders = fp._room("folders")
+    found = folders.find_all(paths)
+    if str(found):
+        say(found)
+    failed, anomalies, seen, scores = 0, 0, 0, {}
+
+    def refuse(text: str, row: dict) -> None:
+        nonlocal failed
+        failed += 1
+        say(f"error: {text}")
+        if as_json:
+            print(strict_json(row | {"error": text}), flush=True)
+    for path, text in found.errors.items():
+        refuse(f"{path or repr(path)}: {text}", {"path": path})
+    if not found.images:
+        return 2
+    prior = fp.Prior.load(model, **options)
+    known_images = {key for own in fp._products(prior).values() for key in own.summary.get("trained_on", ())}
+    with Bars() as bars:
+        for i, (path, name) in enumerate(found.images.items()):
+            row = {"path": str(path)}
+            try:
+                with silence(), warnings.catch_warnings(record=True) as said:
+                    image = fp.load_image(path, fp._bits(prior))
+                for warning in said:
+                    say(f"warning: {warning.message}")
+                seen += fp.image_key(image) in known_images
+                r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
+                if not math.isfinite(r.score) or r.device_map is not None and not np.isfinite(r.anomaly_map).all():
+                    raise fp.ShapeError("its score or map is not a number")
+            except (fp.FastPriorError, MemoryError) as e:
+                refuse(str(e) if isinstance(e, fp.ImageError) else f"{path}: {str(e) or 'out of memory'}", row)
+                continue
+            anomalies += r.is_anomaly
+            product = getattr(r, "product", "")
+            scores.setdefault(product, []).append(r.score)
+            row |= {"score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
+            row |= {"product": product} if product else {}
+            unwritten = ""
+            try:
+                if as_json:
+                    row |= {"threshold": round(r.threshold, 4),
+                            "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
+                if map_folder:
+                    drawn = fp.overlay(image, r.anomaly_map, r.regions)
+                    row["map"] = folders.write_png(map_folder, name, "map", drawn, path)
+                if mask_folder:
+                    mask = (r.anomaly_map > 1).astype(np.uint8) * 255
+                    row["mask"] = folders.write_png(mask_folder, name, "mask", mask, path)
+            except (OSError, ValueError, MemoryError) as e:
+                unwritten = f"{path}: scored, but its map or mask cannot be written ({getattr(e, 'strerror', None) or e})"
+            cells = [str(path), f"{r.score:.2f}", f"{r.p_value:.4f}", r.verdict, *filter(None, [product])]
+            if not as_json:
+                print("\t".join(map(fp._printable, cells)), flush=True)
+            elif not unwritten:
+                print(strict_json(row), flush=True)
+            if unwritten:
+                refuse(unwritten, row)
+            if len(found.images) > 1:
+                bars("scoring", i + 1, len(found.images))
+    if failed and len(found.images) + len(found.errors) > 1:
+        say(f"{failed} of {len(found.images) + len(found.errors)} could not be scored, or their maps not written")
+    if 2 * seen > len(found.images) > 1:
+        say(f"warning: {seen} of {len(found.images)} images were trained on: their scores say nothing of new ones")
+    for product, own in scores.items():
+        if product not in fp._products(prior):
+            continue
+        known = fp._products(prior)[product]
+        moved = fp.drift(own, known.calibration["scores"], known.threshold.value)
+        if moved:
+            say("warning: " + f"{product}: " * bool(product) + moved)
+    return 2 if failed else int(anomalies > 0)
+
+
+def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: float | None,
+              threshold: float | None, device: str, threads: int | None) -> None:
+    prior = fp.Prior.load(model, threads=threads, device=device)
+    if isinstance(prior, fp.MultiPrior):
+        raise fp.FastPriorError(f"{model}: holds {len(prior.priors)} products; calibrate takes a model of one")
+    changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
+    with Bars() as bars:
+        prior = prior.calibrate(good, progress=bars, **changes)
+        tried = prior.score_batch(fp.find_images(known_bad, without="good"), with_map=False, errors="return") if known_bad else []
+    bad = [r.score for r in tried if isinstance(r, fp.Result)]
+    unreadable = prior.summary["unreadable"] + [r for r in tried if isinstance(r, Exception)]
+    if known_bad and not bad:
+        raise fp.ImageError(f"--known-bad: none of {len(tried)} images can be read, the first: {tried[0]}")
+    prior.save(output)
+    for line in unreadable:
+        say(f"left out: {line}")
+    say(promise(prior.threshold, len(prior.calibration["scores"])))
+    if known_bad:
+        print("threshold\tfalse alarms\tat most\tmissed")
+        for t, wrong, most, missed, note in fp.trade_off(prior.calibration["scores"], np.array(bad)):
+            print(f"{t:.2f}\t{wrong:.1%}\t{most:.1%}\t{missed:.1%}\t{note}".rstrip())
+        say("to use one: fastprior score --threshold, or calibrate --threshold")
+    else:
+        print(output)
+
+
+def info(model: Path | None, as_json: bool) -> None:
+    facts: dict[str, Any] = {"fastprior": fp.__version__, "file": fp.__file__, **machine()}
+    try:
+        engines = fp._engines("cpu")
+        with fp._engine_errors():
+            engines.load_kernels()
+        facts |= {"backend": "numba (cpu)", "threads": engines.available_threads()}
+    except fp.BackendUnavailable as e:
+        facts |= {"backend": f"numpy (slow: {e})", "threads": 1}
+    try:
+        with fp._engine_errors():
+            cupy = fp._engines("cuda").import_cupy()
+        facts["cuda"] = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() + f", CuPy {cupy.fp.__version__}"
+    except fp.BackendUnavailable as e:
+        facts["cuda"] = f"no: {e}"
+    if model:
+        made = fp.Prior.load(model)
+        facts |= {"model": str(model), "megabytes": round(model.stat().st_size / 1e6, 1),
+                  "backbone": made.backbone.name, "grid": f"{made.grid}x{made.grid}",
+                  "channels": sum(made.backbone.channels)}
+        for name, prior in fp._products(made).items():
+            own = {**dataclasses.asdict(prior.settings),
+                   "timesteps": prior.timesteps.tolist(), "calibrated_steps": sorted(prior.calibrations),
+                   "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()), **prior.summary,
+                   "promise": promise(prior.threshold, len(prior.calibration["scores"]))}
+            facts |= {f"{name}: {k}": v for k, v in own.items()} if name else own
+    print(strict_json(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
+
+
+def run(build_app: Callable) -> None:
+    """Entry point of the command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
+    code = 2
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError):  # a closed stream is None
+                stream.reconfigure(errors="backslashreplace")  # names are any bytes, and terminals of any code page
+        logging.getLogger("PIL").addHandler(logging.NullHandler())  # decoders speak by what they raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("once", fp.ImageWarning)
+            warnings.showwarning = lambda text, *_: say(f"warning: {text}")
+            code = _run(build_app)
+        if sys.stdout:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as e:  # the last edge; a SystemExit here is what click makes of a closed pipe
+        code = 2
+        if "--debug" in sys.argv:
+            import traceback
+            traceback.print_exc()
+        say(f"error: {e}" if isinstance(e, fp.FastPriorError) else "error: cannot write to standard output" if isinstance(e, SystemExit)
+             else f"error: {type(e).__name__}: {e} (--debug shows where)")
+    if code == 130:
+        say("interrupted")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # else Python tries again as it ends, and ends with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _run(build_app: Callable) -> int:
+    try:
+        import typer
+    except ImportError as e:
+        raise fp.BackendUnavailable("the command line needs typer: pip install typer") from e
+    if not fp._log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("fastprior: %(message)s"))
+        fp._log.addHandler(handler)
+    fp._log.setLevel(logging.INFO)
+    try:
+        return build_app()(standalone_mode=False) or 0
+    except typer.Abort as e:
+        raise KeyboardInterrupt from e
+    except Exception as e:
+        if not hasattr(e, "show"):  # what click says of wrong options
+            raise
+        e.show()
+        return 2
