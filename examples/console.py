@@ -33,7 +33,7 @@ def machine() -> dict[str, str | int]:
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    versions = {"python": platform.python_version(), "numpy": np.fp.__version__}
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
     if fp._is_installed("numba"):
         from importlib.metadata import version
         versions["numba"] = version("numba")
@@ -252,7 +252,7 @@ def info(model: Path | None, as_json: bool) -> None:
     try:
         with fp._engine_errors():
             cupy = fp._engines("cuda").import_cupy()
-        facts["cuda"] = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() + f", CuPy {cupy.fp.__version__}"
+        facts["cuda"] = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() + f", CuPy {cupy.__version__}"
     except fp.BackendUnavailable as e:
         facts["cuda"] = f"no: {e}"
     if model:
