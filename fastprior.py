@@ -2261,15 +2261,12 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
     if holdout and count < 5 * MIN_HELD_OUT:
         raise ImageError(f"{count} readable, different good images: calibration 'holdout' needs at least "
                          f"{5 * MIN_HELD_OUT}; 'cross' does with fewer")
-    order = np.random.default_rng(config.seed).permutation(count)
-    away = order[:count // 5] if holdout else order[:0]
-    fold = np.full(count, -1)
-    fold[order[len(away):]] = np.arange(count - len(away)) % _FOLDS
-    aside = np.zeros(count, bool)
+    away, aside = np.zeros(count, bool), np.zeros(count, bool)
+    away[np.random.default_rng(config.seed).permutation(count)[:count // 5 if holdout else 0]] = True
     while True:
-        used = (fold >= 0) & ~aside
+        used = ~away & ~aside
         part = e.of(used)
-        rows = fold[used][part.owner]
+        rows = (np.random.default_rng(config.seed).permutation(used.sum()) % _FOLDS)[part.owner]
         clean = np.r_[True, part.owner[1:] != part.owner[:-1]]
         gaussians = _Gaussians.of(part.features, rows, _FOLDS, config.variant == "plain")
         x0 = np.empty(part.features.shape, np.float16)
@@ -2284,10 +2281,10 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
         worst = found[np.argsort(-nll[found].max(1), kind="stable")[:room]]
         aside[np.flatnonzero(used)[worst]] = True
     mean, whitener = gaussians.without(None, config)
-    fresh = e.of(np.isin(np.arange(count), away))
+    fresh = e.of(away)
     fresh = _apply_whitener(fresh.features[np.r_[True, fresh.owner[1:] != fresh.owner[:-1]][:len(fresh.owner)]],
                             mean, whitener)
-    summary = {"images": int(used.sum()) + len(away), "held_out": len(away) or int(used.sum()),
+    summary = {"images": int((~aside).sum()), "held_out": int(away.sum() or used.sum()),
                "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
                "unreadable": e.unreadable[:20], "trained_on": e.keys}
     return _Whitened(x0, rows, clean, mean, whitener, fresh, summary)

@@ -197,8 +197,8 @@ def test_a_model_of_the_grid_is_the_one_that_fit_makes(data, backbone, tmp_path,
     models = dict(benchmark.train(category, net, config, ["gaussian", "joint"], [None], 5, None, fp._quiet))
     for (variant, _), file in models.items():
         changes, iterations = benchmark.VARIANTS[variant]
-        ours = fp.Prior.load(file)._own()[1]
-        want = fp.fit(category.train, iterations=iterations, backbone=net, **settings, **changes)._own()[1]
+        ours = fp._arrays_of(fp.Prior.load(file))
+        want = fp._arrays_of(fp.fit(category.train, iterations=iterations, backbone=net, **settings, **changes))
         assert ours.keys() == want.keys()
         for name in want:
             np.testing.assert_array_equal(ours[name], want[name])

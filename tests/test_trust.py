@@ -1,0 +1,203 @@
+"""Whether a verdict can be trusted: bad images among the good ones, duplicates, order, numbers that are none."""
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+import fastprior as fp
+from conftest import ROOT, SHARED
+from test_calibration import scratched, washers
+
+BOTTLE = SHARED / "data" / "mvtec" / "bottle"
+
+
+def fit(images, **settings):
+    return fp.fit(images, **{"iterations": 0, "size": 64, "copies": 1} | settings)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return washers(tmp_path_factory.mktemp("good"), 40)
+
+
+@pytest.fixture(scope="module")
+def bad(good, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    return [scratched(p, folder / f"bad_{p.name}") for p in good[::4]]
+
+
+# -- contamination -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_bad_images_among_the_good_are_named_and_set_aside(good, bad, count):
+    clean, mixed = fit(good), fit([*good, *bad[:count]])
+    assert mixed.summary["set_aside"] == sorted(map(str, bad[:count])) and mixed.summary["images"] == 40
+    assert mixed.threshold.value == clean.threshold.value  # as if they had never been there
+    kept = fit([*good, *bad[:count]], keep_all=True)
+    assert kept.summary["set_aside"] == [] and kept.threshold.value > mixed.threshold.value
+
+
+@pytest.mark.skipif(not BOTTLE.is_dir(), reason=f"no real images at {BOTTLE}")
+def test_one_broken_bottle_among_forty_does_not_switch_detection_off():
+    files = fp.find_images(BOTTLE)[:40]
+    broken = BOTTLE / "test" / "broken_large" / "000.jpg"
+    clean, mixed = (fit(images, size=128) for images in (files, [*files, broken]))
+    assert mixed.summary["set_aside"] == [str(broken)]
+    test = [p for p in sorted((BOTTLE / "test").rglob("*.jpg")) if p.parent.name != "good" and p != broken]
+    found = [sum(r.is_anomaly for r in prior.score_batch(test, with_map=False)) for prior in (clean, mixed)]
+    assert found[1] >= .95 * found[0] and found[0] >= 58
+
+
+def test_hardly_any_clean_image_is_set_aside():
+    rng = np.random.default_rng(0)  # places of 16 correlated channels: |x|^2 / 2, skewed as real ones are
+    share = [fp.outliers(.5 * rng.chisquare(16, (n, 64)), .02).mean() for n in (40, 100, 300) for _ in range(60)]
+    assert np.mean(share) < .02
+
+
+def test_at_most_a_tenth_is_set_aside(good, bad):
+    mixed = fit([*good[:30], *bad, *(scratched(p, p.with_name("2" + p.name)) for p in bad)])
+    assert len(mixed.summary["set_aside"]) <= 5
+
+
+def test_one_wild_image_hardly_moves_the_unit():
+    settings = fp.Settings(size=64)
+    nll = .5 * np.random.default_rng(0).chisquare(16, (60, 16))
+    raw = fp.worst_mean(nll, .1)
+    calm = fp._read_scores(raw, nll, settings)["moments"]
+    wild = fp._read_scores(np.r_[raw, 1e4], np.r_[nll, np.full((1, 16), 1e4)], settings)["moments"]
+    np.testing.assert_allclose(wild, calm, rtol=.1)
+
+
+# -- duplicates and order ------------------------------------------------------------------------
+
+def test_equal_pixels_count_once(good, tmp_path):
+    copies = [shutil.copy(p, tmp_path / f"copy{k}_{p.name}") for k in range(2) for p in good[:14]]
+    once, thrice = fit(good[:14]), fit([*good[:14], *copies])
+    assert thrice.summary["repeated"] == 28 and thrice.threshold == once.threshold
+    with pytest.raises(fp.ImageError, match="1 readable, different good images, and 19 with the same pixels"):
+        fit([good[0]] * 20)
+
+
+@pytest.mark.parametrize("calibration", ["cross", "holdout"])
+def test_names_and_order_do_not_matter(good, tmp_path, calibration):
+    images = [*good, *washers(tmp_path / "more", 12, seed=3)]
+    other = [shutil.copy(p, tmp_path / f"{len(images) - i:03}.png") for i, p in enumerate(images)]
+    a, b = (fit(x, calibration=calibration) for x in (images, other[::-1]))
+    assert a.threshold == b.threshold
+    for name, array in fp._arrays_of(a).items():
+        np.testing.assert_array_equal(array, fp._arrays_of(b)[name], err_msg=name)
+
+
+def test_what_was_trained_on_is_known(good, tmp_path):
+    model = tmp_path / "m.npz"
+    fit(good).save(model)
+    run = lambda *a: subprocess.run([sys.executable, str(ROOT / "fastprior.py"), *map(str, a)],  # noqa: E731
+                                    capture_output=True, text=True)
+    assert "40 of 40 images were trained on" in run("score", "-m", model, good[0].parent).stderr
+    washers(tmp_path / "new", 5, seed=8)
+    assert "trained on" not in run("score", "-m", model, tmp_path / "new").stderr
+    refused = run("calibrate", good[0].parent, "-m", model, "-o", tmp_path / "o.npz")
+    assert refused.returncode == 2 and "40 of 40 images were trained on" in refused.stderr
+
+
+# -- holdout is exact ----------------------------------------------------------------------------
+
+def extracted(rng, n, places=9, channels=16):
+    mix = rng.standard_normal((channels, channels)) / 4
+    f = (rng.standard_normal((n, places, channels)) @ mix).astype(np.float16)
+    return fp.Extracted(f, np.arange(n), [f"{i:016x}" for i in range(n)], list(range(n)), 0, [])
+
+
+def small_backbone():
+    class Net:
+        name, channels = "small", (16,)
+    return Net()
+
+
+def test_holdout_touches_nothing_before_the_threshold():
+    """Other images in the held-out fifth: the same model, but for its threshold."""
+    rng = np.random.default_rng(0)
+    config = fp.Settings(size=96, cell=32, calibration="holdout", factors=4)
+    e = extracted(rng, 60)
+    away = np.random.default_rng(config.seed).permutation(60)[:12]
+    changed = e.features.copy()
+    changed[away] *= 3
+    models = [fp._whiten_features(e._replace(features=f), config) for f in (e.features, changed)]
+    for name in ("x0", "mean", "whitener", "fold"):
+        np.testing.assert_array_equal(*(getattr(m, name) for m in models))
+    assert not np.array_equal(models[0].fresh, models[1].fresh)
+    with pytest.raises(fp.ImageError, match="'holdout' needs at least 50"):
+        fp._whiten_features(extracted(rng, 49), config)
+
+
+def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
+    """200 simulated trainings, the denoiser's early stopping on: false alarms as split conformal promises."""
+    monkeypatch.setattr(fp, "Prior", lambda config, backbone, mean, whitener, denoiser, calibrations, *_, factors:
+                        (mean, whitener, denoiser, calibrations, factors))
+    torch = pytest.importorskip("torch", reason="torch is in the extras `train` and `test`")
+    torch.set_num_threads(1)
+    monkeypatch.setattr(fp, "_CALIBRATED_STEPS", (1,))
+    monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+    monkeypatch.setattr(fp, "pack_lower", lambda w: w)
+    config = fp.Settings(size=96, cell=32, calibration="holdout", factors=0, width=16, mixers=0, steps=1, fpr=.1)
+    timesteps = fp.select_timesteps(1, config.first, config.last)
+    alarms = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        everything = extracted(rng, 90)
+        fitted = everything.of(np.arange(50))
+        own = dataclasses.replace(config, seed=seed)
+        w = fp._whiten_features(fitted, own)
+        mean, whitener, denoiser, calibrations, _ = fp._fit_whitened(w, own, small_backbone(), 60 if seed < 20 else 0)
+        x0 = fp._apply_whitener(everything.features[50:], mean, whitener)
+        nll, c = fp._nll_of(x0, denoiser, timesteps, "v"), calibrations[1]
+        z = fp.worst_mean(nll * c["scale"] + c["location"], own.worst)
+        threshold = fp.conformal_threshold(c["scores"], .1)
+        alarms.append(np.sum((z - c["moments"][0]) / c["moments"][1] > threshold.value))
+    promised = threshold.expected  # 10 held out: 1 of 11
+    spread = stats.betabinom(40, threshold.count + 1 - threshold.rank, threshold.rank).std() / 40 / np.sqrt(200)
+    assert abs(np.mean(alarms) / 40 - promised) < 3 * spread
+
+
+# -- numbers that are none -----------------------------------------------------------------------
+
+def test_not_a_number_is_never_good(good):
+    result = fit(good).score(good[0])
+    vars(result)["score"] = float("nan")
+    assert result.is_anomaly and result.verdict == "anomaly"
+
+
+# -- several products ----------------------------------------------------------------------------
+
+def test_the_likelihood_decides_and_a_stranger_fits_none(good, tmp_path):
+    for p in good[:20]:
+        for name, change in (("washer", lambda a: a), ("plate", lambda a: 255 - a)):
+            (tmp_path / "products" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(change(np.array(Image.open(p)))).save(tmp_path / "products" / name / p.name)
+    both = fp.fit_many(tmp_path / "products", iterations=0, size=64, copies=1)
+    for name, prior in both.priors.items():
+        z = prior.z(washers(tmp_path / "z", 3, seed=9))
+        w = fp.unpack_lower(prior.whitener, prior.mean.shape[1]).astype(np.float64)
+        v = fp.unpack_factors(prior.factors, prior.settings.factors, *prior.mean.shape).astype(np.float64)
+        v = v.reshape(len(v), -1)
+        dense = sum(np.log(np.diagonal(own)).sum() for own in w) + np.linalg.slogdet(np.eye(len(v)) - v @ v.T)[1]
+        nll = (z - prior.calibration["location"]) / prior.calibration["scale"]
+        np.testing.assert_allclose(prior.log_likelihood(z), dense - nll.sum(1), rtol=1e-3)
+    new = washers(tmp_path / "new", 4, seed=11)
+    assert [both.score(p).product for p in new] == ["washer"] * 4
+    assert [both.score(255 - fp.load_image(p)).product for p in new] == ["plate"] * 4
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    stranger = both.score(noise)
+    assert stranger.product == "unknown" and stranger.is_anomaly
+    model = tmp_path / "all.npz"
+    both.save(model)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    done = subprocess.run([sys.executable, str(ROOT / "fastprior.py"), "score", "-m", str(model), "--json",
+                           str(tmp_path / "noise.png")], capture_output=True, text=True)
+    assert done.returncode == 1 and json.loads(done.stdout)["product"] == "unknown"
