@@ -1017,7 +1017,7 @@ class ImageWarning(UserWarning):
 
 
 def load_image(source, bits: int | None = None) -> np.ndarray:
-    """File, array or PIL image -> contiguous uint8 (H, W, 3) RGB: grey repeated, alpha dropped, turned as EXIF says.
+    """File, array or PIL image -> contiguous uint8 (H, W, 3) RGB, upright by EXIF; grey repeated, no alpha.
 
     bits: how many of 16 bits a value are in use, 8, 10, 12, 14 or 16 (of 12, white is 4095); values above are
     cut, with an ImageWarning. Without it, 16, for an image that uses as many; others' depth is not known.
@@ -1223,7 +1223,7 @@ def _without_pillow_limits(pixels: int):
 
 
 def _turned(image):
-    """Loaded, and turned as its EXIF says. Pillow turns a TIFF as it loads it; some versions leave the tag."""
+    """Loaded, and turned as its EXIF says. Pillow turns a TIFF in loading; some versions leave the tag."""
     from PIL import ImageOps
     image.load()
     if image.format == "TIFF" or image.getexif().get(274, 1) == 1:
@@ -2423,7 +2423,7 @@ def fit_many(root: str | os.PathLike, *, progress: Progress = _quiet, **options)
 
 
 def _good_images(images) -> tuple[list, list[str], str]:
-    """A folder of good images, or what `find_good` found in one -> images, unreadable ones, what is left out."""
+    """A folder of good images, or what `find_good` found in one -> images, unreadable ones, the left out."""
     if isinstance(images, (str, os.PathLike)):
         images = _room("folders").find_good(images)
     if hasattr(images, "problems"):
