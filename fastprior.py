@@ -12,8 +12,9 @@ density means anomaly.
     result = prior.score("new.png")               # path, or HxWx3 uint8 array
     print(result.score, result.p_value, result.is_anomaly, result.anomaly_map.shape)
 
-Vendoring: copy this file (CPU scoring with numpy, numba and scipy; without numba it scores too,
-slowly). Pillow is needed to decode files, torch to train, typer and rich for the command line.
+Vendoring: this file alone scores arrays with NumPy; with kernels/ beside it at full speed, CPU
+and GPU; weights/ to train with the shipped backbones; examples/ for folders, data sets, foreign
+weights and the command. Pillow decodes files; torch trains; typer and rich make the command.
 
 Conventions: images are uint8, HxWx3, RGB. Inside, arrays are channels-last and C-contiguous;
 float32 on the fast path, float64 in the references. Names are those of the papers: `x0`, `x_t`,
@@ -25,10 +26,10 @@ so a part that lies anywhere in the frame needs alignment or many good images.
 
 References: DDIM: Song, Meng, Ermon 2021 (arXiv:2010.02502). v-prediction: Salimans, Ho 2022
 (arXiv:2202.00512). Inversion as anomaly score: InvAD, Sakai et al. (arXiv:2504.05662). Per-position
-Gaussian: PaDiM (arXiv:2011.08785). Factors: Tipping, Bishop 1999 (probabilistic PCA). EfficientNet: Tan, Le 2019 (arXiv:1905.11946).
-Conformal p-values: Vovk et al. 2005; Bates et al. 2023 (arXiv:2104.08279).
+Gaussian: PaDiM (arXiv:2011.08785). Factors: Tipping, Bishop 1999 (probabilistic PCA). EfficientNet:
+Tan, Le 2019 (arXiv:1905.11946). Conformal p-values: Vovk et al. 2005; Bates et al. 2023 (arXiv:2104.08279).
 
-Licence: MIT (see LICENSE). Source of truth: this file; tests walk `OPS`, the table of operations.
+Licence: MIT (see LICENSE). Source of truth: this file; tests walk the table of operations in tests/twins.py.
 """
 from __future__ import annotations
 
@@ -137,7 +138,8 @@ def select_timesteps(num_steps: int, first: int, last: int) -> np.ndarray:
     if not (isinstance(num_steps, (int, np.integer)) and 1 <= num_steps <= 200):
         raise ShapeError(f"num_steps: expected an integer from 1 to 200, got {num_steps!r}")
     if not 0 <= first < last < NUM_TRAIN_TIMESTEPS:
-        raise ShapeError(f"timesteps: expected 0 <= first < last < {NUM_TRAIN_TIMESTEPS}, got {first}, {last}")
+        raise ShapeError(f"timesteps: expected 0 <= first < last < {NUM_TRAIN_TIMESTEPS}, "
+                         f"got {first}, {last}")
     phi = np.arccos(np.sqrt(_alpha_bar_table()))
     grid = np.searchsorted(phi, np.linspace(phi[first], phi[last], num_steps + 1)).clip(first, last)
     if np.any(np.diff(grid) < 1):
@@ -589,7 +591,7 @@ class Engine(Protocol):
 
     def linear(self, x, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = 0, residual=None,
                lda: int | None = None, from_state: bool = False) -> tuple[Any, int]:
-        """`linear` of n rows that are lda floats apart -> place, row length. from_state: x outlived a step."""
+        """`linear` of n rows, lda floats apart -> place, row length. from_state: x outlived a step."""
 
     def mix(self, x, d: int, w: np.ndarray, act: int = 0, residual=None) -> Any:
         """`mix`."""
@@ -602,7 +604,7 @@ class Engine(Protocol):
 
     def rotate(self, h, d: int, w: np.ndarray, b: np.ndarray, x, n: int, c: int, coef, last: bool, z,
                gain: np.ndarray, offset: np.ndarray) -> None:
-        """`rotate_density` in place, with z (N,) = gain |x'|^2 / 2 + offset at the last step. d = 0: F = b."""
+        """`rotate_density` in place; at the last step z (N,) = gain |x'|^2 / 2 + offset. d = 0: F = b."""
 
     def score(self, z, grid: int, worst: int, location: float, scale: float, weight: np.ndarray,
               offset: np.ndarray, operator: Callable) -> None:
@@ -618,7 +620,7 @@ class Engine(Protocol):
         """No more operations come."""
 
     def run(self, images, *, with_map: bool = False, outputs: bool = False, shifts=None, given=None) -> Any:
-        """A batch -> frames: `scores` (B,), `maps`, `outputs` (what was kept), and `to_host` for each of them.
+        """A batch -> frames: `scores` (B,), `maps`, `outputs` (what was kept), and `to_host` for each.
 
         images: uint8 (H, W, 3), contiguous, or None where everything is `given` (B, N, C). shifts: of each
         image, see `resize_taps`.
@@ -654,7 +656,8 @@ def _load_module(folder: str, name: str, **names):
     from importlib import util
     home = _data_folder(folder)
     if not (home / f"{name}.py").is_file():
-        raise BackendUnavailable(f"{home / name}.py is missing: copy the folder {folder}/ beside fastprior.py")
+        raise BackendUnavailable(f"{home / name}.py is missing: copy the folder {folder}/ "
+                                 "beside fastprior.py")
     package = f"_fastprior_{folder}_{zlib.crc32(os.fsencode(home) + __name__.encode()):08x}"
     for module, path, inside in ((package, home / "__init__.py", [str(home)]),
                                  (f"{package}.{name}", home / f"{name}.py", None)):
@@ -727,7 +730,8 @@ def _at_time(p: dict[str, np.ndarray], t: int) -> dict[str, np.ndarray]:
     """The denoiser's weights with the time step folded in: `pos` (N, D), `out_w` (D, C), `out_b` (C,)."""
     hidden = activate(_time_features(t) @ p["time_w"] + p["time_b"], SILU)
     gain = 1 + hidden @ p["gain_w"]
-    return p | {"pos": p["pos"] + hidden @ p["shift_w"], "out_w": p["out_w"] * gain, "out_b": p["out_b"] * gain}
+    return p | {"pos": p["pos"] + hidden @ p["shift_w"], "out_w": p["out_w"] * gain,
+                "out_b": p["out_b"] * gain}
 
 
 def denoise(p: dict[str, np.ndarray], x: np.ndarray, t: int) -> np.ndarray:
@@ -774,7 +778,7 @@ BLOCK = np.dtype([("scale", np.float32, (_PANEL,)), ("weight", np.int8, (_PANEL,
 
 
 def quantize(w: np.ndarray) -> np.ndarray:
-    """(..., 32, 32) -> BLOCK (...): weight = round(w / scale), scale = max |w| / 127 over the 32 inputs of an output."""
+    """(..., 32, 32) -> BLOCK (...): weight = round(w / scale), scale = max |w| / 127 over its inputs."""
     blocks = np.empty(w.shape[:-2], BLOCK)
     blocks["scale"] = np.abs(w).max(-2) / 127
     blocks["weight"] = np.rint(w / np.maximum(blocks["scale"], np.finfo(np.float32).tiny)[..., None, :])
@@ -789,8 +793,8 @@ def dequantize(blocks: np.ndarray) -> np.ndarray:
 def pack_lower(w: np.ndarray) -> np.ndarray:
     """(N, C, C) lower-triangular -> BLOCK (N, P(P+1)/2), P = ceil(C/32).
 
-    Block q(q+1)/2 + k holds rows 32q.. and columns 32k.. of W, transposed: an input of W is a row of the block. The
-    blocks above the diagonal are not stored.
+    Block q(q+1)/2 + k holds rows 32q.. and columns 32k.. of W, transposed: an input of W is a row of the
+    block. The blocks above the diagonal are not stored.
     """
     n, c, _ = w.shape
     panels = -(-c // _PANEL)
@@ -809,7 +813,7 @@ def unpack_lower(blocks: np.ndarray, c: int) -> np.ndarray:
 
 
 def pack_factors(v: np.ndarray) -> np.ndarray:
-    """(K, N, C) -> BLOCK (N P, ceil(K/32)), P = ceil(C/32): 32 factors (inputs) by 32 channels of a place (outputs)."""
+    """(K, N, C) -> BLOCK (N P, ceil(K/32)), P = ceil(C/32): 32 factors (in) by 32 channels (out)."""
     k, n, c = v.shape
     full = _padded_to(v, _round_up(k, _PANEL), n, _round_up(c, _PANEL))
     return quantize(full.reshape(-1, _PANEL, n * -(-c // _PANEL), _PANEL).transpose(2, 0, 1, 3))
@@ -820,7 +824,8 @@ def unpack_factors(blocks: np.ndarray, k: int, n: int, c: int) -> np.ndarray:
     return dequantize(blocks).transpose(1, 2, 0, 3).reshape(-1, n, _round_up(c, _PANEL))[:k, :, :c]
 
 
-def shrink_covariance(cov: np.ndarray, average: np.ndarray, toward_average: float, floor: float) -> np.ndarray:
+def shrink_covariance(cov: np.ndarray, average: np.ndarray, toward_average: float,
+                      floor: float) -> np.ndarray:
     """(1 - a) cov_n + a mean_n(cov) + b tr(mean_n(cov))/C I, all (..., C, C)."""
     c = cov.shape[-1]
     ridge = floor * np.trace(average) / c
@@ -840,15 +845,15 @@ def inverse_cholesky(cov: np.ndarray) -> np.ndarray:
 
 
 def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int) -> np.ndarray:
-    """What places vary in together (pose, light), as factors of the whitened features; taken out of x0 in place.
+    """What places vary in together (pose, light): factors of the whitened features; taken out of x0 in place.
 
     Whitening knows each place alone. Here good images are a Gaussian over all places at once, of covariance
-    I + U (diag(lambda) - I) U^T: U are the first `count` principal directions of the images, lambda (at least 1)
+    I + U (diag(lambda) - I) U^T: U are the first `count` principal directions of the images, lambda (>= 1)
     the variance along them of images that did not give them. Its symmetric whitening is I - V^T V with
     v_k = sqrt(1 - lambda_k^-1/2) u_k. Probabilistic PCA: Tipping and Bishop 1999.
 
-    x0 (M, N, C) float16; fold (M,): each fold loses the factors of the others, and all images give the result, V,
-    float32 (K, N, C).
+    x0 (M, N, C) float16; fold (M,): each fold loses the factors of the others; all images give the result,
+    V, float32 (K, N, C).
     """
     from scipy.linalg import eigh
     m, n, c = x0.shape
@@ -858,7 +863,8 @@ def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int) -> np.ndarray:
         gram += x @ x.T
 
     def directions(rows: np.ndarray) -> np.ndarray:
-        variance, w = eigh(gram[np.ix_(rows, rows)].astype(np.float64), subset_by_index=[len(rows) - count, len(rows) - 1])
+        variance, w = eigh(gram[np.ix_(rows, rows)].astype(np.float64),
+                           subset_by_index=[len(rows) - count, len(rows) - 1])
         w = (w / np.sqrt(np.maximum(variance, 1e-6))).astype(np.float32).T[::-1]
         return np.stack([w @ x0[rows, i].astype(np.float32) for i in range(n)], 1)
 
@@ -921,7 +927,7 @@ class Threshold:
 
 
 def conformal_threshold(calibration: np.ndarray, fpr: float, value: float | None = None) -> Threshold:
-    """Order-statistic threshold of held-out good scores for a false-alarm rate; or what a given `value` promises.
+    """Order-statistic threshold of held-out good scores for a false-alarm rate; or what `value` promises.
 
     The k-th smallest of n, k = min(n, ceil((n + 1)(1 - fpr))); the false-alarm rate of that
     threshold is Beta(n + 1 - k, k) distributed (Vovk et al. 2005).
@@ -947,7 +953,7 @@ def conformal_threshold(calibration: np.ndarray, fpr: float, value: float | None
 
 
 def trade_off(good: np.ndarray, bad: np.ndarray) -> list[tuple[float, float, float, float, str]]:
-    """Thresholds, the false-alarm rate that scores of good images promise on average and at most, and bad missed.
+    """Thresholds, the false-alarm rate that good scores promise on average and at most, and bad missed.
 
     One for each of a few rates, and the one with the smallest sum of both errors: the middle of the widest
     gap between neighbouring scores that reaches it. That one was chosen by looking, so its rate is held by a
@@ -965,13 +971,14 @@ def trade_off(good: np.ndarray, bad: np.ndarray) -> list[tuple[float, float, flo
     missed = np.searchsorted(bad, middles, side="right") / len(bad)
     total = wrong + missed
     best = max(np.flatnonzero(total <= total.min() + 1e-12), key=lambda i: gaps[i])
-    rows.append((float(middles[best]), float(wrong[best]), min(1.0, float(np.mean(good > middles[best])) + slack),
+    rows.append((float(middles[best]), float(wrong[best]),
+                 min(1.0, float(np.mean(good > middles[best])) + slack),
                  float(missed[best]), "proposed"))
     return sorted(set(rows))
 
 
 def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) -> str:
-    """Why the good-looking part of `scores` cannot be as good as the calibration's; "" if it can, or below 20 images.
+    """Why the good-looking `scores` cannot be as good as the calibration's; "" if they can, or are below 20.
 
     A one-sided two-sample Kolmogorov-Smirnov test, p < 0.001, of what lies below the threshold in both: only
     higher scores are a drift, since those of a cross-fitted calibration lie a little above new ones.
@@ -981,8 +988,8 @@ def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) ->
         return ""
     kept = new[new <= threshold]
     if 2 * len(kept) < len(new):
-        return (f"{len(new) - len(kept)} of {len(new)} images are called anomalies: another product, camera or "
-                "lighting? If they are good: fastprior calibrate, or train")
+        return (f"{len(new) - len(kept)} of {len(new)} images are called anomalies: another "
+                "product, camera or lighting? If they are good: fastprior calibrate, or train")
     from scipy.stats import ks_2samp
     if len(old) >= 10 and ks_2samp(kept, old, alternative="less").pvalue < .001:
         return (f"the good-looking images have drifted: their median score is {np.median(kept):.2f}, that of "
@@ -995,8 +1002,8 @@ def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) ->
 # Images
 # ------------------------------------------------------------------------------------------------
 
-_FORMATS = "PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "AVIF"  # no other decoder of Pillow's is ever asked
-_EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "PA", "La", "RGBa", "CMYK", "YCbCr", "HSV"}  # Pillow's modes
+_FORMATS = "PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "AVIF"  # no other decoder is ever asked
+_EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "PA", "La", "RGBa", "CMYK", "YCbCr", "HSV"}
 _MOST_PIXELS = 1 << 28
 _DEPTHS = 8, 10, 12, 14, 16
 _HOT = .001  # share of an image's values that may lie above its depth: hot pixels, glints
@@ -1010,12 +1017,12 @@ class ImageWarning(UserWarning):
 
 
 def load_image(source, bits: int | None = None) -> np.ndarray:
-    """File, array or PIL image -> contiguous uint8 (H, W, 3), RGB. Grey is repeated, alpha dropped, EXIF's turn made.
+    """File, array or PIL image -> contiguous uint8 (H, W, 3) RGB, upright by EXIF; grey repeated, no alpha.
 
     bits: how many of 16 bits a value are in use, 8, 10, 12, 14 or 16 (of 12, white is 4095); values above are
-    cut, with an ImageWarning. Without it, 16, for an image that uses as many; of others the depth is not known.
-    ImageError for a file, ShapeError for an array or PIL image, that cannot be read rightly: among them floats,
-    signed and 32-bit values, animations, several pages, more than 2^28 pixels.
+    cut, with an ImageWarning. Without it, 16, for an image that uses as many; others' depth is not known.
+    ImageError for a file, ShapeError for an array or PIL image, that cannot be read rightly: among them
+    floats, signed and 32-bit values, animations, several pages, more than 2^28 pixels.
     """
     is_file = isinstance(source, (str, os.PathLike))
     try:
@@ -1025,13 +1032,14 @@ def load_image(source, bits: int | None = None) -> np.ndarray:
     except BackendUnavailable:
         raise
     except Exception as e:  # whatever a decoder makes of foreign bytes
-        text = str(e) if isinstance(e, FastPriorError) else f"not a readable image ({str(e) or type(e).__name__})"
+        text = str(e) or type(e).__name__
+        text = text if isinstance(e, FastPriorError) else f"not a readable image ({text})"
         name = os.fsdecode(source) if is_file else "image"
         raise (ImageError if is_file else ShapeError)(_printable(f"{name}: {text}")) from e
 
 
 def find_depth(images: Iterable) -> int | None:
-    """The smallest depth (see `load_image`) that holds all but a thousandth of the 16-bit values; None without.
+    """The smallest depth (see `load_image`) that holds all but 1/1000 of the 16-bit values; None without.
 
     ShapeError where most images use 4 bits less: then two depths are mixed.
     """
@@ -1047,8 +1055,8 @@ def find_depth(images: Iterable) -> int | None:
     depth = _depth(sum(beyond), sum(counts))
     lower = [own for own in map(_depth, beyond, counts) if own <= depth - 4]
     if 2 * len(lower) > len(counts):
-        raise ShapeError(f"{len(lower)} of {len(counts)} images use at most {max(lower)} bits, others {depth}: "
-                         "say which is meant (--bits)")
+        raise ShapeError(f"{len(lower)} of {len(counts)} images use at most {max(lower)} bits, "
+                         f"others {depth}: say which is meant (--bits)")
     return depth
 
 
@@ -1066,29 +1074,32 @@ def _to_eight_bits(a: np.ndarray, bits: int | None) -> np.ndarray:
     if bits is None:
         bits = _depth(beyond, a.size)
         if bits < 16:
-            raise ShapeError(f"16 bits a value, and it uses {bits} of them or fewer: how bright white is must be said "
-                             "(bits=12, train --bits 12) or seen in training")
+            raise ShapeError(f"16 bits a value, and it uses {bits} of them or fewer: how bright white is "
+                             "must be said (bits=12, train --bits 12) or seen in training")
     elif bits not in _DEPTHS:
         raise ShapeError(f"bits: expected one of {', '.join(map(str, _DEPTHS))}, got {bits!r}")
     if beyond[_DEPTHS.index(bits)]:
-        warnings.warn(f"values above {bits} bits are cut: darker light, or another depth (train --bits)", ImageWarning)
+        warnings.warn(f"values above {bits} bits are cut: darker light, or another depth (train --bits)",
+                      ImageWarning)
         a = np.minimum(a, (1 << bits) - 1)
     return (a >> (bits - 8)).astype(np.uint8)
 
 
 def _check_size(height: int, width: int) -> None:
     if min(height, width) < 8 or max(height, width) > 65535 or height * width > _MOST_PIXELS:
-        raise ShapeError(f"expected 8 to 65535 pixels a side and at most {_MOST_PIXELS / 1e6:.0f} million, got {width}x{height}")
+        raise ShapeError(f"expected 8 to 65535 pixels a side and at most {_MOST_PIXELS / 1e6:.0f} million, "
+                         f"got {width}x{height}")
 
 
 def _pixels(source, deep_only: bool = False) -> np.ndarray | None:
-    """uint8 (H, W, 3) or (H, W), or uint16, as the source holds them; with deep_only None in place of uint8."""
+    """uint8 (H, W, 3) or (H, W), or uint16, as the source holds them; with deep_only None for uint8."""
     if isinstance(source, (str, os.PathLike)):
         return _decode(source, deep_only)
     if "PIL.Image" in sys.modules and isinstance(source, sys.modules["PIL.Image"].Image):
         return _from_pillow(source, deep_only)
     if hasattr(source, "__cuda_array_interface__"):
-        raise ShapeError("this array is on a GPU and the model on the CPU: Prior.load(..., device='cuda'), or copy it")
+        raise ShapeError("this array is on a GPU and the model on the CPU: Prior.load(..., "
+                         "device='cuda'), or copy it")
     a = np.asarray(source)
     if a.ndim != 2 and (a.ndim != 3 or a.shape[2] not in (1, 3, 4)):
         raise ShapeError(f"expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got shape {a.shape}")
@@ -1104,7 +1115,8 @@ def _decode(path: str | os.PathLike, deep_only: bool) -> np.ndarray | None:
     try:
         from PIL import Image  # noqa: F401
     except ImportError as e:
-        raise BackendUnavailable("Pillow is needed to read image files: pip install pillow, or pass uint8 arrays") from e
+        raise BackendUnavailable("Pillow is needed to read image files: pip install pillow, or pass "
+                                 "uint8 arrays") from e
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ShapeError("a folder or a device, no image file")
@@ -1122,7 +1134,7 @@ def _decode(path: str | os.PathLike, deep_only: bool) -> np.ndarray | None:
 
 
 def _open_pillow(f):
-    """`PIL.Image.open` for our formats, without its limit of size (that is a global variable, and a warning)."""
+    """`PIL.Image.open` for our formats, without its limit of size (a global variable, and a warning)."""
     from PIL import Image
     f.seek(0)
     start = f.read(16)
@@ -1145,12 +1157,13 @@ def _from_pillow(image, deep_only: bool = False, again: Callable | None = None) 
     colours = re.fullmatch(r"RGB[AX]?;16[LBN]", str(layout[0]))
     deep = image.mode.startswith("I") or bool(colours)
     trouble = _tiff_trouble(image, deep, tiles) if image.format == "TIFF" else ""
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # of a JPEG with more behind it, the first is meant
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # of such a JPEG the first is meant
         trouble = "several pages or frames: save the one that is meant"
     elif image.mode not in _EIGHT_BITS and not deep:
         trouble = f"values of kind {image.mode}: save it as grey or RGB with 8 or 16 bits a value"
     elif not deep and (re.search(r"(?<!BGR);16", str(layout[0])) or white > 255) or colours and not again:
-        trouble = f"16 bits a value, of a kind that Pillow cuts to 8 ({layout[0]}): save it as a grey or RGB PNG"
+        trouble = (f"16 bits a value, of a kind that Pillow cuts to 8 ({layout[0]}): "
+                   "save it as a grey or RGB PNG")
     if trouble:
         raise ShapeError(trouble)
     if deep_only and not deep:
@@ -1160,13 +1173,14 @@ def _from_pillow(image, deep_only: bool = False, again: Callable | None = None) 
             a = np.asarray(_turned(image))
             if a.min() < 0 or a.max() > 65535:
                 raise ShapeError(f"values from {a.min()} to {a.max()}: expected 0 to 65535")
-            return (a if white == 255 else np.rint(a * (white / 65535))).astype(np.uint16)  # Pillow scales a PGM's white
+            a = a if white == 255 else np.rint(a * (white / 65535))  # Pillow scales a PGM's white
+            return a.astype(np.uint16)
         a = _to_rgb(_turned(image))
         if colours:  # Pillow reads the high bytes; the low ones are the high ones of the other byte order
             low, native = again(), {"little": "L", "big": "B"}[sys.byteorder]
             other = colours[0][:-1] + ("B" if colours[0][-1].replace("N", native) == "L" else "L")
-            low.tile = [getattr(t, "_make", tuple)((*t[:3], other if isinstance(t[3], str) else (other, *t[3][1:])))
-                        for t in low.tile]
+            low.tile = [getattr(t, "_make", tuple)((
+                *t[:3], other if isinstance(t[3], str) else (other, *t[3][1:]))) for t in low.tile]
             a = a.astype(np.uint16) << 8 | _to_rgb(_turned(low))
         return a
 
@@ -1177,22 +1191,26 @@ def _tiff_trouble(image, deep: bool, tiles: list) -> str:
         value = image.tag_v2.get(number, default)
         return value if isinstance(value, tuple) else (value,)
     planes = len(image.getbands()) if tag(284, 1) == (2,) else 1
-    covered = sum((x1 - x0) * (y1 - y0) for codec, (x0, y0, x1, y1), *_ in tiles if codec != "libtiff")  # which checks it
+    covered = sum((x1 - x0) * (y1 - y0) for codec, (x0, y0, x1, y1), *_ in tiles
+                  if codec != "libtiff")  # which checks it
     return next((text for text, wrong in {
         "signed or floating-point values: save it with 8 or 16 bits a value": set(tag(339, 1)) - {1, 4},
         "16 bits a value with white at 0: save it with black at 0": deep and tag(262, 0) == (0,),
-        "16 bits a value in separate planes: save it with the colours together": planes > 1 and max(tag(258, 1)) > 8,
+        "16 bits a value in separate planes: save it with the colours together":
+            planes > 1 and max(tag(258, 1)) > 8,
         "a preview of another image": tag(254, 0)[0] & 1,
         "a palette of 8 bits where 16 belong": max(tag(320, 256)) < 256,
         "YCbCr that is not compressed": tag(262, 0) == (6,) and tag(259, 1) == (1,),
-        "strips or tiles are missing": 0 < covered < planes * image.height * image.width}.items() if wrong), "")
+        "strips or tiles are missing": 0 < covered < planes * image.height * image.width,
+    }.items() if wrong), "")
 
 
 @contextlib.contextmanager
 def _without_pillow_limits(pixels: int):
-    """Where Pillow's limit of size or its reading of truncated files would matter, neither; both are put back."""
+    """Where Pillow's limit of size or its reading of truncated files would matter, neither; both put back."""
     from PIL import Image, ImageFile
-    if not (_PILLOW.locked() or ImageFile.LOAD_TRUNCATED_IMAGES or pixels > (Image.MAX_IMAGE_PIXELS or pixels)):
+    if not (_PILLOW.locked() or ImageFile.LOAD_TRUNCATED_IMAGES
+            or pixels > (Image.MAX_IMAGE_PIXELS or pixels)):
         yield
         return
     with _PILLOW:
@@ -1205,10 +1223,12 @@ def _without_pillow_limits(pixels: int):
 
 
 def _turned(image):
-    """Loaded, and turned as its EXIF says; of a TIFF, Pillow's loading turns it, and some versions leave the tag."""
+    """Loaded, and turned as its EXIF says. Pillow turns a TIFF in loading; some versions leave the tag."""
     from PIL import ImageOps
     image.load()
-    return image if image.format == "TIFF" or image.getexif().get(274, 1) == 1 else ImageOps.exif_transpose(image)
+    if image.format == "TIFF" or image.getexif().get(274, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image) -> np.ndarray:
@@ -1488,7 +1508,7 @@ class Settings:
     threshold: float | None = None  # a fixed one instead
     calibration: str = "cross"
     seed: int = 0
-    bits: int | None = None  # of 16-bit images, see `load_image`; None: found in training, which saw none if it stays so
+    bits: int | None = None  # of 16-bit images, see `load_image`; None: found in training, if it sees any
 
     def __post_init__(self) -> None:
         if self.cell == 0:
@@ -1502,8 +1522,9 @@ class Settings:
     def check(self) -> None:
         """ShapeError unless every setting is of the type of its default and in its range."""
         last = NUM_TRAIN_TIMESTEPS - 1
-        allowed = {"size": range(64, 1025, 32), "cell": range(16, 1025, 16), "steps": range(1, 201), "first": range(last),
-                   "last": range(1, last + 1), "factors": range(_MOST_FACTORS + 1), "copies": range(65),
+        allowed = {"size": range(64, 1025, 32), "cell": range(16, 1025, 16), "steps": range(1, 201),
+                   "first": range(last), "last": range(1, last + 1), "factors": range(_MOST_FACTORS + 1),
+                   "copies": range(65),
                    "width": range(16, 1025, 16), "mixers": range(14), "seed": range(2 ** 63),
                    "bits": _DEPTHS, "variant": ("whitened", "plain"), "calibration": ("cross", "holdout"),
                    "shrink": [0, 1], "floor": [1e-9, 1], "worst": [1e-9, 1], "smooth": [0, 64],  # low, high
@@ -1522,7 +1543,8 @@ class Settings:
             if not good and not (v is None and name in ("threshold", "bits")):
                 raise ShapeError(f"{name}: expected {expected}, got {v!r:.60}")
         if self.size % self.cell:
-            raise ShapeError(f"cell: expected a multiple of 16 that divides the size, {self.size}, got {self.cell}")
+            raise ShapeError(f"cell: expected a multiple of 16 that divides the size, {self.size}, "
+                             f"got {self.cell}")
         select_timesteps(self.steps, self.first, self.last)
 
 
@@ -1596,7 +1618,7 @@ class Result:
 
 
 class Region(NamedTuple):
-    """One connected part of a map above its threshold: box in pixels (right and bottom excluded), size, maximum."""
+    """One connected part of a map above its threshold: box in pixels (right, bottom excluded), size, peak."""
     left: int
     top: int
     right: int
@@ -1644,7 +1666,8 @@ class Prior:
         self.mean, self.whitener, self.factors = mean, whitener, factors
         self.calibrations, self.threads, self.precision = calibrations, threads, precision
         if settings.steps not in calibrations:
-            raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, got {settings.steps}")
+            raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, "
+                             f"got {settings.steps}")
         self.calibration = calibrations[settings.steps]
         self.grid = settings.grid
         self._built: dict[bool, Engine] = {}  # from pixels, from tokens
@@ -1685,7 +1708,8 @@ class Prior:
         with _decoding(path):
             priors = _unpack_model(header, arrays, threads)
             made = priors.get("") or MultiPrior(priors)
-        changes = {k: v for k, v in {"steps": steps, "fpr": fpr, "threshold": threshold}.items() if v is not None}
+        changes = {k: v for k, v in {"steps": steps, "fpr": fpr, "threshold": threshold}.items()
+                   if v is not None}
         if not changes and device == "cpu":
             return made
         if fpr is not None and threshold is None:
@@ -1706,9 +1730,9 @@ class Prior:
     def calibrate(self, images, *, progress: "Progress" = lambda *_: None, **settings) -> "Prior":
         """This model with zero and unit of score and map, p-values and thresholds read from new good images.
 
-        images: folder, or sequence of paths or uint8 arrays, that the model was not trained on; then the promise
-        is split conformal and exact. settings: `fpr`, `threshold`. Nothing is trained, and the order of
-        scores does not change. ImageError if fewer than 10 can be read.
+        images: folder, or sequence of paths or uint8 arrays, that the model was not trained on; then the
+        promise is split conformal and exact. settings: `fpr`, `threshold`. Nothing is trained, and the order
+        of scores does not change. ImageError if fewer than 10 can be read.
         """
         images, unreadable, _ = _good_images(images)
         priors = {steps: self.with_steps(steps) for steps in self.calibrations}
@@ -1730,11 +1754,11 @@ class Prior:
             progress("calibration", i + 1, len(images))
         count, seen = len(z[self.settings.steps]), sum(not fresh for fresh in new.values())
         if seen:
-            raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good images that the "
-                             "model has not seen")
+            raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
+                             "images that the model has not seen")
         if count < MIN_HELD_OUT:
-            raise ImageError(f"{count} readable, different good images: at least {MIN_HELD_OUT} are needed to calibrate"
-                             + (f" (first problem: {unreadable[0]})" if unreadable else ""))
+            raise ImageError(f"{count} readable, different good images: at least {MIN_HELD_OUT} are needed "
+                             "to calibrate" + (f" (first problem: {unreadable[0]})" if unreadable else ""))
         calibrations = {}
         for steps, own in self.calibrations.items():
             rows = np.array(z[steps], np.float64)
@@ -1791,7 +1815,7 @@ class Prior:
         return np.concatenate(rows)
 
     def _frames(self, pixels: list, with_map: bool, tokens=None):
-        """A batch scored by the engine or by the reference operations; tokens (B, N, C) in place of pixels."""
+        """A batch scored by the engine or the reference operations; tokens (B, N, C) in place of pixels."""
         engine = self._engine(tokens is None)
         if engine is None:
             return self._reference_frames(pixels, with_map, tokens)
@@ -1799,7 +1823,7 @@ class Prior:
             return engine.run(pixels, with_map=with_map, outputs=True, given=tokens)
 
     def _engine(self, from_pixels: bool = True) -> Engine | None:
-        """The engine with the program of a frame, built at first use; None: the reference operations score."""
+        """The engine with the program of a frame, built at first use; None: the reference scores."""
         if from_pixels not in self._built:
             engine = _new_engine(self.device, self.precision, self.threads)
             if engine is None:
@@ -1854,7 +1878,7 @@ class Prior:
         return total
 
     def log_likelihood(self, z: np.ndarray) -> np.ndarray:
-        """What `z` returns (B, N) -> log-density of the features (B,) in nats, less a constant of all models."""
+        """What `z` returns (B, N) -> log-density of the features (B,) in nats, less a constant."""
         nll = (z - self.calibration["location"]) / self.calibration["scale"]
         return self._log_determinant - nll.sum(-1, dtype=np.float64)
 
@@ -1877,8 +1901,10 @@ class Prior:
     def _reference_frames(self, pixels: list, with_map: bool, tokens=None) -> Frames:
         rows, maps = [], []
         for i, image in enumerate(pixels):
-            x_T = self.latent(_reference_tokens(image, self.backbone, self.settings) if tokens is None else tokens[i])
-            rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["scale"] + self.calibration["location"])
+            x0 = _reference_tokens(image, self.backbone, self.settings) if tokens is None else tokens[i]
+            x_T = self.latent(x0)
+            rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["scale"]
+                        + self.calibration["location"])
             if with_map:
                 weight, offset = self._map_weights()
                 cells = (weight * rows[-1] + offset).reshape(self.grid, self.grid).astype(np.float32)
@@ -1888,7 +1914,8 @@ class Prior:
         return Frames(self._image_scores(z), maps or [None] * len(rows), [z])
 
 
-def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings, shift=(0.0, 0.0)) -> np.ndarray:
+def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings,
+                      shift=(0.0, 0.0)) -> np.ndarray:
     """uint8 (H, W, 3) -> features (N, C) by the reference operations."""
     x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift, np.float32)
     return backbone.features(x, settings.grid)
@@ -1936,15 +1963,16 @@ _FOREIGN = 4.0
 class MultiPrior:
     """Several products in one model. The one under which an image as a whole is likeliest scores it.
 
-    An image more than half of whose places lie `_FOREIGN` deviations beyond good ones of that product fits none:
-    it is an anomaly, of the product "unknown".
+    An image more than half of whose places lie `_FOREIGN` deviations beyond good ones of that product fits
+    none: it is an anomaly, of the product "unknown".
     An image's features are computed once and read under every product. Build with `fit_many` or `Prior.load`.
     """
 
     def __init__(self, priors: dict[str, Prior]):
         kinds = {(p.backbone.name, p.settings.size, p.grid, p.settings.steps) for p in priors.values()}
         if len(kinds) != 1:
-            raise ModelError(f"products of one model need one backbone, size, cell and number of steps, got {sorted(kinds)}")
+            raise ModelError("products of one model need one backbone, size, cell and number of steps, "
+                             f"got {sorted(kinds)}")
         if len({p.settings.bits for p in priors.values()} - {None}) > 1:
             raise ModelError("products of one model need one depth of their 16-bit images (bits)")
         if not all(isinstance(k, str) and 0 < len(k) < 256 and k.isprintable() for k in priors):
@@ -1969,7 +1997,8 @@ class MultiPrior:
         """As `Prior.score`; the result names the product."""
         return self.score_batch([image], with_map=with_map)[0]
 
-    def score_batch(self, images: Sequence, *, with_map: bool = True, chunk: int = 16, errors: str = "raise") -> list[Result]:
+    def score_batch(self, images: Sequence, *, with_map: bool = True, chunk: int = 16,
+                    errors: str = "raise") -> list[Result]:
         """As `Prior.score_batch`."""
         results, priors = [None] * len(images), list(self.priors.items())
         for places, pixels in _load_chunks(images, _bits(self), chunk, errors, results, self.device):
@@ -1999,7 +2028,8 @@ def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
     if e is not None:
         grid = settings.grid
         with _engine_errors():
-            e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid, sum(backbone.channels))
+            e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid,
+                   sum(backbone.channels))
             e.finish()
     return e
 
@@ -2010,7 +2040,7 @@ def _bits(model: "Prior | MultiPrior") -> int | None:
 
 def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, results: list,
                  device: str = "cpu"):
-    """Yields places and arrays of at most `chunk` images and about 64 million pixels; what `errors` asks for into results."""
+    """Yields places and arrays of at most `chunk` images, about 64 million pixels; errors go into results."""
     if isinstance(images, (str, os.PathLike)) or errors not in ("raise", "return"):
         raise ShapeError("score_batch: expected a list of images, and errors='raise' or 'return'")
     places, arrays = [], []
@@ -2044,7 +2074,7 @@ def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 4  # raised whenever the same images and settings give another model: cached models are then trained anew
+FIT_REVISION = 4  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2104,8 +2134,8 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
     keys = sorted(kept)
     rows = [kept[key][0] for key in keys]
     return Extracted(np.concatenate(rows) if rows else np.empty((0, n, c), np.float16),
-                     np.repeat(np.arange(len(keys)), [len(f) for f in rows]), keys, [kept[key][1] for key in keys],
-                     repeated, unreadable)
+                     np.repeat(np.arange(len(keys)), [len(f) for f in rows]), keys,
+                     [kept[key][1] for key in keys], repeated, unreadable)
 
 
 @dataclasses.dataclass
@@ -2140,10 +2170,11 @@ class _Gaussians:
             overall = (self.centre + mean).mean(0)
             square = (second + 2 * self.centre * mean + self.centre ** 2).mean(0)
             deviation = np.sqrt(np.maximum(square - overall ** 2, 1e-8))
-            return np.broadcast_to(overall, mean.shape).copy(), np.broadcast_to(1 / deviation, mean.shape).copy()
+            return tuple(np.broadcast_to(a, mean.shape).copy() for a in (overall, 1 / deviation))
         second -= mean[:, :, None] * mean[:, None, :]
         average = second.mean(0)
-        return mean + self.centre, inverse_cholesky(shrink_covariance(second, average, settings.shrink, settings.floor))
+        second = shrink_covariance(second, average, settings.shrink, settings.floor)
+        return mean + self.centre, inverse_cholesky(second)
 
 
 def _apply_whitener(features: np.ndarray, mean: np.ndarray, whitener: np.ndarray) -> np.ndarray:
@@ -2155,7 +2186,8 @@ def _apply_whitener(features: np.ndarray, mean: np.ndarray, whitener: np.ndarray
     return out
 
 
-def _nll_of(x0: np.ndarray, denoiser: dict | None, timesteps, prediction: str, threads: int | None = None) -> np.ndarray:
+def _nll_of(x0: np.ndarray, denoiser: dict | None, timesteps, prediction: str,
+            threads: int | None = None) -> np.ndarray:
     """|x_T|^2 / 2 of x0 (M, N, C), float32 (M, N)."""
     m, n, c = x0.shape
     e = _new_engine(threads=threads)
@@ -2171,7 +2203,7 @@ def _nll_of(x0: np.ndarray, denoiser: dict | None, timesteps, prediction: str, t
 
 
 def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
-    """From held-out good nll (n, N): per-position location and scale, and what scores and maps are read against.
+    """From held-out good nll (n, N): per-position location and scale, and what scores and maps are read by.
 
     Each position's deviation is averaged (in variance) with the mean over positions: with few
     images it is noisy, and a position that never varies must not shout. An image's own score is
@@ -2180,7 +2212,7 @@ def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
     n = len(nll)
     mean, variance = nll.mean(0), nll.var(0)
     away = nll - mean
-    others = np.maximum(n * variance - n / (n - 1) * away ** 2, 0) / (n - 1)  # variance without the image itself
+    others = np.maximum(n * variance - n / (n - 1) * away ** 2, 0) / (n - 1)  # variance without the image
 
     def deviation(v):
         return np.sqrt(.5 * v + .5 * v.mean(-1, keepdims=True)) + 1e-12
@@ -2191,7 +2223,7 @@ def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
 
 
 def _read_scores(raw: np.ndarray, nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
-    """raw (n,): worst means of good images; nll (n, N): moments, sorted scores and the sorted peaks of their maps.
+    """raw (n,): worst means of good images; nll (n, N): moments, sorted scores and peaks of maps.
 
     Zero and unit of the score are the median and the spread of the middle half, those of the map a median
     too: one wild image hardly moves them.
@@ -2227,7 +2259,7 @@ def outliers(nll: np.ndarray, worst: float) -> np.ndarray:
 
 
 def _to_unit_variance(x0: np.ndarray, whitener: np.ndarray, fresh: np.ndarray) -> None:
-    """Scale all, in place, so that x0, images that were not fitted on, has unit variance: F = 0 starts right."""
+    """Scale all, in place, so that x0, images not fitted on, has unit variance: F = 0 starts right."""
     scale = np.float16(1 / math.sqrt(np.mean([np.mean(np.square(x, dtype=np.float32)) for x in x0])))
     for a in (x0, whitener, fresh):
         a *= scale
@@ -2282,19 +2314,21 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
         aside[np.flatnonzero(used)[worst]] = True
     mean, whitener = gaussians.without(None, config)
     fresh = e.of(away)
-    fresh = _apply_whitener(fresh.features[np.r_[True, fresh.owner[1:] != fresh.owner[:-1]][:len(fresh.owner)]],
-                            mean, whitener)
+    first = np.r_[True, fresh.owner[1:] != fresh.owner[:-1]][:len(fresh.owner)]
+    fresh = _apply_whitener(fresh.features[first], mean, whitener)
     summary = {"images": int((~aside).sum()), "held_out": int(away.sum() or used.sum()),
                "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
-               "unreadable": e.unreadable[:20], "trained_on": e.keys}
+               "unreadable": e.unreadable[:20], "trained_on": e.of(~aside).keys}
     return _Whitened(x0, rows, clean, mean, whitener, fresh, summary)
 
 
 def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations: int | None,
-                  minutes: float | None = None, threads: int | None = None, progress: Progress = _quiet) -> Prior:
+                  minutes: float | None = None, threads: int | None = None,
+                  progress: Progress = _quiet) -> Prior:
     """Factors, denoiser and calibration; works in w.x0, w.fresh and w.whitener."""
     x0, fold, whitener, factors = w.x0, w.fold, w.whitener, None
-    config = dataclasses.replace(config, factors=min(config.factors, int(w.clean.sum()) // 2) if whitener.ndim == 3 else 0)
+    factors_at_most = int(w.clean.sum()) // 2 if whitener.ndim == 3 else 0
+    config = dataclasses.replace(config, factors=min(config.factors, factors_at_most))
     if whitener.ndim == 3:
         _to_unit_variance(x0, whitener, w.fresh)
         if config.factors:
@@ -2306,7 +2340,8 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
     prediction = "v" if config.variant == "whitened" else "eps"
     denoiser, trained = None, {"iterations": 0}
     if iterations is None or iterations > 0:
-        denoiser, trained = train_denoiser(x0, fold == 0, config, iterations or 900, minutes, prediction, progress)
+        denoiser, trained = train_denoiser(x0, fold == 0, config, iterations or 900, minutes, prediction,
+                                           progress)
     calibrations = {}
     for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
         grid = select_timesteps(steps, config.first, config.last)
@@ -2352,7 +2387,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     if iterations is None or iterations > 0:
         _import_torch()  # fail before the work, not after
     if len(images) < MIN_IMAGES:
-        raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or more are better")
+        raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or "
+                         "more are better")
     backbone = load_backbone(config.backbone)
     config = dataclasses.replace(config, backbone=backbone.name, bits=config.bits or find_depth(images))
     extracted = extract_features(images, config, backbone, threads, progress)
@@ -2384,7 +2420,7 @@ def fit_many(root: str | os.PathLike, *, progress: Progress = _quiet, **options)
 
 
 def _good_images(images) -> tuple[list, list[str], str]:
-    """A folder of good images, or what `find_good` found in one -> images, what cannot be read, what was left out."""
+    """A folder of good images, or what `find_good` found in one -> images, unreadable ones, the left out."""
     if isinstance(images, (str, os.PathLike)):
         images = _room("folders").find_good(images)
     if hasattr(images, "problems"):
@@ -2412,9 +2448,9 @@ def initial_denoiser(n: int, c: int, settings: Settings) -> dict[str, np.ndarray
     def dense(*shape):
         return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(np.float32)
     k = 64
-    p = {"in_w": dense(c, d), "pos": .02 * dense(n, d) * math.sqrt(n), "time_w": dense(12, k), "time_b": np.zeros(k),
-         "shift_w": dense(k, d), "gain_w": np.zeros((k, c)), "norm_gain": np.ones(d), "norm_bias": np.zeros(d),
-         "out_w": np.zeros((d, c)), "out_b": np.zeros(c)}
+    p = {"in_w": dense(c, d), "pos": .02 * dense(n, d) * math.sqrt(n), "time_w": dense(12, k),
+         "time_b": np.zeros(k), "shift_w": dense(k, d), "gain_w": np.zeros((k, c)),
+         "norm_gain": np.ones(d), "norm_bias": np.zeros(d), "out_w": np.zeros((d, c)), "out_b": np.zeros(c)}
     for i in range(settings.mixers):
         p |= {f"mix{i}_token1": dense(n, tokens).T, f"mix{i}_token2": dense(tokens, n).T,
               f"mix{i}_w1": dense(d, 2 * d), f"mix{i}_b1": np.zeros(2 * d),
@@ -2441,8 +2477,9 @@ def torch_denoise(torch, p: dict, x, t):
     return (u @ p["out_w"] + p["out_b"]) * (1 + hidden @ p["gain_w"])[:, None]
 
 
-def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, iterations: int, minutes: float | None,
-                   prediction: str, progress: Progress = _quiet) -> tuple[dict[str, np.ndarray], dict]:
+def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, iterations: int,
+                   minutes: float | None, prediction: str,
+                   progress: Progress = _quiet) -> tuple[dict[str, np.ndarray], dict]:
     """Minimise |F(x_t, t) - target|^2 with AdamW; returns the averaged weights with the best held-out loss.
 
     x0 (M, N, C) float16; rows marked in `held_out` (M,) are only ever evaluated. Every 50 iterations
@@ -2510,7 +2547,8 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, ite
         print("interrupted: keeping the best weights so far", file=sys.stderr)
     if not math.isfinite(best_loss):
         raise FastPriorError("training diverged: the held-out loss is not finite; try another seed")
-    report = {"iterations": best_at, "iterations_run": i, "loss_start": round(start, 5), "loss": round(best_loss, 5)}
+    report = {"iterations": best_at, "iterations_run": i, "loss_start": round(start, 5),
+              "loss": round(best_loss, 5)}
     return {k: v.numpy().copy() for k, v in best.items()}, report
 
 
@@ -2530,7 +2568,7 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions: "Iterable[Regio
     about what a good image reaches somewhere, and is full at 10 times it.
     """
     out = np.empty_like(image)
-    rows = max(1, (1 << 20) // image.shape[1])  # strips: the steps between are many times larger than the image
+    rows = max(1, (1 << 20) // image.shape[1])  # strips: the steps between are many times larger
     for part in (slice(y, y + rows) for y in range(0, len(image), rows)):
         strength = np.clip(np.log(np.maximum(anomaly_map[part], 1e-6) / .3) / math.log(10 / .3), 0, 1)
         at = strength * (len(_INFERNO) - 1)
@@ -2570,9 +2608,11 @@ def _products(model: Prior | MultiPrior) -> dict[str, Prior]:
 def _build_app():
     import typer
     console = _room("console")
-    app = typer.Typer(name="fastprior", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    app = typer.Typer(name="fastprior", no_args_is_help=True, add_completion=False,
+                      pretty_exceptions_enable=False,
                       context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode=None,
-                      help="Tell good parts from bad ones: train on good images, score new ones in milliseconds.")
+                      help="Tell good parts from bad ones: train on good images, "
+                           "score new ones in milliseconds.")
 
     def version(value: bool):
         if value:
@@ -2580,30 +2620,43 @@ def _build_app():
             raise typer.Exit()
 
     @app.callback()
-    def root(show: bool = typer.Option(False, "--version", callback=version, is_eager=True, help="Print the version."),
+    def root(show: bool = typer.Option(False, "--version", callback=version, is_eager=True,
+                                       help="Print the version."),
              debug: bool = typer.Option(False, "--debug", help="Show a traceback when something fails.")):
         pass
 
     device_option = typer.Option("auto", help="cpu, cuda, or auto: a GPU where CuPy and one are there.")
-    threads_option = typer.Option(None, "--threads", min=1, help="CPU threads (default: all, or NUMBA_NUM_THREADS).")
+    threads_option = typer.Option(None, "--threads", min=1,
+                                  help="CPU threads (default: all, or NUMBA_NUM_THREADS).")
 
     @app.command()
-    def train(good: str = typer.Argument(..., help="Folder of good images, or one with good/ (ok, normal, train/good) in it."),
+    def train(good: str = typer.Argument(...,
+                                         help="Folder of good images, or one with good/ (ok, normal, "
+                                              "train/good) in it."),
               output: Path = typer.Option(..., "-o", "--output", help="Model file to write (.npz)."),
               tier: str = typer.Option("default", help="fast, default or accurate: backbone and size."),
               backbone: str = typer.Option(None, help="lite0, lite1, lite2, timm:NAME, or a weight file."),
               size: int = typer.Option(None, help="Side the image is resized to, pixels, a multiple of 32."),
-              cell: int = typer.Option(None, help="Side of a place, pixels of the resized image: 16, 32, ..."),
+              cell: int = typer.Option(None,
+                                       help="Side of a place, pixels of the resized image: 16, 32, ..."),
               steps: int = typer.Option(Settings.steps, help="DDIM inversion steps."),
-              iterations: int = typer.Option(None, min=0, help="At most this many training steps; 0 needs no torch."),
-              minutes: float = typer.Option(None, min=0.01, help="At most this long in the denoiser's training."),
-              variant: str = typer.Option(Settings.variant, help="whitened, or plain (the paper's, for ablations)."),
-              calibration: str = typer.Option(Settings.calibration, help="cross (uses every image) or holdout (exact)."),
+              iterations: int = typer.Option(None, min=0,
+                                             help="At most this many training steps; 0 needs no torch."),
+              minutes: float = typer.Option(None, min=0.01,
+                                            help="At most this long in the denoiser's training."),
+              variant: str = typer.Option(Settings.variant,
+                                          help="whitened, or plain (the paper's, for ablations)."),
+              calibration: str = typer.Option(Settings.calibration,
+                                              help="cross (uses every image) or holdout (exact)."),
               fpr: float = typer.Option(Settings.fpr, help="False-alarm rate to set the threshold for."),
               seed: int = typer.Option(Settings.seed, help="Seed of everything random."),
-              bits: int = typer.Option(None, help="Of 16-bit images: 8, 10, 12, 14 or 16 (default: found in them)."),
-              keep_all: bool = typer.Option(False, "--keep-all", help="Also train on images unlike the others."),
-              multi: bool = typer.Option(False, "--multi", help="GOOD holds a folder for each product; one model for all."),
+              bits: int = typer.Option(None,
+                                       help="Of 16-bit images: 8, 10, 12, 14 or 16 (default: found in "
+                                            "them)."),
+              keep_all: bool = typer.Option(False, "--keep-all",
+                                            help="Also train on images unlike the others."),
+              multi: bool = typer.Option(False, "--multi",
+                                         help="GOOD holds a folder for each product; one model for all."),
               threads: int = threads_option):
         """Train a model on good images.
 
@@ -2626,12 +2679,15 @@ def _build_app():
 
     @app.command()
     def score(paths: list[str] = typer.Argument(..., help="Files, folders or globs."),
-              model: Path = typer.Option(None, "-m", "--model", help="Model file; default: the demo's (washers)."),
+              model: Path = typer.Option(None, "-m", "--model",
+                                         help="Model file; default: the demo's (washers)."),
               steps: int = typer.Option(None, help="DDIM inversion steps (default: the model's)."),
               fpr: float = typer.Option(None, help="False-alarm rate to judge at (default: the model's)."),
               threshold: float = typer.Option(None, help="A score to judge at instead."),
-              map_folder: Path = typer.Option(None, "--map", help="Folder for heat maps over the images, regions framed."),
-              mask_folder: Path = typer.Option(None, "--mask", help="Folder for masks (PNG, 255 inside a region)."),
+              map_folder: Path = typer.Option(None, "--map",
+                                              help="Folder for heat maps over the images, regions framed."),
+              mask_folder: Path = typer.Option(None, "--mask",
+                                               help="Folder for masks (PNG, 255 inside a region)."),
               as_json: bool = typer.Option(False, "--json", help="One JSON object a line, with regions."),
               device: str = device_option, threads: int = threads_option):
         """Score images: path, score, p-value, verdict. Exit code 0: all good, 1: anomalies, 2: errors.
@@ -2644,15 +2700,19 @@ def _build_app():
 
         Example: fastprior score -m part.npz --fpr 0.05 --json 'photos/*.png'
         """
-        raise typer.Exit(console.score(paths, model, map_folder, mask_folder, as_json, threads=threads, steps=steps,
-                                       fpr=fpr, threshold=threshold, device=device))
+        raise typer.Exit(console.score(paths, model, map_folder, mask_folder, as_json, threads=threads,
+                                       steps=steps, fpr=fpr, threshold=threshold, device=device))
 
     @app.command()
     def calibrate(good: str = typer.Argument(..., help="Folder of new good images, not those of training."),
                   model: Path = typer.Option(..., "-m", "--model", help="Model file to start from."),
-                  output: Path = typer.Option(..., "-o", "--output", help="Model file to write (may be the same)."),
-                  known_bad: str = typer.Option(None, "--known-bad", help="Folder of bad images: shows both errors."),
-                  fpr: float = typer.Option(None, help="False-alarm rate to set the threshold for (default: the model's)."),
+                  output: Path = typer.Option(..., "-o", "--output",
+                                              help="Model file to write (may be the same)."),
+                  known_bad: str = typer.Option(None, "--known-bad",
+                                                help="Folder of bad images: shows both errors."),
+                  fpr: float = typer.Option(None,
+                                            help="False-alarm rate to set the threshold for (default: the "
+                                                 "model's)."),
                   threshold: float = typer.Option(None, help="A fixed threshold instead."),
                   device: str = device_option, threads: int = threads_option):
         """Read zero, unit and threshold of the score anew from good images; nothing is trained.
@@ -2667,7 +2727,8 @@ def _build_app():
 
     @app.command()
     def bench(steps: str = typer.Option("2", help="DDIM inversion steps, several with commas: 1,2,3,5,10."),
-              model: Path = typer.Option(None, "-m", "--model", help="Time this model instead of untrained ones."),
+              model: Path = typer.Option(None, "-m", "--model",
+                                         help="Time this model instead of untrained ones."),
               backbone: list[str] = typer.Option(["lite0"], help="May be given several times."),
               size: int = typer.Option(Settings.size, help="Side the image is resized to."),
               input_size: int = typer.Option(None, help="Side of the image that is timed (default: --size)."),
@@ -2696,8 +2757,9 @@ def _build_app():
             _room("benchmark").bench(
                 bars, steps=console.numbers(steps, "steps"), model=model, backbones=backbone, size=size,
                 input_size=input_size, batch=batch, against=against.split(",") if against else [],
-                processes=processes, data=data, variants=variants.split(","), seeds=console.numbers(seeds, "seeds"),
-                images=console.numbers(images, "images") if images else [], iterations=iterations, multi=multi,
+                processes=processes, data=data, variants=variants.split(","),
+                seeds=console.numbers(seeds, "seeds"), iterations=iterations, multi=multi,
+                images=console.numbers(images, "images") if images else [],
                 report=report, as_json=as_json, device=device, threads=threads, calibration=calibration)
 
     @app.command()
@@ -2713,7 +2775,7 @@ def _build_app():
 
 
 def main() -> None:
-    """Entry point of the command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
+    """The command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
     _room("console").run(_build_app)
 
 
