@@ -77,7 +77,8 @@ def _kinds(folder: Path) -> tuple[list[Path], list[Path]]:
     good, bad = [], []
     kinds = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     for kind in (k for k in kinds if k.name not in MASKS):
-        found = sorted(p for p in kind.rglob("*") if p.suffix.lower() in fp._room("folders").IMAGE_SUFFIXES and p.is_file())
+        found = sorted(p for p in kind.rglob("*") if p.suffix.lower() in fp._room("folders").IMAGE_SUFFIXES
+                       and p.is_file())
         (good if kind.name.lower() in GOOD else bad).extend(found)
     return good, bad
 
@@ -312,7 +313,8 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
                                                    "sources": np.array(made.sources)}
             file.parent.mkdir(parents=True, exist_ok=True)
             fp._write_npz(file, header, arrays)
-        return fp.Extracted(arrays["features"], arrays["owner"], header["keys"], arrays["sources"].tolist(), 0, [])
+        return fp.Extracted(arrays["features"], arrays["owner"], header["keys"], arrays["sources"].tolist(),
+                            0, [])
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):
@@ -484,7 +486,8 @@ def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backb
         check_runtimes(against, device)
     peaks = measure_peaks() if device == "cpu" else {}
     facts = fp._room("console").machine() | {"fastprior": fp.__version__, "dtype": "float32"}
-    fp._room("console").say(*(f"{k}={v}" for k, v in facts.items()), *(f"{k}={v:.0f}" for k, v in peaks.items()))
+    fp._room("console").say(*(f"{k}={v}" for k, v in facts.items()),
+                            *(f"{k}={v:.0f}" for k, v in peaks.items()))
 
     def measure(prior, **facts) -> dict:
         pixels = input_size or _first(prior).settings.size

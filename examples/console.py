@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What the command says and does around the method: progress, rows, narration, exit codes.
 
-Results go to stdout, everything else to stderr. fastprior loads this file by its path and hands itself in as `fp`.
+Results go to stdout, everything else to stderr. fastprior loads this file by its path and
+hands itself in as `fp`.
 """
 from __future__ import annotations
 
@@ -49,9 +50,11 @@ class Bars:
             from rich.console import Console
         except ImportError:
             return self
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
+        from rich.progress import (BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn,
+                                   TimeRemainingColumn)
         console = Console(file=sys.stderr or io.StringIO())
-        self.bars = Bars(TextColumn("{task.description:>12}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        self.bars = Bars(TextColumn("{task.description:>12}", markup=False), BarColumn(),
+                         MofNCompleteColumn(), TimeRemainingColumn(),
                          console=console, disable=not console.is_terminal)
         self.bars.start()
         return self
@@ -97,7 +100,8 @@ def strict_json(value) -> str:
 
 
 def promise(t, n: int) -> str:
-    text = (f"threshold {t.value:.2f}: {n} held-out good images promise false alarms of {t.expected:.1%} on average, "
+    text = (f"threshold {t.value:.2f}: {n} held-out good images promise false alarms of {t.expected:.1%} "
+            "on average, "
             f"at most {t.bound:.1%} with 95 % confidence")
     if t.bound > t.fpr:
         text += f"; for {t.fpr:.1%} you need {t.needed} (an estimate, no promise: threshold {t.estimate:.2f})"
@@ -129,14 +133,15 @@ def tell_training(made) -> None:
                  "them; look at them: fastprior score --map): " + ", ".join(s["set_aside"]))
         depth = f", {prior.settings.bits} bits" if prior.settings.bits else ""
         loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
-        say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out ({prior.settings.calibration}); "
+        say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out "
+            f"({prior.settings.calibration}); "
              f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
         say(promise(prior.threshold, len(prior.calibration["scores"])))
 
 
-def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_folder: Path | None, as_json: bool,
-          **options) -> int:
-    """A row an image; returns the exit code. What cannot be scored or written is said, and the rest goes on."""
+def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_folder: Path | None,
+          as_json: bool, **options) -> int:
+    """A row an image; returns the exit code. What cannot be scored or written is said; the rest goes on."""
     if model is None:
         model = fp.demo_model()
         say(f"no --model given: using the demo model, which knows the washers of examples/ ({model})")
@@ -168,10 +173,12 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
                     say(f"warning: {warning.message}")
                 seen += fp.image_key(image) in known_images
                 r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
-                if not math.isfinite(r.score) or r.device_map is not None and not np.isfinite(r.anomaly_map).all():
+                mapped = r.device_map is not None
+                if not math.isfinite(r.score) or mapped and not np.isfinite(r.anomaly_map).all():
                     raise fp.ShapeError("its score or map is not a number")
             except (fp.FastPriorError, MemoryError) as e:
-                refuse(str(e) if isinstance(e, fp.ImageError) else f"{path}: {str(e) or 'out of memory'}", row)
+                refuse(str(e) if isinstance(e, fp.ImageError) else f"{path}: {str(e) or 'out of memory'}",
+                       row)
                 continue
             anomalies += r.is_anomaly
             product = getattr(r, "product", "")
@@ -182,7 +189,8 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
             try:
                 if as_json:
                     row |= {"threshold": round(r.threshold, 4),
-                            "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
+                            "regions": [region._replace(peak=round(region.peak, 3))._asdict()
+                                        for region in r.regions]}
                 if map_folder:
                     drawn = fp.overlay(image, r.anomaly_map, r.regions)
                     row["map"] = folders.write_png(map_folder, name, "map", drawn, path)
@@ -190,7 +198,8 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
                     mask = (r.anomaly_map > 1).astype(np.uint8) * 255
                     row["mask"] = folders.write_png(mask_folder, name, "mask", mask, path)
             except (OSError, ValueError, MemoryError) as e:
-                unwritten = f"{path}: scored, but its map or mask cannot be written ({getattr(e, 'strerror', None) or e})"
+                unwritten = (f"{path}: scored, but its map or mask cannot be written "
+                             f"({getattr(e, 'strerror', None) or e})")
             cells = [str(path), f"{r.score:.2f}", f"{r.p_value:.4f}", r.verdict, *filter(None, [product])]
             if not as_json:
                 print("\t".join(map(fp._printable, cells)), flush=True)
@@ -201,9 +210,11 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
             if len(found.images) > 1:
                 bars("scoring", i + 1, len(found.images))
     if failed and len(found.images) + len(found.errors) > 1:
-        say(f"{failed} of {len(found.images) + len(found.errors)} could not be scored, or their maps not written")
+        say(f"{failed} of {len(found.images) + len(found.errors)} could not be scored, or their maps "
+            "not written")
     if 2 * seen > len(found.images) > 1:
-        say(f"warning: {seen} of {len(found.images)} images were trained on: their scores say nothing of new ones")
+        say(f"warning: {seen} of {len(found.images)} images were trained on: their scores say nothing "
+            "of new ones")
     for product, own in scores.items():
         if product not in fp._products(prior):
             continue
@@ -218,11 +229,13 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
               threshold: float | None, device: str, threads: int | None) -> None:
     prior = fp.Prior.load(model, threads=threads, device=device)
     if isinstance(prior, fp.MultiPrior):
-        raise fp.FastPriorError(f"{model}: holds {len(prior.priors)} products; calibrate takes a model of one")
+        raise fp.FastPriorError(f"{model}: holds {len(prior.priors)} products; calibrate takes a "
+                                "model of one")
     changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
     with Bars() as bars:
         prior = prior.calibrate(good, progress=bars, **changes)
-        tried = prior.score_batch(fp.find_images(known_bad, without="good"), with_map=False, errors="return") if known_bad else []
+        tried = prior.score_batch(fp.find_images(known_bad, without="good"), with_map=False,
+                                  errors="return") if known_bad else []
     bad = [r.score for r in tried if isinstance(r, fp.Result)]
     unreadable = prior.summary["unreadable"] + [r for r in tried if isinstance(r, Exception)]
     if known_bad and not bad:
@@ -252,7 +265,8 @@ def info(model: Path | None, as_json: bool) -> None:
     try:
         with fp._engine_errors():
             cupy = fp._engines("cuda").import_cupy()
-        facts["cuda"] = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() + f", CuPy {cupy.__version__}"
+        name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+        facts["cuda"] = f"{name}, CuPy {cupy.__version__}"
     except fp.BackendUnavailable as e:
         facts["cuda"] = f"no: {e}"
     if model:
@@ -263,19 +277,21 @@ def info(model: Path | None, as_json: bool) -> None:
         for name, prior in fp._products(made).items():
             own = {**dataclasses.asdict(prior.settings),
                    "timesteps": prior.timesteps.tolist(), "calibrated_steps": sorted(prior.calibrations),
-                   "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()), **prior.summary,
+                   "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()),
+                   **prior.summary,
+                   "trained_on": f"{len(prior.summary.get('trained_on', []))} images",
                    "promise": promise(prior.threshold, len(prior.calibration["scores"]))}
             facts |= {f"{name}: {k}": v for k, v in own.items()} if name else own
     print(strict_json(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
 
 
 def run(build_app: Callable) -> None:
-    """Entry point of the command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
+    """The command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
     code = 2
     try:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):  # a closed stream is None
-                stream.reconfigure(errors="backslashreplace")  # names are any bytes, and terminals of any code page
+                stream.reconfigure(errors="backslashreplace")  # names are any bytes, on any code page
         logging.getLogger("PIL").addHandler(logging.NullHandler())  # decoders speak by what they raise
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -291,7 +307,8 @@ def run(build_app: Callable) -> None:
         if "--debug" in sys.argv:
             import traceback
             traceback.print_exc()
-        say(f"error: {e}" if isinstance(e, fp.FastPriorError) else "error: cannot write to standard output" if isinstance(e, SystemExit)
+        say(f"error: {e}" if isinstance(e, fp.FastPriorError) else "error: cannot write to standard output"
+            if isinstance(e, SystemExit)
              else f"error: {type(e).__name__}: {e} (--debug shows where)")
     if code == 130:
         say("interrupted")

@@ -21,14 +21,15 @@ if "fp" not in globals():
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import fastprior as fp
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".avif",
-                  ".pbm", ".pgm", ".ppm", ".pnm"}
-_NOT_MEANT = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}  # and names with a dot before
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif",
+                  ".avif", ".pbm", ".pgm", ".ppm", ".pnm"}
+_NOT_MEANT = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}  # and .names
 _OUTPUT = re.compile(r"\.(map|mask)\.png$", re.IGNORECASE)  # what `score` writes
 _MASK_OF = re.compile(r"[_-](mask|label|gt)$", re.IGNORECASE)
 _FOLDERS = {  # what a folder's name says of the images in it
     "mask": "groundtruth gt mask masks label labels annotation annotations segmentation segmentations",
-    "bad": "bad ng ko nok notok notgood nogood nio abnormal anomaly anomalies anomalous defect defects defective fail "
+    "bad": "bad ng ko nok notok notgood nogood nio abnormal anomaly anomalies anomalous defect defects "
+           "defective fail "
            "failed fault faulty reject rejects rejected broken scrap",
     "split": "test testing val valid validation",
     "good": "good ok okay normal pass passed nodefect nodefects defectfree anomalyfree io",
@@ -37,7 +38,7 @@ _FOLDERS = {  # what a folder's name says of the images in it
 
 
 def _kind(name: str) -> str:
-    """A key of _FOLDERS for a folder's name: as a whole (no-defect), or for the words in it (good_parts); else ""."""
+    """A key of _FOLDERS for a folder's name: whole (no-defect), or for its words (good_parts); else ""."""
     words = re.findall("[a-z]+", name.lower())
     negated = {"no", "not", "non", "without"} & set(words)
     return next((kind for parts in (["".join(words)], [] if negated else words)
@@ -67,16 +68,17 @@ class Found:
         return [f"{path}: {text}" for path, text in self.errors.items()]
 
     def folder(self, folder: Path, base: Path | None = None, without: str = "", deep: bool = True) -> None:
-        """What lies under `folder`, links followed, but hidden names, masks as data sets keep them, and outputs of ours.
+        """What lies under `folder`, links followed, but hidden names, masks of data sets, and our outputs.
 
-        base: names of outputs are relative to it. without: the kind of folder (see _FOLDERS) that is left out too.
+        base: names of outputs are relative to it. without: the kind of folder (see _FOLDERS) left out too.
         """
         stack, found = [folder], {}
         while stack:
             here = stack.pop()
             real = os.path.realpath(here)
             try:
-                entries = sorted(os.scandir(here), key=lambda e: (e.is_symlink(), e.name)) if real not in self.seen else None
+                entries = None if real in self.seen else sorted(
+                    os.scandir(here), key=lambda e: (e.is_symlink(), e.name))
             except OSError as e:
                 self.errors[str(here)] = f"cannot be read ({e.strerror})"
                 continue
@@ -142,18 +144,20 @@ def find_images(path: str | os.PathLike, without: str = "") -> list[Path]:
     if not os.fspath(path) or not os.path.isdir(path):
         raise fp.ImageError(f"{os.fspath(path)!r}: no such file or folder")
     found, path = Found(), Path(path)
-    found.folder(path / "train" / "good" if not without and (path / "train" / "good").is_dir() else path, without=without)
+    found.folder(path / "train" / "good" if not without and (path / "train" / "good").is_dir() else path,
+                 without=without)
     return _some(found, path)
 
 
 def _some(found: Found, path: Path) -> list[Path]:
     if not found.images:
-        raise fp.ImageError(f"{path}: no images here (looked for {', '.join(sorted(IMAGE_SUFFIXES))}) {found}".rstrip())
+        raise fp.ImageError(f"{path}: no images here (looked for "
+                            f"{', '.join(sorted(IMAGE_SUFFIXES))}) {found}".rstrip())
     return list(found.images)
 
 
 def find_good(path: str | os.PathLike) -> Found:
-    """The images to train on: those of good/ (ok, normal, train/good, Data/Images/Normal, ...) where there are such folders.
+    """The images to train on: those of good/ (ok, normal, train/good, Data/Images/Normal, ...) if there.
 
     ImageError where names and places of folders do not say which images are good ones.
     """
@@ -169,12 +173,14 @@ def find_good(path: str | os.PathLike) -> Found:
         except OSError as e:
             raise fp.ImageError(f"{here}: cannot be read ({e.strerror})") from e
         folders = {Path(e.path): _kind(e.name) for e in entries if os.path.isdir(e.path)}
-        loose = any(is_image(e.name) and not _OUTPUT.search(e.name) for e in entries if Path(e.path) not in folders)
+        loose = any(is_image(e.name) and not _OUTPUT.search(e.name) for e in entries
+                    if Path(e.path) not in folders)
         chosen = [f for f, k in folders.items() if k in ("good", "train")]
         others = [f for f, k in folders.items() if k != "mask"]
         if not chosen and not loose and len(others) == 1 and folders[others[0]] in ("", "wrapper"):
             chosen = others  # the only one there is
-        unclear = len(chosen) > 1 or chosen and loose or kind != "good" and loose and "mask" in folders.values()
+        unclear = (len(chosen) > 1 or chosen and loose
+                   or kind != "good" and loose and "mask" in folders.values())
         if unclear or not chosen:
             break
         aside += [f for f in folders if f != chosen[0]]
@@ -187,13 +193,16 @@ def find_good(path: str | os.PathLike) -> Found:
     if kind != "good" and (unclear or folders and not loose or named & {"bad", "mask"} or
                            kind != "train" and "mask" in map(_kind, (f.name for f in aside))):
         names = ", ".join(sorted(f"{f.name}/" for f in folders)[:6])
-        raise fp.ImageError(f"{here}: which images are good is not clear ({'images beside ' * bool(loose and folders)}"
-                         f"{names or 'by its name, none'}); give the folder of good images (for a folder a product, --multi)")
+        raise fp.ImageError(f"{here}: which images are good is not clear "
+                            f"({'images beside ' * bool(loose and folders)}"
+                            f"{names or 'by its name, none'}); give the folder of good images "
+                            "(for a folder a product, --multi)")
     found.folder(here, without="bad", deep=kind == "good")
     for folder in sorted(aside):
         found.leave(folder)
     if found.left_out["masks beside their images"]:
-        raise fp.ImageError(f"{here}: masks lie beside images, so some of these are not good; name a folder of good images")
+        raise fp.ImageError(f"{here}: masks lie beside images, so some of these are not good; name a folder "
+                            "of good images")
     found.source = f"{len(_some(found, here))} images from {here}"
     return found
 
@@ -221,7 +230,8 @@ def find_all(patterns: Iterable[str]) -> Found:
                 else:
                     found.file(match, os.path.realpath(match), found.images, fixed)
         if found.size() == before:
-            found.errors[pattern] = "no images here" if os.path.isdir(path) and pattern else "no such file, folder or glob of images"
+            found.errors[pattern] = ("no images here" if os.path.isdir(path) and pattern
+                                     else "no such file, folder or glob of images")
     return found
 
 
@@ -241,7 +251,7 @@ def check_output(path: Path) -> None:
 
 
 def write_png(folder: Path, name: Path, kind: str, array: np.ndarray, source: Path) -> str:
-    """An output for `source`, at its own place below `folder`; returns its path. It never replaces that of another image."""
+    """An output for `source`, at its own place below `folder` -> its path. Never replaces another image's."""
     import hashlib
     from PIL import Image, PngImagePlugin
     owner = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()

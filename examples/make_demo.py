@@ -83,7 +83,7 @@ def _render(rng, kind, size):
     lx, ly = math.cos(light), math.sin(light)
     depth = np.minimum(outer - r, r - inner)  # how far inside the ring's edge
 
-    # Turned metal is anisotropic: a lamp shows as two fans, frayed because each groove reflects a little aside.
+    # Turned metal is anisotropic: a lamp shows as two fans, frayed as each groove reflects a little aside.
     fine, broad = _streaks(rng, r, phi, 1.3 * max(pixel, 1), 17), _streaks(rng, r, phi, 4, 6)
     off = phi - light + 0.06 * fine + 0.035 * broad
     fans = np.exp(3.0 * (np.cos(2 * off) - 1)) * (1 + 0.25 * np.cos(off))
@@ -291,7 +291,8 @@ def write_dataset(out, good=80, test_good=12, defects_per_type=6, size=256, seed
         for old in (out / folder).glob("[0-9]*.png"):
             old.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text("Written by fastprior's examples/make_demo.py, which may overwrite this folder.\n")
+    (out / MARKER).write_text("Written by fastprior's examples/make_demo.py, which may overwrite "
+                              "this folder.\n")
     for split, kind, count in [("train", "good", good), ("test", "good", test_good)]:
         for i in range(count):
             _write(out / split / kind / f"{i:03d}.png", seed, split, kind, i, size, part=part)
@@ -312,7 +313,8 @@ def main(argv=None):
     add("--part", choices=sorted(PARTS), default="washer", help="what to draw (default %(default)s)")
     add("--good", type=int, default=80, help="good training images (default %(default)s)")
     add("--test-good", type=int, default=12, help="good test images (default %(default)s)")
-    add("--defects-per-type", type=int, default=6, help="test images of each kind of defect (default %(default)s)")
+    add("--defects-per-type", type=int, default=6,
+        help="test images of each kind of defect (default %(default)s)")
     add("--size", type=int, default=256, help="side of an image in pixels (default %(default)s)")
     add("--seed", type=int, default=0, help="another seed draws other parts (default %(default)s)")
     add("--samples", action="store_true", help="write only six sample pictures, straight into OUT_DIR")
@@ -324,7 +326,8 @@ def main(argv=None):
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
     ours = names >= {f"{n}.png" for n in SAMPLES} if args.samples else MARKER in names
     if (names and not ours) or (out.exists() and not out.is_dir()):
-        print(f"make_demo: {out} is not an empty folder, nor an earlier demo: choose another", file=sys.stderr)
+        print(f"make_demo: {out} is not an empty folder, nor an earlier demo: choose another",
+              file=sys.stderr)
         return 2
     if args.samples:
         write_samples(out, args.size, args.seed)

@@ -10,11 +10,11 @@ import numpy as np
 
 NONE, RELU6, SILU = 0, 1, 2  # activation codes, those of fastprior.py and of common.cuh
 PANEL = 32  # side of an 8-bit tile, and what C is padded to
-QTILE = np.dtype([("scale", np.float32, (PANEL,)), ("weight", np.int8, (PANEL, PANEL))])  # see `fastprior.quantize`
+QTILE = np.dtype([("scale", np.float32, (PANEL,)), ("weight", np.int8, (PANEL, PANEL))])
 
 
 class Unavailable(RuntimeError):
-    """A device, library or file that an engine needs is not there. fastprior makes a BackendUnavailable of it."""
+    """A device, library or file that an engine needs is missing. fastprior makes it a BackendUnavailable."""
 
 
 class Unfit(ValueError):

@@ -64,7 +64,7 @@ class Buffer:
 
 
 class Launch(NamedTuple):
-    """Arguments: buffers, device arrays, None for a null pointer, int for int32, float for float32, scalars."""
+    """Arguments: buffers, device arrays, None for null, int for int32, float for float32, scalars."""
     kernel: Callable
     grid: tuple[int, int, int]
     block: tuple[int, ...]
@@ -409,7 +409,7 @@ class Engine:
         if entry is None:
             row, keep = [], []
             for n, s in zip(pixels.shape, shift):
-                taps = self._taps or (lambda *_: (np.zeros(1), np.zeros((1, 1))))  # of no pixels that are read
+                taps = self._taps or (lambda *_: (np.zeros(1), np.zeros((1, 1))))  # no pixels are read
                 start, weight = taps(n, self._size, s)
                 keep += [self.constant(start, np.int32), self.constant(weight)]
                 row += [keep[-2].data.ptr, keep[-1].data.ptr, weight.shape[1]]

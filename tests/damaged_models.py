@@ -2,7 +2,7 @@
 
     python tests/damaged_models.py [SECONDS [SEED]]
 
-What loads must score finitely; all else must be refused by one line. The process limits its own memory. Prints how many
+What loads must score finitely; all else must be refused by one line. It limits its memory. Prints how many
 files were tried, loaded and refused; ends with an error and the seed of the first file that breaks the rule.
 """
 import contextlib
@@ -23,28 +23,35 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fastprior as fp  # noqa: E402
 
-IMAGES = [np.full((40, 56, 3), 255, np.uint8), np.random.default_rng(1).integers(0, 256, (70, 64, 3), np.uint8)]
+IMAGES = [np.full((40, 56, 3), 255, np.uint8),
+          np.random.default_rng(1).integers(0, 256, (70, 64, 3), np.uint8)]
 
 
 def tiny_backbone(rng, act=fp.RELU6, squeeze=False, channels=(5, 7, 8, 17, 6)):
     """A network of five blocks; widths that are no multiple of anything."""
-    half = lambda *s: (rng.standard_normal(s) / np.sqrt(max(1, np.prod(s[:-1])))).astype("f2").astype("f4")  # noqa: E731
+    def half(*s):
+        return (rng.standard_normal(s) / np.sqrt(max(1, np.prod(s[:-1])))).astype("f2").astype("f4")
+
     blocks, c_in = [], 4
     for i, (c_out, stride, kernel) in enumerate(zip(channels, (1, 2, 2, 2, 1), (3, 5, 3, 3, 5))):
         mid = c_in if i == 0 else 2 * c_in + 1
         p = {} if i == 0 else {"expand_w": half(c_in, mid), "expand_b": half(mid)}
-        p |= {"dw_w": half(kernel, kernel, mid), "dw_b": half(mid), "project_w": half(mid, c_out), "project_b": half(c_out)}
+        p |= {"dw_w": half(kernel, kernel, mid), "dw_b": half(mid), "project_w": half(mid, c_out),
+              "project_b": half(c_out)}
         if squeeze:
-            p |= {"se_reduce_w": half(mid, 3), "se_reduce_b": half(3), "se_expand_w": half(3, mid), "se_expand_b": half(mid)}
+            p |= {"se_reduce_w": half(mid, 3), "se_reduce_b": half(3), "se_expand_w": half(3, mid),
+                  "se_expand_b": half(mid)}
         blocks.append(fp.Block(p, stride, act, i > 0 and stride == 1 and c_in == c_out))
         c_in = c_out
-    return fp.Backbone("tiny", (.5,) * 3, (.5,) * 3, act, half(3, 3, 3, 4), half(4), tuple(blocks), tuple(range(5)))
+    return fp.Backbone("tiny", (.5,) * 3, (.5,) * 3, act, half(3, 3, 3, 4), half(4), tuple(blocks),
+                       tuple(range(5)))
 
 
 def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whitened", backbone=None):
     rng = np.random.default_rng(seed)
     backbone = backbone or tiny_backbone(rng, act, squeeze)
-    settings = fp.Settings(backbone="tiny", size=64, factors=3 * (variant == "whitened"), width=16, variant=variant)
+    settings = fp.Settings(backbone="tiny", size=64, factors=3 * (variant == "whitened"), width=16,
+                           variant=variant)
     n, c = 16, sum(backbone.channels)
     whitener = 1 + rng.random((n, c)).astype("f4")
     if variant == "whitened":
@@ -52,7 +59,8 @@ def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whit
     weights = fp.initial_denoiser(n, c, settings) if denoiser else None
     if denoiser:
         weights["out_w"] += .05
-    calibrations = {steps: {"location": rng.standard_normal(n).astype("f4"), "scale": (.1 + rng.random(n)).astype("f4"),
+    calibrations = {steps: {"location": rng.standard_normal(n).astype("f4"),
+                            "scale": (.1 + rng.random(n)).astype("f4"),
                             "moments": np.array([.5, 1.5, 20.]), "scores": np.sort(rng.standard_normal(12)),
                             "peaks": np.sort(30 + rng.random(12))} for steps in (1, 2, 3)}
     factors = fp.pack_factors(.05 * rng.standard_normal((3, n, c))) if settings.factors else None
@@ -97,7 +105,8 @@ def assemble(path, entries, digest=True, how=lambda name: {}):
 
 def with_header(entries, change):
     """The header's text changed by `change`, bytes to bytes."""
-    return [(n, npy(np.frombuffer(change(array_of(d).tobytes()), np.uint8)) if n == "header.npy" else d) for n, d in entries]
+    return [(n, npy(np.frombuffer(change(array_of(d).tobytes()), np.uint8)) if n == "header.npy" else d)
+            for n, d in entries]
 
 
 def canonical(header):
@@ -106,11 +115,16 @@ def canonical(header):
 
 # -- damage --------------------------------------------------------------------------------------
 
-VALUES = [None, True, False, 0, 1, 2, 3, -1, 5, 31, 32, 96, 128, 2048, 1 << 31, 1 << 63, 1 << 70, 10 ** 400, 0.0, -0.0, 1.0, 2.0,
-          .5, 1e-300, 1e-9, 1e10, 1e300, float("inf"), float("-inf"), float("nan"), "", "x", "2", "a\nb\t", "../x", "é", "\ud800",
-          "x" * 5000, [], {}, [1], [1.5, 2.5, 3.5], [0, 0, 0], {"a": 1}, [[[[]]]], "prior", "priors", "plain", "whitened", "tiny"]
-NUMBERS = [0, -1, 1, 1e-30, -1e-30, 1e-9, 1e4, -1e5, 1e10, 1e14, 1e20, 1e37, 3e38, np.inf, -np.inf, np.nan, 65504, 5e-324]
-TYPES = ["f2", "f4", "f8", "i1", "u1", "i2", "i4", "i8", "u8", ">f4", ">f2", "c8", "?", "S3", "U2", "M8[s]", "f4,i1", fp.BLOCK]
+VALUES = [None, True, False, 0, 1, 2, 3, -1, 5, 31, 32, 96, 128, 2048, 1 << 31, 1 << 63, 1 << 70, 10 ** 400,
+          0.0, -0.0, 1.0, 2.0,
+          .5, 1e-300, 1e-9, 1e10, 1e300, float("inf"), float("-inf"), float("nan"), "", "x", "2", "a\nb\t",
+          "../x", "é", "\ud800",
+          "x" * 5000, [], {}, [1], [1.5, 2.5, 3.5], [0, 0, 0], {"a": 1}, [[[[]]]], "prior", "priors", "plain",
+          "whitened", "tiny"]
+NUMBERS = [0, -1, 1, 1e-30, -1e-30, 1e-9, 1e4, -1e5, 1e10, 1e14, 1e20, 1e37, 3e38, np.inf, -np.inf, np.nan,
+           65504, 5e-324]
+TYPES = ["f2", "f4", "f8", "i1", "u1", "i2", "i4", "i8", "u8", ">f4", ">f2", "c8", "?", "S3", "U2", "M8[s]",
+         "f4,i1", fp.BLOCK]
 
 
 def places(tree, at=()):
@@ -122,9 +136,12 @@ def places(tree, at=()):
 def header_damage(r, text):
     if r.random() < .15:  # the text itself
         i, j = sorted(r.choices(range(len(text) + 1), k=2))
-        piece = r.choice([b"", b" ", b"NaN", b"1e400", b"9" * 5000, b"[" * 100000, b"{" * 3000, b"\xff", b'"a": 1, ', b"-", b"\0"])
-        return r.choice([text[:i] + piece + text[i:], text[:i] + piece + text[i + 1:], text[:i] + text[j:], text * 2,
-                         text.replace(b'"size": 64', b'"size": 64, "size": 64'), text.replace(b", ", b","), piece])
+        piece = r.choice([b"", b" ", b"NaN", b"1e400", b"9" * 5000, b"[" * 100000, b"{" * 3000, b"\xff",
+                          b'"a": 1, ', b"-", b"\0"])
+        return r.choice([text[:i] + piece + text[i:], text[:i] + piece + text[i + 1:], text[:i] + text[j:],
+                         text * 2,
+                         text.replace(b'"size": 64', b'"size": 64, "size": 64'), text.replace(b", ", b","),
+                         piece])
     header = json.loads(text)
     for _ in range(r.choice([1, 1, 1, 2, 5])):
         *way, last = r.choice([p for p in places(header) if p])
@@ -133,7 +150,8 @@ def header_damage(r, text):
             inside = inside[k]
         old, value = inside[last], r.choice(VALUES)
         if isinstance(old, (int, float)) and r.random() < .5:
-            value = r.choice([old + 1, old - 1, -old, old * 2, old * 1e6, old / 1e6, float(old), int(old), old == 1, str(old)])
+            value = r.choice([old + 1, old - 1, -old, old * 2, old * 1e6, old / 1e6, float(old), int(old),
+                              old == 1, str(old)])
         kind = r.random()
         if kind < .75:
             inside[last] = value
@@ -157,7 +175,8 @@ def array_damage(r, data):
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if r.random() < .4:
-                part[where] = (part[where] * part.dtype.type(r.choice([2, 10, 1e3, 1e6, 1e12, -1, 1e-6, 1e-12]))
+                part[where] = (part[where]
+                               * part.dtype.type(r.choice([2, 10, 1e3, 1e6, 1e12, -1, 1e-6, 1e-12]))
                                if part.dtype.kind == "f" else r.randrange(256))
             elif part.dtype.kind == "f":
                 part[where] = r.choice(NUMBERS)
@@ -168,10 +187,12 @@ def array_damage(r, data):
     elif kind == 3:
         dtype = np.dtype(r.choice(TYPES))
         size = a.size if a.size < 1e5 else 10
-        a = np.frombuffer(rng.bytes(dtype.itemsize * size), dtype) if dtype.kind in "fiuV" else np.zeros(size, dtype)
+        a = (np.frombuffer(rng.bytes(dtype.itemsize * size), dtype) if dtype.kind in "fiuV"
+             else np.zeros(size, dtype))
         a = a.reshape(array_of(data).shape) if size == array_of(data).size else a
     elif kind == 4:
-        a = r.choice([a[:-1], a[..., :-1], a[:0], a[None], a.reshape(-1), np.concatenate([a, a]), a.T, np.asfortranarray(a),
+        a = r.choice([a[:-1], a[..., :-1], a[:0], a[None], a.reshape(-1), np.concatenate([a, a]), a.T,
+                      np.asfortranarray(a),
                       a[::-1], a["scale"] if a.dtype == fp.BLOCK else a.astype("f8")])
     elif kind == 5 and a.ndim == 1 and a.dtype.kind == "f":
         rng.shuffle(a)
@@ -181,7 +202,8 @@ def array_damage(r, data):
             head[r.randrange(len(head))] = r.choice(b"0123456789,()[]{}':<>|fiuOVb. \n\0\xff")
         return bytes(head) + data[128:]
     else:
-        return data.replace(b"'shape': (", b"'shape': (" + r.choice([b"1, ", b"0, ", b"9" * 30 + b", ", b"-1, ", b"1" * 400]), 1)
+        return data.replace(b"'shape': (", b"'shape': ("
+                            + r.choice([b"1, ", b"0, ", b"9" * 30 + b", ", b"-1, ", b"1" * 400]), 1)
     return npy(a)
 
 
@@ -199,11 +221,16 @@ def zip_damage(r, path, entries):
         return assemble(path, [(n, bomb if j == i else d) for j, (n, d) in enumerate(entries)],
                         how=lambda n: {"compress_type": method} if n == names[i] else {})
     if kind == 2:
-        i, new = r.randrange(len(entries)), r.choice(["../x.npy", "/etc/x.npy", "a\\b.npy", "mean.npy", "", "x" * 3000, "0/mean.npy",
-                                                      "calibration/2.npy", "calibration/02/scale.npy", "calibration/2/x/y.npy",
-                                                      "calibration/x/scale.npy", "calibration/+3/scale.npy", "denoiser/é.npy",
-                                                      "backbone/block9_dw_w.npy", "sha256.npy", "header.npy", "denoiser/mix1_token1.npy"])
-        entries = [(new if j == i else n, d) for j, (n, d) in enumerate(entries)] + [entries[i]] * r.randrange(2)
+        i, new = r.randrange(len(entries)), r.choice(["../x.npy", "/etc/x.npy", "a\\b.npy", "mean.npy", "",
+                                                      "x" * 3000, "0/mean.npy",
+                                                      "calibration/2.npy", "calibration/02/scale.npy",
+                                                      "calibration/2/x/y.npy",
+                                                      "calibration/x/scale.npy", "calibration/+3/scale.npy",
+                                                      "denoiser/é.npy",
+                                                      "backbone/block9_dw_w.npy", "sha256.npy", "header.npy",
+                                                      "denoiser/mix1_token1.npy"])
+        again = [entries[i]] * r.randrange(2)
+        entries = [(new if j == i else n, d) for j, (n, d) in enumerate(entries)] + again
     elif kind == 3:
         entries = entries + [(r.choice(names), r.choice(entries)[1])]
     elif kind == 4:
@@ -213,7 +240,8 @@ def zip_damage(r, path, entries):
     elif kind == 6:
         i, j = r.choices(range(len(entries)), k=2)
         entries[i], entries[j] = (names[i], entries[j][1]), (names[j], entries[i][1])
-    assemble(path, entries, digest=r.random() < .9, how=lambda n: {"extra": b"\1\0\4\0abcd"} if kind == 7 and r.random() < .2 else {})
+    assemble(path, entries, digest=r.random() < .9, how=lambda n: {"extra": b"\1\0\4\0abcd"} if kind == 7
+             and r.random() < .2 else {})
     if kind == 7:
         data = bytearray(path.read_bytes())
         starts = [i for i in range(len(data) - 4) if data[i:i + 4] in (b"PK\1\2", b"PK\5\6") or i == 0]
@@ -221,9 +249,11 @@ def zip_damage(r, path, entries):
         fields = [4, 6, 8, 10, 16, 20, 24, 28, 30, 32, 34, 36, 38, 42]
         where = at + r.choice(fields)
         value = r.choice([0, 1, 8, 12, 0xffff, 0x7fffffff, 0xffffffff, r.getrandbits(32)])
-        data[where:where + 4] = struct.pack("<I", value)[:r.choice([2, 4])].ljust(len(data[where:where + 4]), b"\0")[:4]
+        data[where:where + 4] = struct.pack("<I", value)[:r.choice([2, 4])].ljust(len(data[where:where + 4]),
+                                                                                  b"\0")[:4]
         if r.random() < .3:
-            data = r.choice([b"PK\3\4junk" + data, data + b"junk", data[:-22] + b"PK\6\6" + bytes(52) + b"PK\6\7" + bytes(16) + data[-22:]])
+            data = r.choice([b"PK\3\4junk" + data, data + b"junk",
+                             data[:-22] + b"PK\6\6" + bytes(52) + b"PK\6\7" + bytes(16) + data[-22:]])
         path.write_bytes(bytes(data))
 
 
@@ -231,7 +261,8 @@ def byte_damage(r, data):
     data = bytearray(data)
     for _ in range(r.choice([1, 1, 2, 8])):
         i, j = sorted(r.choices(range(len(data) + 1), k=2))
-        near = r.choice([i, r.randrange(max(1, len(data))), max(0, len(data) - r.randrange(1, 3000)), r.randrange(min(200, len(data)) or 1)])
+        near = r.choice([i, r.randrange(max(1, len(data))), max(0, len(data) - r.randrange(1, 3000)),
+                         r.randrange(min(200, len(data)) or 1)])
         kind = r.randrange(7)
         if kind < 2 and near < len(data):
             data[near] ^= 1 << r.randrange(8)
@@ -267,7 +298,8 @@ def damage(r, source, path):
             entries = with_header(entries, lambda text: text[1:])
         what = "header"
     else:
-        for i in r.sample([i for i, (n, _) in enumerate(entries) if n != "header.npy"], r.choice([1, 1, 1, 2, 4])):
+        for i in r.sample([i for i, (n, _) in enumerate(entries) if n != "header.npy"],
+                          r.choice([1, 1, 1, 2, 4])):
             entries[i] = entries[i][0], array_damage(r, entries[i][1])
         what = "array"
     assemble(path, entries)
@@ -297,7 +329,8 @@ def main(seconds=20.0, seed=0):
     warnings.simplefilter("error")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        models = [tiny_prior(), tiny_prior(1, fp.SILU, True), tiny_prior(2, denoiser=False), tiny_prior(3, variant="plain")]
+        models = [tiny_prior(), tiny_prior(1, fp.SILU, True), tiny_prior(2, denoiser=False),
+                  tiny_prior(3, variant="plain")]
         one = tiny_backbone(np.random.default_rng(9))
         models.append(fp.MultiPrior({"a": tiny_prior(4, backbone=one), "b": tiny_prior(5, backbone=one)}))
         for i, model in enumerate(models):

@@ -2,7 +2,6 @@
 import hashlib
 import os
 import pickle
-import re
 import sys
 import zipfile
 
@@ -184,7 +183,8 @@ def test_names_that_lead_nowhere(tmp_path):
             fp.load_backbone(name)
 
 
-@pytest.mark.parametrize("name, channels", [("lite0", (16, 24, 40, 80, 112)), ("lite2", (16, 24, 48, 88, 120))])
+@pytest.mark.parametrize("name, channels",
+                         [("lite0", (16, 24, 40, 80, 112)), ("lite2", (16, 24, 48, 88, 120))])
 def test_shipped_weights_are_the_ones_that_the_readme_names(name, channels):
     digest = hashlib.sha256((ROOT / "weights" / f"{name}.npz").read_bytes()).hexdigest()
     assert f"`{name}.npz`: sha256 `{digest}`" in (ROOT / "weights" / "README.md").read_text()

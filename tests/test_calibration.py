@@ -121,7 +121,8 @@ def test_recalibration_keeps_the_order_and_restores_the_promise(prior, good, tmp
     assert np.median(before[:30]) > 1 and abs(np.median(after[:30])) < .5  # the lamp has aged
     assert np.mean(after[:30] > again.threshold.value) < .4
     assert again.summary["calibrated_on"] == len(dark)
-    np.testing.assert_allclose(np.sort([r.score for r in again.score_batch(dark)]), again.calibration["scores"], atol=1e-4)
+    np.testing.assert_allclose(np.sort([r.score for r in again.score_batch(dark)]),
+                               again.calibration["scores"], atol=1e-4)
     for steps in prior.calibrations:  # all step counts, not only the current one
         assert abs(np.median(again.calibrations[steps]["scores"])) < 1e-9
     path = tmp_path / "m.npz"
@@ -189,7 +190,8 @@ def test_a_region_lies_on_the_scratch(prior, good, tmp_path):
     assert region.left <= 19 < region.right and region.top <= 31 < region.bottom
     drawn = fp.overlay(fp.load_image(good[0]), np.zeros((64, 64), np.float32), [region])
     assert (drawn[region.top, region.left:region.right] == 255).all()
-    assert (drawn != fp.load_image(good[0])).any(-1).sum() <= 2 * (region.right - region.left + region.bottom - region.top)
+    assert (drawn != fp.load_image(good[0])).any(-1).sum() <= 2 * (region.right - region.left + region.bottom
+                                                                   - region.top)
 
 
 def test_drift_is_seen_and_not_invented():
@@ -201,7 +203,8 @@ def test_drift_is_seen_and_not_invented():
     anomalies = np.r_[rng.standard_normal(60), rng.normal(12, 3, 40)]
     assert fp.drift(anomalies, calibration, threshold) == ""  # bad parts are no drift
     assert "drifted" in fp.drift(rng.normal(.9, 1, 60), calibration, threshold)
-    assert "80 of 100 images" in fp.drift(np.r_[rng.standard_normal(20) * .1, np.full(80, 50.)], calibration, threshold)
+    assert "80 of 100 images" in fp.drift(np.r_[rng.standard_normal(20) * .1, np.full(80, 50.)], calibration,
+                                          threshold)
     assert fp.drift(np.full(19, 50.), calibration, threshold) == ""
 
 
@@ -229,7 +232,8 @@ def test_calibrate_command(data, tmp_path):
     run = lambda *a: CliRunner().invoke(fp._build_app(), [str(x) for x in a])  # noqa: E731
     assert run("train", data / "disc" / "good", "-o", model, "--iterations", 0, "--size", 64).exit_code == 0
     washers(tmp_path / "today", 20, seed=9)
-    done = run("calibrate", tmp_path / "today", "-m", model, "-o", new, "--known-bad", data / "disc" / "bad", "--fpr", .1)
+    done = run("calibrate", tmp_path / "today", "-m", model, "-o", new, "--known-bad", data / "disc" / "bad",
+               "--fpr", .1)
     assert done.exit_code == 0, done.output
     assert "20 held-out good images promise" in done.stderr
     lines = done.stdout.splitlines()

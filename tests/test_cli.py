@@ -1,4 +1,4 @@
-"""The command line: results on stdout, narration on stderr, exit codes 0, 1, 2, one clear line for bad input."""
+"""The command line: results on stdout, narration on stderr, exit codes 0, 1, 2, one line for bad input."""
 import json
 import os
 import signal
@@ -15,7 +15,8 @@ from conftest import ROOT
 
 
 def run(*args, cwd=None, **environment):
-    return subprocess.run([sys.executable, str(ROOT / "fastprior.py"), *map(str, args)], capture_output=True, text=True, cwd=cwd,
+    return subprocess.run([sys.executable, str(ROOT / "fastprior.py"), *map(str, args)], capture_output=True,
+                          text=True, cwd=cwd,
                           env=os.environ | environment)
 
 
@@ -59,9 +60,11 @@ def test_the_demo_map_is_on_the_scratch():
 
 
 def test_json_lines(model_file, washers):
-    done = run("score", "-m", model_file, "--json", "--fpr", ".1", washers / "test" / "good", washers / "test" / "stain")
+    done = run("score", "-m", model_file, "--json", "--fpr", ".1", washers / "test" / "good",
+               washers / "test" / "stain")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 6 and rows[0].keys() == {"path", "score", "p_value", "verdict", "threshold", "regions"}
+    assert len(rows) == 6 and rows[0].keys() == {"path", "score", "p_value", "verdict", "threshold",
+                                                 "regions"}
     assert all(r["verdict"] == ("anomaly" if r["score"] > r["threshold"] else "good") for r in rows)
     assert json.loads(run("info", model_file, "--json").stdout)["size"] == 96
     text = run("info").stdout
@@ -89,7 +92,8 @@ def test_bad_input_is_one_line_and_code_two(model_file, washers, tmp_path):
     refused(run("score", "-m", tmp_path / "none.npz", good), "none.npz", "no such")
     refused(run("score", "-m", model_file, "--steps", 7, good), "calibrated for", "7")
     refused(run("score", "-m", model_file, "--fpr", 2, good), "fpr")
-    refused(run("train", tmp_path / "few", "-o", tmp_path / "o.npz", "--iterations", 0), "1 good images", "at least 5")
+    refused(run("train", tmp_path / "few", "-o", tmp_path / "o.npz", "--iterations", 0), "1 good images",
+            "at least 5")
     refused(run("train", tmp_path / "nowhere", "-o", tmp_path / "o.npz"), "nowhere")
     refused(run("train", good, "-o", tmp_path / "no" / "o.npz"), "does not exist")
     refused(run("train", good, "-o", tmp_path / "o.npz", "--size", 50), "multiple of 32")
@@ -113,7 +117,8 @@ def test_a_gpu_that_is_not_there_is_said(model_file, washers):
 
 
 def test_control_c_leaves_no_half_file(washers, tmp_path):
-    child = subprocess.Popen([sys.executable, str(ROOT / "fastprior.py"), "train", str(washers), "-o", str(tmp_path / "m.npz"),
+    child = subprocess.Popen([sys.executable, str(ROOT / "fastprior.py"), "train", str(washers), "-o",
+                              str(tmp_path / "m.npz"),
                               "--size", "96", "--backbone", "lite0"], stderr=subprocess.PIPE, text=True)
     time.sleep(2.5)  # wherever it is by now: compiling, reading features or training
     child.send_signal(signal.SIGINT)

@@ -30,29 +30,36 @@ def tree(root, *names):
 
 def under(root, *patterns):
     found = folders.find_all([str(root / p) if p else p for p in patterns])
-    return {str(p.relative_to(root)) for p in found.images}, {str(p).replace(str(root) + "/", ""): e for p, e in found.errors.items()}, found
+    errors = {str(p).replace(str(root) + "/", ""): e for p, e in found.errors.items()}
+    return {str(p.relative_to(root)) for p in found.images}, errors, found
 
 
 # -- scanning ----------------------------------------------------------------------------------------
 
 def test_what_is_taken_and_what_is_left_out(tmp_path):
-    root = tree(tmp_path / "in", "a.png", "b/c.JPG", "b/c/d.tif", "e.jfif", "f.gif", "g.webp", "._a.png", ".thumbs/a.png", "notes.txt", "b/x.jp2",
-                "README", "__MACOSX/a.png", "a.png.map.png", "b/c.JPG.3fa2b1c4.mask.png", "photo.png/inside.png")
+    root = tree(tmp_path / "in", "a.png", "b/c.JPG", "b/c/d.tif", "e.jfif", "f.gif", "g.webp", "._a.png",
+                ".thumbs/a.png", "notes.txt", "b/x.jp2",
+                "README", "__MACOSX/a.png", "a.png.map.png", "b/c.JPG.3fa2b1c4.mask.png",
+                "photo.png/inside.png")
     PICTURE.save(root / "b" / "c.JPG", "JPEG")
     images, errors, found = under(root, "")[0] or under(tmp_path, "in")
-    assert images == {f"in/{n}" for n in ("a.png", "b/c.JPG", "b/c/d.tif", "e.jfif", "f.gif", "g.webp", "photo.png/inside.png")} and not errors
-    assert str(found) == "left out: 3 hidden, 2 maps and masks of fastprior, 3 not images (.jp2, .txt, no suffix)"
+    assert images == {f"in/{n}" for n in ("a.png", "b/c.JPG", "b/c/d.tif", "e.jfif", "f.gif", "g.webp",
+                                          "photo.png/inside.png")} and not errors
+    assert str(found) == ("left out: 3 hidden, 2 maps and masks of fastprior, "
+                          "3 not images (.jp2, .txt, no suffix)")
     assert list(found.images) == sorted(found.images)
 
 
 def test_links_are_followed_once(tmp_path):
     root = tree(tmp_path / "in", "a/x.png", "b/")
     tree(tmp_path / "elsewhere", "y.png", "deep/z.png")
-    for link, to in {"b/loop": "..", "other": tmp_path / "elsewhere", "again": tmp_path / "elsewhere", "x too.png": "a/x.png",
+    for link, to in {"b/loop": "..", "other": tmp_path / "elsewhere", "again": tmp_path / "elsewhere",
+                     "x too.png": "a/x.png",
                      "gone.png": "nowhere", "gone": "/nowhere/at all", "self": "self"}.items():
         os.symlink(to, root / link)
     images, errors, found = under(tmp_path, "in")
-    assert len(images) == 3 and any(i.endswith("y.png") for i in images) and any(i.endswith("z.png") for i in images)
+    assert len(images) == 3 and any(i.endswith("y.png") for i in images)
+    assert any(i.endswith("z.png") for i in images)
     assert set(errors) == {"in/gone.png", "in/gone", "in/self"} and "3 seen by another name" in str(found)
 
 
@@ -81,13 +88,16 @@ def test_a_locked_folder_is_an_error(tmp_path, monkeypatch):
 
 
 def test_masks_are_left_out_by_layout_and_below_the_argument_only(tmp_path):
-    mvtec = tree(tmp_path / "ground_truth" / "bottle", "train/good/0.png", "test/good/0.png", "test/broken/0.png", "ground_truth/broken/0_mask.png")
+    mvtec = tree(tmp_path / "ground_truth" / "bottle", "train/good/0.png", "test/good/0.png",
+                 "test/broken/0.png", "ground_truth/broken/0_mask.png")
     images, _, found = under(mvtec, "ground_truth", ".")
-    assert images == {"ground_truth/broken/0_mask.png", "train/good/0.png", "test/good/0.png", "test/broken/0.png"}
+    assert images == {"ground_truth/broken/0_mask.png", "train/good/0.png", "test/good/0.png",
+                      "test/broken/0.png"}
     images, _, found = under(tmp_path, "ground_truth/bottle")
     assert len(images) == 3 and str(found) == "left out: 1 in ground_truth/"
     assert len(under(tmp_path, "ground_truth/bottle/*")[0]) == 3
-    visa = tree(tmp_path / "visa", "Data/Images/Normal/0.png", "Data/Images/Anomaly/0.png", "Data/Masks/Anomaly/0.png")
+    visa = tree(tmp_path / "visa", "Data/Images/Normal/0.png", "Data/Images/Anomaly/0.png",
+                "Data/Masks/Anomaly/0.png")
     assert len(under(visa, ".")[0]) == 2
     dagm = tree(tmp_path / "dagm", "Train/1.png", "Train/Label/1_label.png")
     assert under(dagm, ".")[0] == {"Train/1.png"}
@@ -116,8 +126,10 @@ def test_arguments_of_every_kind(tmp_path):
 
 LAYOUTS = {  # files: those that are good
     "plain": (["1.png", "2.jpg", "n.txt"], ["1.png", "2.jpg"]),
-    "mvtec": (["train/good/1.png", "test/good/2.png", "test/hole/3.png", "ground_truth/hole/3_mask.png"], ["train/good/1.png"]),
-    "mvtec ad 2": (["train/good/1.png", "validation/good/2.png", "test_public/bad/3.png", "test_public/ground_truth/bad/3.png"], ["train/good/1.png"]),
+    "mvtec": (["train/good/1.png", "test/good/2.png", "test/hole/3.png", "ground_truth/hole/3_mask.png"],
+              ["train/good/1.png"]),
+    "mvtec ad 2": (["train/good/1.png", "validation/good/2.png", "test_public/bad/3.png",
+                    "test_public/ground_truth/bad/3.png"], ["train/good/1.png"]),
     "a test folder": (["good/1.png", "hole/2.png", "cut/3.png"], ["good/1.png"]),
     "good and bad": (["good/1.png", "good/2.png", "bad/3.png"], ["good/1.png", "good/2.png"]),
     "capitals": (["OK/1.png", "NG/2.png"], ["OK/1.png"]),
@@ -125,8 +137,10 @@ LAYOUTS = {  # files: those that are good
     "pass and fail": (["Pass/1.png", "Fail/2.png"], ["Pass/1.png"]),
     "words": (["01_good_parts/1.png", "02_bad_parts/2.png"], ["01_good_parts/1.png"]),
     "negated": (["no defect/1.png", "not ok/2.png"], ["no defect/1.png"]),
-    "visa": (["Data/Images/Normal/1.png", "Data/Images/Anomaly/2.png", "Data/Masks/Anomaly/2.png", "image_anno.csv"], ["Data/Images/Normal/1.png"]),
-    "below good": (["good/monday/1.png", "good/tuesday/2.png", "good/defects/3.png", "bad/4.png"], ["good/monday/1.png", "good/tuesday/2.png"]),
+    "visa": (["Data/Images/Normal/1.png", "Data/Images/Anomaly/2.png", "Data/Masks/Anomaly/2.png",
+              "image_anno.csv"], ["Data/Images/Normal/1.png"]),
+    "below good": (["good/monday/1.png", "good/tuesday/2.png", "good/defects/3.png", "bad/4.png"],
+                   ["good/monday/1.png", "good/tuesday/2.png"]),
     "named good": (["good/"], None),
     "one folder": (["2024/06/1.png", "2024/06/2.png"], ["2024/06/1.png", "2024/06/2.png"]),
     "images with others below": (["1.png", "old/2.png", "bad/3.png"], ["1.png"]),
@@ -158,19 +172,22 @@ def test_the_good_images_of_a_layout(name, tmp_path):
     found = folders.find_good(root)
     assert [str(p.relative_to(root)) for p in found.images] == good
     left = sum(found.left_out.values()) + sum(found.suffixes.values())
-    unsaid = name in ("mvtec ad 2", "visa", "outputs")  # masks among what is left out, files beside what was chosen
+    unsaid = name in ("mvtec ad 2", "visa", "outputs")  # masks left out, files beside the chosen
     assert len(good) + left + unsaid == len(files) and str(found).startswith(f"{len(good)} images from ")
 
 
 def test_the_name_of_the_folder_itself_counts(tmp_path, monkeypatch):
-    tree(tmp_path, "good/monday/1.png", "good/tuesday/2.png", "rejects/1.png", "hole/ground_truth/1.png", "masks/good/1.png", "masks/bad/1.png")
-    assert len(folders.find_good(tmp_path / "good").images) == 2 and len(folders.find_good(tmp_path / "masks").images) == 1
+    tree(tmp_path, "good/monday/1.png", "good/tuesday/2.png", "rejects/1.png", "hole/ground_truth/1.png",
+         "masks/good/1.png", "masks/bad/1.png")
+    assert len(folders.find_good(tmp_path / "good").images) == 2
+    assert len(folders.find_good(tmp_path / "masks").images) == 1
     for name in ("rejects", "hole/ground_truth"):
         with pytest.raises(fp.ImageError, match="not clear"):
             folders.find_good(tmp_path / name)
     monkeypatch.chdir(tmp_path / "good")
     assert len(folders.find_good(".").images) == 2
-    assert [p.parent.name for p in fp.find_images(tree(tmp_path / "test", "good/1.png", "hole/2.png", "cut/3.png"), without="good")] == ["cut", "hole"]
+    assert [p.parent.name for p in fp.find_images(tree(tmp_path / "test", "good/1.png", "hole/2.png",
+                                                       "cut/3.png"), without="good")] == ["cut", "hole"]
 
 
 def test_training_says_what_it_used_and_refuses_mostly_unreadable_images(washers, tmp_path):
@@ -182,7 +199,8 @@ def test_training_says_what_it_used_and_refuses_mostly_unreadable_images(washers
     (tmp_path / "good" / "a.png").write_bytes(b"none")
     os.symlink("nowhere", tmp_path / "good" / "b.png")
     prior = fp.fit(tmp_path, iterations=0, size=64, copies=0)
-    assert prior.summary["images"] == 24 and prior.summary["not_read"] == 2 and len(prior.summary["unreadable"]) == 2
+    assert prior.summary["images"] == 24 and prior.summary["not_read"] == 2
+    assert len(prior.summary["unreadable"]) == 2
     assert prior.summary["found"] == f"25 images from {tmp_path / 'good'}; left out: 6 in bad/"
     for i in range(30):
         (tmp_path / "good" / f"x{i}.png").write_bytes(b"none")
@@ -193,7 +211,8 @@ def test_training_says_what_it_used_and_refuses_mostly_unreadable_images(washers
 # -- outputs -----------------------------------------------------------------------------------------
 
 def score(*args, expect=(0, 1), **environment):
-    done = subprocess.run([sys.executable, str(ROOT / "fastprior.py"), "score", *map(str, args)], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(ROOT / "fastprior.py"), "score", *map(str, args)],
+                          capture_output=True, text=True,
                           env=os.environ | environment)
     assert done.returncode in expect, done
     return done
@@ -201,15 +220,19 @@ def score(*args, expect=(0, 1), **environment):
 
 def test_outputs_mirror_the_input_and_never_collide(model_file, washers, tmp_path):
     good, stain = (sorted((washers / "test" / kind).iterdir()) for kind in ("good", "stain"))
-    names = {"in/a/b.png": good[0], "in/a_b.png": stain[0], "in/a.png": good[1], "other/a.png": stain[1], "in/deep/er/c.png": good[2]}
+    names = {"in/a/b.png": good[0], "in/a_b.png": stain[0], "in/a.png": good[1], "other/a.png": stain[1],
+             "in/deep/er/c.png": good[2]}
     for name, file in names.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(file.read_bytes())
     Image.open(stain[0]).convert("RGB").save(tmp_path / "in" / "a.jpg")
     maps = tmp_path / "in" / "maps"
-    rows = [json.loads(line) for call in ([tmp_path / "in"], [tmp_path / "other"], [tmp_path / "in" / "a.png"], [str(tmp_path / "in" / "**" / "*.png")],
+    rows = [json.loads(line) for call in ([tmp_path / "in"], [tmp_path / "other"],
+                                          [tmp_path / "in" / "a.png"],
+                                          [str(tmp_path / "in" / "**" / "*.png")],
                                           [tmp_path / "in"])
-            for line in score("-m", model_file, "--json", "--map", maps, "--mask", maps, *call).stdout.splitlines()]
+            for line in score("-m", model_file, "--json", "--map", maps, "--mask", maps,
+                              *call).stdout.splitlines()]
     assert len(rows) == 5 + 1 + 1 + 4 + 5
     owners = {}
     for row in rows:
@@ -217,7 +240,8 @@ def test_outputs_mirror_the_input_and_never_collide(model_file, washers, tmp_pat
             assert owners.setdefault(row[kind], (row["path"], kind)) == (row["path"], kind)
             with Image.open(row[kind]) as a, Image.open(row["path"]) as b:
                 assert a.size == b.size
-    assert {os.path.relpath(r["map"], maps) for r in rows[:5]} == {"a/b.png.map.png", "a_b.png.map.png", "a.png.map.png", "a.jpg.map.png",
+    assert {os.path.relpath(r["map"], maps) for r in rows[:5]} == {"a/b.png.map.png", "a_b.png.map.png",
+                                                                   "a.png.map.png", "a.jpg.map.png",
                                                                   "deep/er/c.png.map.png"}
     assert not [p for p in maps.rglob("*") if p.suffix == ".tmp"]
 
@@ -230,12 +254,14 @@ def test_what_cannot_be_written_is_that_images_error(model_file, washers, tmp_pa
         (folder / name).write_bytes(data)
     maps = tmp_path / "maps"
     done = score("-m", model_file, folder, "--map", maps, expect=[2])
-    assert len(done.stdout.splitlines()) == 3 and "File name too long" in done.stderr and "1 of 3" in done.stderr.splitlines()[-1]
+    assert len(done.stdout.splitlines()) == 3 and "File name too long" in done.stderr
+    assert "1 of 3" in done.stderr.splitlines()[-1]
     assert sorted(p.name for p in maps.iterdir()) == ["a.png.map.png", "c.png.map.png"]
     (tmp_path / "file").write_text("")
     done = score("-m", model_file, folder / "a.png", "--json", "--mask", tmp_path / "file", expect=[2])
     row, = map(json.loads, done.stdout.splitlines())
-    assert row["verdict"] == "anomaly" and "cannot be written" in row["error"] and len(done.stderr.splitlines()) == 1
+    assert row["verdict"] == "anomaly" and "cannot be written" in row["error"]
+    assert len(done.stderr.splitlines()) == 1
     (maps / "a.png.map.png").unlink()
     (maps / "a.png.map.png").write_text("of somebody else")
     score("-m", model_file, folder / "a.png", "--map", maps)
@@ -245,7 +271,8 @@ def test_what_cannot_be_written_is_that_images_error(model_file, washers, tmp_pa
 def test_the_model_file_is_tried_before_training(washers, tmp_path):
     (tmp_path / "folder").mkdir()
     os.symlink(tmp_path / "real.npz", tmp_path / "link.npz")
-    for output, words in {"folder": "a folder or a device", "no/m.npz": "does not exist", "m" * 250 + ".npz": "cannot be written"}.items():
+    for output, words in {"folder": "a folder or a device", "no/m.npz": "does not exist",
+                          "m" * 250 + ".npz": "cannot be written"}.items():
         with pytest.raises(fp.FastPriorError, match=words):
             folders.check_output(tmp_path / output)
     for output in ("m.npz", "link.npz"):
@@ -257,8 +284,10 @@ def test_the_model_file_is_tried_before_training(washers, tmp_path):
 
 def test_the_overlay_of_a_large_image_is_made_in_strips():
     rng = np.random.default_rng(0)
-    image, nll = rng.integers(0, 256, (1500, 1000, 3), np.uint8), rng.uniform(0, 3, (1500, 1000)).astype(np.float32)
+    image = rng.integers(0, 256, (1500, 1000, 3), np.uint8)
+    nll = rng.uniform(0, 3, (1500, 1000)).astype(np.float32)
     region = fp.Region(10, 20, 900, 1400, 1, 2.0)
     drawn = fp.overlay(image, nll, [region])
     np.testing.assert_array_equal(drawn[1400:], fp.overlay(image[1400:], nll[1400:]))
-    assert (drawn[20, 10:900] == 255).all() and (drawn[1399, 10:900] == 255).all() and not (drawn[700, 100:800] == 255).all()
+    assert (drawn[20, 10:900] == 255).all() and (drawn[1399, 10:900] == 255).all()
+    assert not (drawn[700, 100:800] == 255).all()

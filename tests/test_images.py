@@ -1,4 +1,4 @@
-"""Every kind of image file, array and PIL image: the pixels of its plain twin, or refused in one clear line."""
+"""Every kind of image file, array and PIL image: the pixels of its plain twin, or refused in one line."""
 import io
 import struct
 import threading
@@ -12,7 +12,7 @@ from PIL import Image, ImageFile, features
 import fastprior as fp
 
 RNG = np.random.default_rng(0)
-RGB = np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)[:45, :61]  # odd sides, all levels
+RGB = np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)[:45, :61]  # odd sides
 GREY = RGB[..., 0]
 DEEP = RGB.astype(np.uint16) << 8 | RNG.integers(0, 256, RGB.shape).astype(np.uint16)  # all 16 bits in use
 ALPHA = RNG.integers(0, 256, GREY.shape).astype(np.uint8)
@@ -33,7 +33,8 @@ def png(array, kind, bits=8, before=b"", spoil=False):
     lines = np.packbits(rows, 1) if bits == 1 else rows
     data = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
     head = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], bits, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)[:-4] + struct.pack(">I", zlib.crc32(b"IHDR" + head)) + before \
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)[:-4] \
+        + struct.pack(">I", zlib.crc32(b"IHDR" + head)) + before \
         + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
@@ -43,10 +44,12 @@ def tiff(array, order="<", white_is_zero=False, planar=False, kind=1, strips=Non
     data = np.ascontiguousarray(array).astype(array.dtype.newbyteorder(order)).tobytes()
     height, width = array.shape[-2:] if planar else array.shape[:2]
     samples = array.size // (height * width)
-    entries = {256: width, 257: height, 258: [array.dtype.itemsize * 8] * samples, 259: 1, 262: 2 if samples >= 3 else 1 - white_is_zero,
+    entries = {256: width, 257: height, 258: [array.dtype.itemsize * 8] * samples, 259: 1,
+               262: 2 if samples >= 3 else 1 - white_is_zero,
                273: 8, 277: samples, 278: height, 279: len(data), 284: 1 + planar, 339: [kind] * samples}
     if planar:
-        entries |= {273: [8 + i * len(data) // samples for i in range(samples)], 279: [len(data) // samples] * samples}
+        entries |= {273: [8 + i * len(data) // samples for i in range(samples)],
+                    279: [len(data) // samples] * samples}
     entries |= {int(k[1:]): v for k, v in tags.items()}
     extra, body, at = b"", b"", 8 + len(data)
     size = 2 + 12 * len(entries) + 4
@@ -75,11 +78,13 @@ def several(form, **how):
 
 
 def netpbm(magic, maxval, array):
-    return f"{magic}\n{array.shape[1]} {array.shape[0]}\n{maxval}\n".encode() + array.astype(">u2" if maxval > 255 else np.uint8).tobytes()
+    pixels = array.astype(">u2" if maxval > 255 else np.uint8).tobytes()
+    return f"{magic}\n{array.shape[1]} {array.shape[0]}\n{maxval}\n".encode() + pixels
 
 
 def plain_netpbm(magic, maxval, array):
-    return f"{magic}\n{array.shape[1]} {array.shape[0]}\n{maxval}\n{' '.join(map(str, array.ravel()))}\n".encode()
+    pixels = " ".join(map(str, array.ravel()))
+    return f"{magic}\n{array.shape[1]} {array.shape[0]}\n{maxval}\n{pixels}\n".encode()
 
 
 def turned(form, **how):
@@ -106,7 +111,8 @@ SAME = {  # name: (file, its plain twin)
     "alpha.png": (saved(np.dstack([RGB, ALPHA]), "PNG"), RGB),
     "grey alpha.png": (saved(np.dstack([GREY, ALPHA]), "PNG"), grey()),
     "palette.png": (saved(PALETTE, "PNG"), np.asarray(PALETTE.convert("RGB"))),
-    "palette, transparent.png": (saved(PALETTE, "PNG", transparency=bytes(range(64))), np.asarray(PALETTE.convert("RGB"))),
+    "palette, transparent.png": (saved(PALETTE, "PNG", transparency=bytes(range(64))),
+                                 np.asarray(PALETTE.convert("RGB"))),
     "transparent colour.png": (saved(RGB, "PNG", transparency=tuple(map(int, RGB[0, 0]))), RGB),
     "bits.png": (saved(Image.fromarray(BITS).convert("1"), "PNG"), grey(BITS)),
     "bits by hand.png": (png(BITS > 0, 0, 1), grey(BITS)),
@@ -141,32 +147,38 @@ SAME = {  # name: (file, its plain twin)
     "plain.pgm": (plain_netpbm("P2", 255, GREY), grey()),
     "plain.ppm": (plain_netpbm("P3", 255, RGB), RGB),
     "deep.pgm": (netpbm("P5", 65535, DEEP[..., 0]), grey()),
-    "white at 60000.pgm": (netpbm("P5", 65000, np.minimum(DEEP[..., 0], 65000)), grey(np.minimum(DEEP[..., 0], 65000) >> 8)),
+    "white at 60000.pgm": (netpbm("P5", 65000, np.minimum(DEEP[..., 0], 65000)),
+                           grey(np.minimum(DEEP[..., 0], 65000) >> 8)),
     "plain deep.pgm": (plain_netpbm("P2", 65535, DEEP[..., 0]), grey()),
-    **{f"rgb {c}.tif": (saved(RGB, "TIFF", compression=c), RGB) for c in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits")},
+    **{f"rgb {c}.tif": (saved(RGB, "TIFF", compression=c), RGB)
+       for c in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits")},
     "jpeg.tif": as_pillow_shows(saved(RGB, "TIFF", compression="jpeg")),
     "fax.tif": (saved(Image.fromarray(BITS).convert("1"), "TIFF", compression="group4"), grey(BITS)),
     "cmyk.tif": (saved(CMYK, "TIFF"), np.asarray(CMYK.convert("RGB"))),
     "alpha.tif": (saved(np.dstack([RGB, ALPHA]), "TIFF"), RGB),
     "turned.tif": (turned("TIFF"), np.rot90(RGB, -1)),
-    "palette.tif": (tiff(GREY, t262=3, t320=COLOURS.ravel().tolist()), (COLOURS >> 8).astype(np.uint8).T[GREY]),
+    "palette.tif": (tiff(GREY, t262=3, t320=COLOURS.ravel().tolist()),
+                    (COLOURS >> 8).astype(np.uint8).T[GREY]),
     **{f"grey {o}.tif": (tiff(GREY, o), grey()) for o in "<>"},
     **{f"white is 0 {o}.tif": (tiff(255 - GREY, o, white_is_zero=True), grey()) for o in "<>"},
     **{f"planes {o}.tif": (tiff(RGB, o, planar=True), RGB) for o in "<>"},
     **{f"deep grey {o}.tif": (tiff(DEEP[..., 0], o), grey()) for o in "<>"},
     **{f"deep rgb {o}.tif": (tiff(DEEP, o), RGB) for o in "<>"},
-    **{f"deep rgb {c}.tif": (saved(DEEP[..., 0], "TIFF", compression=c), grey()) for c in ("tiff_lzw", "tiff_adobe_deflate")},
+    **{f"deep rgb {c}.tif": (saved(DEEP[..., 0], "TIFF", compression=c), grey())
+       for c in ("tiff_lzw", "tiff_adobe_deflate")},
     "deep, turned.tif": (tiff(DEEP[..., 0], t274=6), np.rot90(grey(), -1)),
     "unsigned 32 bits, as 16.tif": (tiff(DEEP[..., 0].astype(np.uint32)), grey()),
 }
 if "avif" in features.get_supported():
-    SAME |= {"rgb.avif": as_pillow_shows(saved(RGB, "AVIF")), "turned.avif": (turned("AVIF"), np.rot90(as_pillow_shows(saved(RGB, "AVIF"))[1], -1))}
+    SAME |= {"rgb.avif": as_pillow_shows(saved(RGB, "AVIF")),
+             "turned.avif": (turned("AVIF"), np.rot90(as_pillow_shows(saved(RGB, "AVIF"))[1], -1))}
 
 HALF = DEEP[..., 0] >> 4  # 12 bits in 16
 REFUSED = {  # name: (file, words of the reason)
     "12 bits.png": (png(HALF, 0, 16), "uses 12 of them"),
     "12 bits rgb.png": (png(DEEP >> 4, 2, 16), "uses 12 of them"),
-    "8 bits and a hot pixel.png": (png(np.where(np.arange(GREY.size).reshape(GREY.shape) == 9, 65535, GREY), 0, 16), "uses 8 of them"),
+    "8 bits and a hot pixel.png": (png(np.where(np.arange(GREY.size).reshape(GREY.shape) == 9, 65535, GREY),
+                                       0, 16), "uses 8 of them"),
     "black, 16 bits.png": (png(0 * GREY, 0, 16), "uses 8 of them"),
     "deep grey alpha.png": (png(np.dstack([DEEP[..., 0], ALPHA]), 4, 16), "cuts to 8"),
     "checksum.png": (png(RGB, 2, spoil=True), "not a readable image"),
@@ -199,14 +211,17 @@ REFUSED = {  # name: (file, words of the reason)
     "few strips.tif": (tiff(RGB, t278=10), "strips or tiles are missing"),
     "pages by hand.tif": (tiff(GREY, pages=3), "several pages or frames"),
     "a page in itself.tif": (tiff(GREY, pages=2), "several pages or frames"),
-    "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n40 40 scale\n", "no image of a kind"),
+    "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n40 40 scale\n",
+                       "no image of a kind"),
     "text.png": (b"hello", "no image of a kind"),
     "nothing.png": (b"", "empty file"),
     "icon.png": (saved(RGB[:32, :32], "ICO"), "no image of a kind"),
     "targa.png": (saved(RGB, "TGA"), "no image of a kind"),
     "small.png": (saved(RGB[:7], "PNG"), "8 to 65535 pixels a side"),
-    "bomb.png": (png(RGB, 2).replace(struct.pack(">II", 61, 45), struct.pack(">II", 40000, 40000)), "not a readable|at most"),
-    "bomb.bmp": (saved(RGB, "BMP").replace(struct.pack("<II", 61, 45), struct.pack("<II", 40000, 40000)), "at most 268 million"),
+    "bomb.png": (png(RGB, 2).replace(struct.pack(">II", 61, 45), struct.pack(">II", 40000, 40000)),
+                 "not a readable|at most"),
+    "bomb.bmp": (saved(RGB, "BMP").replace(struct.pack("<II", 61, 45), struct.pack("<II", 40000, 40000)),
+                 "at most 268 million"),
 }
 
 
@@ -233,8 +248,10 @@ def test_or_refused_in_one_line(name, tmp_path):
 # -- arrays and PIL images ---------------------------------------------------------------------------
 
 def test_arrays():
-    for array, want in ((RGB, RGB), (GREY, grey()), (GREY[..., None], grey()), (np.dstack([RGB, ALPHA]), RGB), (DEEP, RGB),
-                        (DEEP.astype(">u2"), RGB), (DEEP[..., 0], grey()), (RGB[::-1, ::2], RGB[::-1, ::2]), (RGB.tolist(), None)):
+    for array, want in ((RGB, RGB), (GREY, grey()), (GREY[..., None], grey()), (np.dstack([RGB, ALPHA]), RGB),
+                        (DEEP, RGB),
+                        (DEEP.astype(">u2"), RGB), (DEEP[..., 0], grey()), (RGB[::-1, ::2], RGB[::-1, ::2]),
+                        (RGB.tolist(), None)):
         if want is None:
             with pytest.raises(fp.ShapeError, match="int64"):
                 fp.load_image(array)
@@ -245,22 +262,29 @@ def test_arrays():
 
 
 @pytest.mark.parametrize("bad, match", [
-    (np.zeros((4, 40, 40, 3), np.uint8), "got shape"), (np.zeros((40, 40, 2), np.uint8), "got shape"), (7, "got shape"),
+    (np.zeros((4, 40, 40, 3), np.uint8), "got shape"), (np.zeros((40, 40, 2), np.uint8), "got shape"),
+    (7, "got shape"),
     (np.zeros((0, 40, 3), np.uint8), "8 to 65535"), (np.zeros((40, 7, 3), np.uint8), "8 to 65535"),
-    (np.zeros((8, 65536), np.uint8), "8 to 65535"), (np.broadcast_to(np.uint8(0), (60000, 60000)), "at most 268 million"),
-    (np.zeros((40, 40, 3)), "float64"), (np.full((40, 40, 3), np.nan, np.float32), "float32"), (np.zeros((40, 40), bool), "bool"),
-    (np.array([["a"] * 9] * 9, object), "object"), (np.zeros((40, 40, 3), np.int16), "int16"), ([[1], [1, 2]], "not a readable"),
-    (np.zeros((40, 40), np.uint32), "uint32"), (HALF, "uses 12 of them"), (b"path", "got shape"), (None, "got shape")])
+    (np.zeros((8, 65536), np.uint8), "8 to 65535"),
+    (np.broadcast_to(np.uint8(0), (60000, 60000)), "at most 268 million"),
+    (np.zeros((40, 40, 3)), "float64"), (np.full((40, 40, 3), np.nan, np.float32), "float32"),
+    (np.zeros((40, 40), bool), "bool"),
+    (np.array([["a"] * 9] * 9, object), "object"), (np.zeros((40, 40, 3), np.int16), "int16"),
+    ([[1], [1, 2]], "not a readable"),
+    (np.zeros((40, 40), np.uint32), "uint32"), (HALF, "uses 12 of them"), (b"path", "got shape"),
+    (None, "got shape")])
 def test_arrays_that_are_no_images(bad, match):
     with pytest.raises(fp.ShapeError, match=match) as e:
         fp.load_image(bad)
     assert str(e.value).isprintable()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
+                                  "YCbCr", "HSV"])
 def test_pil_images_are_what_their_files_are(mode):
     image = Image.fromarray(np.dstack([RGB, ALPHA | 128]))
-    image = {"P": lambda: PALETTE, "PA": lambda: PALETTE.convert("PA"), "La": lambda: image.convert("LA").convert("La"),
+    image = {"P": lambda: PALETTE, "PA": lambda: PALETTE.convert("PA"),
+             "La": lambda: image.convert("LA").convert("La"),
              "RGBX": lambda: Image.fromarray(RGB).convert("RGBX")}.get(mode, lambda: image.convert(mode))()
     want = image.convert(image.mode.upper()) if mode in ("La", "RGBa") else image
     np.testing.assert_array_equal(fp.load_image(image), np.asarray(want.convert("RGB")))
@@ -272,10 +296,13 @@ def test_pil_images_with_a_turn_or_a_depth(tmp_path):
     assert before.size == (61, 45) and before.getexif()[0x0112] == 6  # the caller's image stays as it is
     np.testing.assert_array_equal(fp.load_image(Image.fromarray(DEEP[..., 0])), grey())
     np.testing.assert_array_equal(fp.load_image(Image.fromarray(HALF), bits=12), grey())
-    for image, match in ((Image.fromarray(GREY.astype(np.float32)), "kind F"), (Image.new("LAB", (20, 20)), "kind LAB"),
+    for image, match in ((Image.fromarray(GREY.astype(np.float32)), "kind F"),
+                         (Image.new("LAB", (20, 20)), "kind LAB"),
                          (Image.fromarray(DEEP[..., 0].astype(np.int32) - 60000), "expected 0 to 65535"),
-                         (Image.open(io.BytesIO(png(DEEP, 2, 16))), "cuts to 8"), (Image.open(io.BytesIO(several("GIF"))), "several pages"),
-                         (Image.fromarray(HALF), "uses 12"), (Image.open(io.BytesIO(SAME["rgb.jpg"][0][:-300])), "truncated")):
+                         (Image.open(io.BytesIO(png(DEEP, 2, 16))), "cuts to 8"),
+                         (Image.open(io.BytesIO(several("GIF"))), "several pages"),
+                         (Image.fromarray(HALF), "uses 12"),
+                         (Image.open(io.BytesIO(SAME["rgb.jpg"][0][:-300])), "truncated")):
         with pytest.raises(fp.ShapeError, match=match):
             fp.load_image(image)
 
@@ -286,14 +313,17 @@ def test_pil_images_with_a_turn_or_a_depth(tmp_path):
 def test_a_depth_holds_for_every_source(bits, tmp_path):
     deep = DEEP >> (16 - bits)
     sources = [deep, Image.fromarray(deep[..., 0])]
-    for name, data in {"a.png": png(deep, 2, 16), "b.png": png(deep[..., 0], 0, 16), "c.tif": tiff(deep), "d.tif": tiff(deep, ">"),
+    for name, data in {"a.png": png(deep, 2, 16), "b.png": png(deep[..., 0], 0, 16), "c.tif": tiff(deep),
+                       "d.tif": tiff(deep, ">"),
                        "e.tif": tiff(deep[..., 0], ">"), "g.png": png(np.dstack([deep, deep[..., 0]]), 6, 16),
-                       "h.pgm": netpbm("P5", 65535, deep[..., 0]), "i.pgm": netpbm("P5", (1 << bits) - 1, deep[..., 0])}.items():
+                       "h.pgm": netpbm("P5", 65535, deep[..., 0]),
+                       "i.pgm": netpbm("P5", (1 << bits) - 1, deep[..., 0])}.items():
         (tmp_path / name).write_bytes(data)
         sources.append(tmp_path / name)
     for source in sources:
         got = fp.load_image(source, bits)
-        np.testing.assert_array_equal(got, RGB if (got[..., 0] != got[..., 1]).any() else grey(), err_msg=str(source))
+        np.testing.assert_array_equal(got, RGB if (got[..., 0] != got[..., 1]).any() else grey(),
+                                      err_msg=str(source))
     assert fp.find_depth(sources) == bits and fp.find_depth(sources[:1]) == bits
     np.testing.assert_array_equal(fp.load_image(RGB, bits), RGB)  # 8 bits a value are 8 bits
 
@@ -321,7 +351,8 @@ def test_the_depth_is_that_of_the_set_not_of_a_hot_pixel(tmp_path):
 
 def test_a_model_keeps_its_depth(tmp_path):
     rng = np.random.default_rng(0)
-    images = [np.clip(800 + 300 * rng.random((64, 64, 3)) + 2000 * (RGB[:1, :1] > 0), 0, 4095).astype(np.uint16) for _ in range(12)]
+    images = [np.clip(800 + 300 * rng.random((64, 64, 3)) + 2000 * (RGB[:1, :1] > 0), 0,
+                      4095).astype(np.uint16) for _ in range(12)]
     files = []
     for i, image in enumerate(images):
         files.append(tmp_path / f"{i}.png")
@@ -343,7 +374,8 @@ def test_a_model_keeps_its_depth(tmp_path):
 def test_large_images_are_read_and_the_hosts_pillow_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    for name in ("rgb.png", "rgb.jpg", "rgb raw.tif", "rgb tiff_lzw.tif", "deep rgb <.tif", "rgb.bmp", "palette.png", "still.gif"):
+    for name in ("rgb.png", "rgb.jpg", "rgb raw.tif", "rgb tiff_lzw.tif", "deep rgb <.tif", "rgb.bmp",
+                 "palette.png", "still.gif"):
         data, want = SAME[name]
         (tmp_path / name).write_bytes(data)
         np.testing.assert_array_equal(fp.load_image(tmp_path / name), want)
@@ -363,7 +395,8 @@ def test_decoding_in_several_threads(tmp_path, monkeypatch):
 
     def work():
         for _ in range(20):
-            wrong.extend(1 for name in ("rgb.png", "deep rgb.png") if (fp.load_image(tmp_path / name) != RGB).any())
+            wrong.extend(1 for name in ("rgb.png", "deep rgb.png")
+                         if (fp.load_image(tmp_path / name) != RGB).any())
             try:
                 fp.load_image(tmp_path / "cut.jpg")
                 wrong.append("cut")
@@ -384,8 +417,10 @@ def test_a_line_scan(tmp_path):
     np.testing.assert_array_equal(fp.load_image(tmp_path / "line.png")[..., 1], line)
 
 
-@pytest.mark.parametrize("raised", [RuntimeError("a\nb\x1b[31m"), struct.error("short"), TypeError(), MemoryError(), RecursionError("deep"),
-                                    AssertionError(), UserWarning("odd"), ZeroDivisionError("by 0"), SystemError("null")])
+@pytest.mark.parametrize("raised", [RuntimeError("a\nb\x1b[31m"), struct.error("short"), TypeError(),
+                                    MemoryError(), RecursionError("deep"),
+                                    AssertionError(), UserWarning("odd"), ZeroDivisionError("by 0"),
+                                    SystemError("null")])
 def test_whatever_a_decoder_raises_is_the_images_error(raised, tmp_path, monkeypatch):
     (tmp_path / "a\tb.png").write_bytes(STILL_PNG)
 
@@ -402,7 +437,8 @@ def test_whatever_a_decoder_raises_is_the_images_error(raised, tmp_path, monkeyp
 def mutated(data: bytes, rng) -> bytes:
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        at, kind = int(rng.integers(len(data))) if rng.random() < .5 else int(rng.integers(min(len(data), 200))), rng.integers(5)
+        at = int(rng.integers(len(data) if rng.random() < .5 else min(len(data), 200)))
+        kind = rng.integers(5)
         if kind == 0:
             data[at] = rng.integers(256)
         elif kind == 1:
@@ -429,6 +465,7 @@ def test_mutated_files_are_read_or_refused(seed, tmp_path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 image = fp.load_image(path, bits=rng.choice([None, 12, 16]))
-            assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.flags.c_contiguous
+            assert image.dtype == np.uint8 and image.flags.c_contiguous
+            assert image.ndim == 3 and image.shape[2] == 3
         except fp.ImageError as e:
             assert str(e).isprintable()

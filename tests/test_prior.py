@@ -105,7 +105,8 @@ def test_an_interrupted_frame_leaves_nothing_behind(trained, pictures, monkeypat
         while True:
             assert prior.score(pictures[0]).score == want
     monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
-    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser, trained.calibrations, {},
+    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser,
+                     trained.calibrations, {},
                      factors=trained.factors)
     want = prior.score(pictures[0]).score
     before = signal.signal(signal.SIGALRM, interrupt)
@@ -122,14 +123,15 @@ def test_an_interrupted_frame_leaves_nothing_behind(trained, pictures, monkeypat
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_scores_too(trained, pictures, monkeypatch):
     monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
-    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser, trained.calibrations, {},
+    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser,
+                     trained.calibrations, {},
                      factors=trained.factors)
     want, stop = prior.score(pictures[0]).score, threading.Event()
 
     def work():
         while not stop.is_set():
             prior.score(pictures[0])
-    busy = threading.Thread(target=work)  # in the middle of a frame, and of what a frame holds, when the process forks
+    busy = threading.Thread(target=work)  # within a frame when the process forks
     busy.start()
     try:
         for _ in range(5):
@@ -165,7 +167,8 @@ def test_helpers_end_with_their_engine():
             time.sleep(.05)
         print(threading.active_count())
         os._exit(0)"""
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True,
+                          timeout=120,
                           env=os.environ | {"NUMBA_NUM_THREADS": "2"})
     assert done.stdout == "1\n", done.stderr
 
@@ -199,8 +202,11 @@ def test_a_batch_of_more_sizes_than_are_kept(model_file):
 def test_a_denoiser_of_any_hidden_width(trained, pictures):
     weights = dict(trained.denoiser)
     weights |= {"mix0_w1": weights["mix0_w1"][:, :21], "mix0_b1": weights["mix0_b1"][:21],
-                "mix0_w2": 30 * np.random.default_rng(0).standard_normal((21, weights["mix0_w2"].shape[1])).astype(np.float32)}
-    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, weights, trained.calibrations, {},
+                "mix0_w2": 30
+                * np.random.default_rng(0).standard_normal((21,
+                                                            weights["mix0_w2"].shape[1])).astype(np.float32)}
+    prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, weights,
+                     trained.calibrations, {},
                      factors=trained.factors)
     want = prior._reference_frames(pictures[:1], False).outputs[0]
     np.testing.assert_allclose(prior.z(pictures[:1]), want, rtol=1e-3, atol=1e-3)
@@ -219,7 +225,8 @@ def test_z_takes_what_score_takes_and_is_what_it_reads(trained, pictures, washer
 
 def test_the_scores_make_sense(trained, washers):
     good = [trained.score(p).score for p in fp.find_images(washers / "test" / "good")]
-    bad = [trained.score(p).score for kind in ("scratch", "stain") for p in fp.find_images(washers / "test" / kind)]
+    bad = [trained.score(p).score for kind in ("scratch", "stain")
+           for p in fp.find_images(washers / "test" / kind)]
     assert min(bad) > max(good)
 
 
@@ -249,15 +256,17 @@ def test_too_few_images(pictures, washers, tmp_path):
 
 
 @pytest.mark.parametrize("setting, match", [
-    ({"size": 100}, "multiple of 32"), ({"steps": 0}, "steps"), ({"fpr": 0}, "a number from"), ({"variant": "x"}, "whitened"),
+    ({"size": 100}, "multiple of 32"), ({"steps": 0}, "steps"), ({"fpr": 0}, "a number from"),
+    ({"variant": "x"}, "whitened"),
     ({"calibration": "x"}, "holdout"), ({"copies": -1}, "copies"), ({"width": 10}, "multiple of 16")])
 def test_settings_are_checked_before_the_work(setting, match, washers):
     with pytest.raises(fp.ShapeError, match=match):
         fp.fit(washers, iterations=0, **setting)
 
 
-@pytest.mark.parametrize("setting", [{"variant": "plain", "iterations": 5}, {"calibration": "holdout", "iterations": 5},
-                                     {"iterations": 0}, {"variant": "plain", "iterations": 0}, {"minutes": .02}],
+@pytest.mark.parametrize("setting",
+                         [{"variant": "plain", "iterations": 5}, {"calibration": "holdout", "iterations": 5},
+                          {"iterations": 0}, {"variant": "plain", "iterations": 0}, {"minutes": .02}],
                          ids=["plain", "holdout", "gaussian", "plain-gaussian", "minutes"])
 def test_every_way_to_train(washers, setting, tmp_path):
     prior = fp.fit(washers, size=64, copies=1, **setting)
@@ -294,7 +303,8 @@ def test_an_interrupted_training_leaves_nothing_or_a_whole_model(washers, tmp_pa
         if what == "training" and done == 12:
             raise KeyboardInterrupt
     prior = fp.fit(washers, iterations=50, size=64, copies=0, progress=later)
-    assert prior.summary["iterations_run"] == 12 and np.isfinite(prior.score(fp.find_images(washers)[0]).score)
+    assert prior.summary["iterations_run"] == 12
+    assert np.isfinite(prior.score(fp.find_images(washers)[0]).score)
 
 
 # -- conformal calibration -----------------------------------------------------------------------

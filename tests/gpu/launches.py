@@ -15,7 +15,8 @@ import fastprior as fp  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="lite0")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--precision", default="float32")
