@@ -2776,7 +2776,12 @@ def _build_app():
 
 def main() -> None:
     """The command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
-    _room("console").run(_build_app)
+    try:
+        console = _room("console")
+    except BackendUnavailable as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    console.run(_build_app)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def test_a_model_of_the_grid_is_the_one_that_fit_makes(data, backbone, tmp_path,
     for (variant, _), file in models.items():
         changes, iterations = benchmark.VARIANTS[variant]
         ours = fp._arrays_of(fp.Prior.load(file))
-        want = fp._arrays_of(fp.fit(category.train, iterations=iterations, backbone=net, **settings, **changes))
+        want = fp.fit(category.train, iterations=iterations, backbone=net, **settings, **changes)
+        want = fp._arrays_of(want)
         assert ours.keys() == want.keys()
         for name in want:
             np.testing.assert_array_equal(ours[name], want[name])

@@ -94,8 +94,10 @@ def test_false_alarms_of_refitted_models_stay_below_the_promise(calibration, mon
     alarms, count = 0, 0
     for seed in range(12):
         order = rng.permutation(len(files))
-        model = fp.fit(list(np.sort(order[:150])), iterations=0, size=64, copies=0, calibration=calibration, seed=seed, fpr=.1)
-        x0 = fp._apply_whitener(features[order[150:]], model.mean, fp.unpack_lower(model.whitener, features.shape[2]))
+        model = fp.fit(list(np.sort(order[:150])), iterations=0, size=64, copies=0, calibration=calibration,
+                       seed=seed, fpr=.1)
+        whitener = fp.unpack_lower(model.whitener, features.shape[2])
+        x0 = fp._apply_whitener(features[order[150:]], model.mean, whitener)
         v = fp.unpack_factors(model.factors, model.settings.factors, *x0.shape[1:])
         x0 = np.stack([fp.remove_factors(x.astype(np.float32), v) for x in x0])
         nll = fp._nll_of(x0, None, model.timesteps, model.prediction)
@@ -237,7 +239,8 @@ def test_calibrate_command(data, tmp_path):
     assert done.exit_code == 0, done.output
     assert "20 held-out good images promise" in done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split("\t") == ["threshold", "false alarms", "at most", "missed"] and "proposed" in done.stdout
+    assert lines[0].split("\t") == ["threshold", "false alarms", "at most", "missed"]
+    assert "proposed" in done.stdout
     assert fp.Prior.load(new).settings.fpr == .1
     scored = run("score", "-m", new, "--json", "--mask", tmp_path / "masks", data / "disc" / "bad")
     assert scored.exit_code == 1, scored.output

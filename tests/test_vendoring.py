@@ -165,7 +165,17 @@ for attempt in (lambda: prior.score("x.png"), lambda: fp.load_backbone("lite0"))
     assert "vendor/weights" in weights and "copy the folder weights/" in weights
 
 
+def with_examples(host):
+    """The command needs its words; without them it says what to copy."""
+    command = [sys.executable, str(host / "host" / "vendor" / "fastprior.py"), "info"]
+    done = subprocess.run(command, cwd=host, capture_output=True, text=True)
+    assert done.returncode == 2 and "copy the folder examples/" in done.stderr and not done.stdout
+    shutil.copytree(ROOT / "examples", host / "host" / "vendor" / "examples",
+                    ignore=shutil.ignore_patterns("__pycache__", "*.png", "washers"))
+
+
 def test_info_says_what_scores_and_what_to_copy(host):
+    with_examples(host)
     done = subprocess.run([sys.executable, str(host / "host" / "vendor" / "fastprior.py"), "info"], cwd=host,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -179,6 +189,7 @@ def test_info_says_what_scores_and_what_to_copy(host):
 
 
 def test_without_typer_the_command_says_so(host):
+    with_examples(host)
     code = START + "fp.main()"
     done = subprocess.run([sys.executable, "-c", code, "typer"], cwd=host, capture_output=True, text=True)
     assert done.returncode == 2 and "pip install typer" in done.stderr
