@@ -2043,7 +2043,7 @@ def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, re
     """Yields places and arrays of at most `chunk` images, about 64 million pixels; errors go into results."""
     if isinstance(images, (str, os.PathLike)) or errors not in ("raise", "return"):
         raise ShapeError("score_batch: expected a list of images, and errors='raise' or 'return'")
-    places, arrays = [], []
+    places, arrays, pixels = [], [], 0
     for i, image in enumerate(images):
         try:
             if device != "cuda" or not hasattr(image, "__cuda_array_interface__"):
@@ -2055,9 +2055,11 @@ def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, re
             continue
         places.append(i)
         arrays.append(image)
-        if len(arrays) == chunk or sum(math.prod(a.shape[:2]) for a in arrays) > 1 << 26:
+        host = isinstance(image, np.ndarray)
+        pixels += math.prod((image.shape if host else image.__cuda_array_interface__["shape"])[:2])
+        if len(arrays) == chunk or pixels > 1 << 26:
             yield places, arrays
-            places, arrays = [], []
+            places, arrays, pixels = [], [], 0
     if arrays:
         yield places, arrays
 
