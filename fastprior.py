@@ -351,7 +351,7 @@ def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[
     return bands
 
 
-def mbconv(x: np.ndarray, block: "Block") -> np.ndarray:
+def mbconv(x: np.ndarray, block: "InvertedResidual") -> np.ndarray:
     """Inverted residual: expand (1x1) -> depthwise -> squeeze-excite -> project (1x1) -> + x.
 
     x (H, W, Cin) -> (ceil(H/s), ceil(W/s), Cout). Expansion and squeeze-excitation are optional.
@@ -446,7 +446,7 @@ def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class InvertedResidual:
     """One inverted residual with its folded weights, float32 (see `mbconv` for the shapes)."""
     arrays: dict[str, np.ndarray]
     stride: int
@@ -473,7 +473,7 @@ class Backbone:
     act: int
     stem_w: np.ndarray
     stem_b: np.ndarray
-    blocks: tuple[Block, ...]
+    blocks: tuple[InvertedResidual, ...]
     stages: tuple[int, ...]
 
     @property
@@ -507,7 +507,7 @@ class Backbone:
         blocks = []
         for i, h in enumerate(header["blocks"]):
             arrays = {k.removeprefix(f"block{i}_"): a for k, a in own.items() if k.startswith(f"block{i}_")}
-            blocks.append(Block(arrays, int(h["stride"]), int(h["act"]), bool(h["skip"])))
+            blocks.append(InvertedResidual(arrays, int(h["stride"]), int(h["act"]), bool(h["skip"])))
         mean, std = (tuple(map(float, header[k])) for k in ("mean", "std"))
         made = Backbone(str(header["name"]), mean, std, int(header["act"]), own["stem_w"], own["stem_b"],
                         tuple(blocks), tuple(map(int, header["stages"])))
@@ -759,7 +759,7 @@ def _num_mixers(p: dict) -> int:
 # Gaussian preconditioning
 # ------------------------------------------------------------------------------------------------
 
-_PANEL = 32  # side of a BLOCK, and what C is padded to
+_PANEL = 32  # side of a QTILE, and what C is padded to
 
 
 def _round_up(n: int, to: int) -> int:
@@ -774,26 +774,26 @@ def _padded_to(a: np.ndarray, *shape: int) -> np.ndarray:
 
 
 # 32 x 32 weights of 8 bits. A column is an output, with a scale of its own; a row is an input.
-BLOCK = np.dtype([("scale", np.float32, (_PANEL,)), ("weight", np.int8, (_PANEL, _PANEL))])
+QTILE = np.dtype([("scale", np.float32, (_PANEL,)), ("weight", np.int8, (_PANEL, _PANEL))])
 
 
 def quantize(w: np.ndarray) -> np.ndarray:
-    """(..., 32, 32) -> BLOCK (...): weight = round(w / scale), scale = max |w| / 127 over its inputs."""
-    blocks = np.empty(w.shape[:-2], BLOCK)
+    """(..., 32, 32) -> QTILE (...): weight = round(w / scale), scale = max |w| / 127 over its inputs."""
+    blocks = np.empty(w.shape[:-2], QTILE)
     blocks["scale"] = np.abs(w).max(-2) / 127
     blocks["weight"] = np.rint(w / np.maximum(blocks["scale"], np.finfo(np.float32).tiny)[..., None, :])
     return blocks
 
 
 def dequantize(blocks: np.ndarray) -> np.ndarray:
-    """BLOCK (...) -> float32 (..., 32, 32)."""
+    """QTILE (...) -> float32 (..., 32, 32)."""
     return blocks["scale"][..., None, :] * blocks["weight"]
 
 
 def pack_lower(w: np.ndarray) -> np.ndarray:
-    """(N, C, C) lower-triangular -> BLOCK (N, P(P+1)/2), P = ceil(C/32).
+    """(N, C, C) lower-triangular -> QTILE (N, P(P+1)/2), P = ceil(C/32).
 
-    Block q(q+1)/2 + k holds rows 32q.. and columns 32k.. of W, transposed: an input of W is a row of the
+    Tile q(q+1)/2 + k holds rows 32q.. and columns 32k.. of W, transposed: an input of W is a row of the
     block. The blocks above the diagonal are not stored.
     """
     n, c, _ = w.shape
@@ -813,7 +813,7 @@ def unpack_lower(blocks: np.ndarray, c: int) -> np.ndarray:
 
 
 def pack_factors(v: np.ndarray) -> np.ndarray:
-    """(K, N, C) -> BLOCK (N P, ceil(K/32)), P = ceil(C/32): 32 factors (in) by 32 channels (out)."""
+    """(K, N, C) -> QTILE (N P, ceil(K/32)), P = ceil(C/32): 32 factors (in) by 32 channels (out)."""
     k, n, c = v.shape
     full = _padded_to(v, _round_up(k, _PANEL), n, _round_up(c, _PANEL))
     return quantize(full.reshape(-1, _PANEL, n * -(-c // _PANEL), _PANEL).transpose(2, 0, 1, 3))
@@ -1270,7 +1270,7 @@ FORMAT = 2
 _MOST_FACTORS = 64  # that kernels/remove_factors.cu takes
 _MAX_BYTES, _MAX_HEADER = 2 << 30, 4 << 20  # a longer zip has other records
 _DTYPES = {repr(np.lib.format.dtype_to_descr(t)).encode(): t
-           for t in (BLOCK, *map(np.dtype, ("f2", "f4", "f8", "i8", "u1")))}
+           for t in (QTILE, *map(np.dtype, ("f2", "f4", "f8", "i8", "u1")))}
 _NPY = re.compile(rb"(?s)\x93NUMPY\x01\0..\{'descr': (.+), 'fortran_order': False, 'shape': \((.*)\), \} *\n")
 
 
@@ -1423,14 +1423,14 @@ def _check_model(p: Prior) -> None:
     """ModelError unless all fits together, a frame has a sane size and no image can make infinite numbers."""
     settings, n, c = p.settings, p.grid ** 2, sum(p.backbone.channels)
     panels, groups, mixers = -(-c // _PANEL), -(-settings.factors // _PANEL), _num_mixers(p.denoiser or {})
-    shapes = {"mean": "nc", "whitener": "nbp" if p.whitener.dtype == BLOCK else "nc"}
+    shapes = {"mean": "nc", "whitener": "nbp" if p.whitener.dtype == QTILE else "nc"}
     shapes |= {"factors": "qgp"} if groups else {}
     shapes |= {f"denoiser/{k}": v for k, v in _DENOISER_SHAPES.items() if p.denoiser}
     for i in range(mixers):
         own = {ord("m"): chr(65 + 2 * i), ord("e"): chr(66 + 2 * i)}  # capitals: hidden sizes, its own
         shapes |= {f"denoiser/mix{i}_{k}": v.translate(own) for k, v in _MIXER_SHAPES.items()}
     shapes |= {f"calibration/{n}/{k}": v for n in p.calibrations for k, v in _CALIBRATION_SHAPES.items()}
-    given = {k: a["scale"] if a.dtype == BLOCK or k == "factors" else a for k, a in _arrays_of(p).items()}
+    given = {k: a["scale"] if a.dtype == QTILE or k == "factors" else a for k, a in _arrays_of(p).items()}
     sizes = _check_arrays(given, shapes, n=n, c=c, t=2 * len(_FREQUENCIES), p=_PANEL, q=n * panels, g=groups,
                           b=panels * (panels + 1) // 2)
     for steps, own in p.calibrations.items():
@@ -1452,7 +1452,7 @@ def _check_model(p: Prior) -> None:
 def _largest_number(p: Prior) -> float:
     """No number on any image's way to score and map is larger, by the largest weights."""
     def most(a: np.ndarray) -> float:
-        return float(np.abs(a["scale"]).max()) * 127 if a.dtype == BLOCK else float(np.abs(a).max())
+        return float(np.abs(a["scale"]).max()) * 127 if a.dtype == QTILE else float(np.abs(a).max())
     own, (n, c), net, h = p.calibration, p.mean.shape, p.backbone, 0.0
     if net.act == RELU6:
         layers = ((b.arrays["project_w"], b.arrays["project_b"]) for b in net.blocks)
@@ -1868,7 +1868,7 @@ class Prior:
     def _log_determinant(self) -> float:
         """Of the map from features to x0: what the density of features has beside that of x0."""
         w, (n, c) = self.whitener, self.mean.shape
-        if w.dtype == BLOCK:
+        if w.dtype == QTILE:
             panel = np.arange(-(-c // _PANEL))
             w = dequantize(w[:, panel * (panel + 1) // 2 + panel]).diagonal(0, -2, -1).reshape(n, -1)[:, :c]
         total = float(np.log(np.maximum(w, 1e-30), dtype=np.float64).sum())
@@ -1886,7 +1886,7 @@ class Prior:
     def _preconditioning(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Whitener (N, C, C) or (N, C) and factors (K, N, C) as float32, for NumPy; made at first use."""
         w, v, (n, c) = self.whitener, self.factors, self.mean.shape
-        return (unpack_lower(w, c) if w.dtype == BLOCK else w,
+        return (unpack_lower(w, c) if w.dtype == QTILE else w,
                 None if v is None else unpack_factors(v, self.settings.factors, n, c))
 
     def latent(self, features: np.ndarray) -> np.ndarray:

@@ -67,7 +67,7 @@ def import_backbone(state: dict[str, np.ndarray], name: str) -> "fp.Backbone":
                                               at + ("bn3" if expands else "bn2"))
                 arrays["project_w"] = w[0, 0]
                 stride = stage_stride if i == 0 else 1
-                block = fp.Block({k: half(v) for k, v in arrays.items()}, stride, act, False)
+                block = fp.InvertedResidual({k: half(v) for k, v in arrays.items()}, stride, act, False)
                 c_in, _, c_out = block.channels
                 blocks.append(dataclasses.replace(block, skip=stride == 1 and c_in == c_out))
                 i += 1

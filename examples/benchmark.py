@@ -579,8 +579,8 @@ def count_work(prior) -> tuple[dict[str, float], dict[str, float]]:
     n, d = prior.grid ** 2, prior.denoiser or {}
     a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
     a_step += 2 * d["in_w"].shape[1] * sum(a.size for k, a in d.items() if "_token" in k) if d else 0
-    factors = np.empty(0, fp.BLOCK) if prior.factors is None else prior.factors
-    weights = prior.whitener["weight"] if prior.whitener.dtype == fp.BLOCK else prior.whitener
+    factors = np.empty(0, fp.QTILE) if prior.factors is None else prior.factors
+    weights = prior.whitener["weight"] if prior.whitener.dtype == fp.QTILE else prior.whitener
     products = weights.size + 2 * factors["weight"].size
     steps = prior.settings.steps
     return ({"features": flops, "inversion": 2.0 * products + steps * a_step},

@@ -22,7 +22,7 @@ typedef float real;
 #define PANEL 32
 
 // 32 x 32 weights of 8 bits as `quantize` makes them: a column is an output, with a scale of its own; a row is an input.
-struct alignas(16) Block { float scale[PANEL]; signed char weight[PANEL][PANEL]; };
+struct alignas(16) Qtile { float scale[PANEL]; signed char weight[PANEL][PANEL]; };
 
 #define NONE 0
 #define RELU6 1

@@ -14,7 +14,7 @@
 
 struct alignas(16) Sixteen { signed char at[16]; };
 
-extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) project_factors(const real* x, const Block* v, float* sums,
+extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) project_factors(const real* x, const Qtile* v, float* sums,
                                                                               int size, int groups) {
     __shared__ float part[MOST_WARPS][MOST_FACTORS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, k = groups * PANEL;
@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) project_factors(co
     for (int g = 0; g < groups; g++) {
         float y = 0.f;
         for (int panel = first + warp; panel < last; panel += warps) {
-            const Block& block = v[panel * groups + g];
+            const Qtile& block = v[panel * groups + g];
 #pragma unroll
             for (int j = 0; j < PANEL; j += 16) {
                 const Sixteen weight = *reinterpret_cast<const Sixteen*>(block.weight[lane] + j);
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) project_factors(co
     }
 }
 
-extern "C" __global__ void remove_factors(real* x, const Block* v, const float* sums, int size, int groups, int parts) {
+extern "C" __global__ void remove_factors(real* x, const Qtile* v, const float* sums, int size, int groups, int parts) {
     __shared__ float along[MOST_FACTORS];
     const int k = groups * PANEL;
     sums += (long long)blockIdx.z * parts * k;
@@ -56,7 +56,7 @@ extern "C" __global__ void remove_factors(real* x, const Block* v, const float* 
     if (i >= size) return;
     float y = 0.f;
     for (int g = 0; g < groups; g++) {
-        const Block& block = v[i / PANEL * groups + g];
+        const Qtile& block = v[i / PANEL * groups + g];
         float own = 0.f;
 #pragma unroll 8
         for (int j = 0; j < PANEL; j++) own += block.weight[j][i % PANEL] * along[g * PANEL + j];

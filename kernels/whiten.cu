@@ -14,7 +14,7 @@
 struct alignas(8) Rows { signed char at[8]; };
 
 extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) whiten(const float* f, const float* mean,
-                                                                     const Block* w, real* x, int n, int c,
+                                                                     const Qtile* w, real* x, int n, int c,
                                                                      int batch) {
     __shared__ float part[MOST_WARPS][IMAGES][PANEL];
     const int panels = c / PANEL, position = blockIdx.x / panels, panel = blockIdx.x % panels;
@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) whiten(const float
     mean += (long long)position * c;
     float sum[IMAGES][8] = {};
     for (int column = warp * 8 + lane / 4; column < (panel + 1) * PANEL; column += warps * 8) {
-        const Block& block = w[column / PANEL];
+        const Qtile& block = w[column / PANEL];
         const Rows rows = *reinterpret_cast<const Rows*>(block.weight[column % PANEL] + lane % 4 * 8);
         float weight[8];
 #pragma unroll

@@ -41,7 +41,7 @@ def tiny_backbone(rng, act=fp.RELU6, squeeze=False, channels=(5, 7, 8, 17, 6)):
         if squeeze:
             p |= {"se_reduce_w": half(mid, 3), "se_reduce_b": half(3), "se_expand_w": half(3, mid),
                   "se_expand_b": half(mid)}
-        blocks.append(fp.Block(p, stride, act, i > 0 and stride == 1 and c_in == c_out))
+        blocks.append(fp.InvertedResidual(p, stride, act, i > 0 and stride == 1 and c_in == c_out))
         c_in = c_out
     return fp.Backbone("tiny", (.5,) * 3, (.5,) * 3, act, half(3, 3, 3, 4), half(4), tuple(blocks),
                        tuple(range(5)))
@@ -124,7 +124,7 @@ VALUES = [None, True, False, 0, 1, 2, 3, -1, 5, 31, 32, 96, 128, 2048, 1 << 31, 
 NUMBERS = [0, -1, 1, 1e-30, -1e-30, 1e-9, 1e4, -1e5, 1e10, 1e14, 1e20, 1e37, 3e38, np.inf, -np.inf, np.nan,
            65504, 5e-324]
 TYPES = ["f2", "f4", "f8", "i1", "u1", "i2", "i4", "i8", "u8", ">f4", ">f2", "c8", "?", "S3", "U2", "M8[s]",
-         "f4,i1", fp.BLOCK]
+         "f4,i1", fp.QTILE]
 
 
 def places(tree, at=()):
@@ -170,7 +170,7 @@ def array_damage(r, data):
     kind = r.randrange(8)
     if kind < 3 and a.size:  # values
         flat = a.reshape(-1)
-        part = flat["scale"].reshape(-1) if a.dtype == fp.BLOCK else flat
+        part = flat["scale"].reshape(-1) if a.dtype == fp.QTILE else flat
         where = r.choice([slice(None), slice(r.randrange(len(part)), None), [r.randrange(len(part))]])
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -182,7 +182,7 @@ def array_damage(r, data):
                 part[where] = r.choice(NUMBERS)
             else:
                 part[where] = r.randrange(256)
-        if a.dtype == fp.BLOCK:
+        if a.dtype == fp.QTILE:
             flat["scale"] = part.reshape(flat["scale"].shape)
     elif kind == 3:
         dtype = np.dtype(r.choice(TYPES))
@@ -193,7 +193,7 @@ def array_damage(r, data):
     elif kind == 4:
         a = r.choice([a[:-1], a[..., :-1], a[:0], a[None], a.reshape(-1), np.concatenate([a, a]), a.T,
                       np.asfortranarray(a),
-                      a[::-1], a["scale"] if a.dtype == fp.BLOCK else a.astype("f8")])
+                      a[::-1], a["scale"] if a.dtype == fp.QTILE else a.astype("f8")])
     elif kind == 5 and a.ndim == 1 and a.dtype.kind == "f":
         rng.shuffle(a)
     elif kind == 6:  # the text before the values

@@ -44,7 +44,7 @@ def small_backbone(rng):
         if squeeze:
             p |= {"se_reduce_w": w(mid, squeeze, scale=mid ** -.5), "se_reduce_b": w(squeeze, scale=.1),
                   "se_expand_w": w(squeeze, mid, scale=1), "se_expand_b": w(mid, scale=.1)}
-        return fp.Block(p, stride, fp.SILU, skip)
+        return fp.InvertedResidual(p, stride, fp.SILU, skip)
     blocks = (block(12, 12, 10, 3, 1, 3, False), block(10, 20, 14, 5, 2, 5, True),
               block(14, 28, 14, 3, 1, 0, True, True), block(14, 30, 18, 3, 2, 4, True),
               block(18, 36, 22, 5, 2, 4, True), block(22, 44, 22, 5, 1, 4, True, True),

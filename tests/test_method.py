@@ -126,7 +126,7 @@ def test_inverted_residual_is_torchs(kernel, stride, squeeze, expand, act, size)
         y = y * torch.sigmoid(gate @ t(p["se_expand_w"]) + t(p["se_expand_b"]))[:, :, None, None]
     y = conv(y, p["project_w"].T[:, :, None, None], p["project_b"])
     y = y + image if skip else y
-    got = fp.mbconv(x, fp.Block(p, stride, act, skip))
+    got = fp.mbconv(x, fp.InvertedResidual(p, stride, act, skip))
     np.testing.assert_allclose(got, y[0].permute(1, 2, 0), rtol=1e-9, atol=1e-9)
 
 
@@ -169,7 +169,7 @@ def test_blocks_hold_every_weight_to_half_a_step():
     kept_w, kept_v = fp.unpack_lower(fp.pack_lower(w), 70), fp.unpack_factors(fp.pack_factors(v), 40, 3, 45)
     for kept, a, packed, shape, inputs in ((kept_w, w, fp.pack_lower(w), (2, 6), 2),
                                            (kept_v, v, fp.pack_factors(v), (6, 2), 0)):
-        assert packed.dtype == fp.BLOCK and packed.shape == shape
+        assert packed.dtype == fp.QTILE and packed.shape == shape
         largest = np.abs(a).max(inputs, keepdims=True)  # of what an output sums
         assert (np.abs(kept - a) <= 1.01 * largest / 254).all() and np.abs(kept - a).max() > 0
         np.testing.assert_array_equal(kept == 0, np.abs(kept) < 1e-30)

@@ -607,11 +607,11 @@ def test_any_header_and_any_array(tiny, tmp_path):
                       st.lists(st.tuples(st.integers(0, 10 ** 6), numbers), min_size=1, max_size=3))
     def arrays(i, changes):
         a = dm.array_of(entries[i][1]).copy()
-        flat = a.reshape(-1)["scale"].reshape(-1) if a.dtype == fp.BLOCK else a.reshape(-1)
+        flat = a.reshape(-1)["scale"].reshape(-1) if a.dtype == fp.QTILE else a.reshape(-1)
         with np.errstate(over="ignore"):
             for at, value in changes:
                 flat[at % len(flat)] = value
-        if a.dtype == fp.BLOCK:
+        if a.dtype == fp.QTILE:
             a["scale"] = flat.reshape(a["scale"].shape)
         dm.assemble(tmp_path / "m.npz", [*entries[:i], (entries[i][0], dm.npy(a)), *entries[i + 1:]])
         dm.verdict(tmp_path / "m.npz")

@@ -9,8 +9,8 @@ from test_ops import block, blocks, cases
 
 def narrow(a):
     """float64 arrays, also those of a block, as float32."""
-    if isinstance(a, fp.Block):
-        return fp.Block({k: narrow(v) for k, v in a.arrays.items()}, a.stride, a.act, a.skip)
+    if isinstance(a, fp.InvertedResidual):
+        return fp.InvertedResidual({k: narrow(v) for k, v in a.arrays.items()}, a.stride, a.act, a.skip)
     return a.astype(np.float32) if isinstance(a, np.ndarray) and a.dtype == np.float64 else a
 
 
@@ -42,8 +42,8 @@ def test_float32_stays_float32_and_near_float64():
 
 def test_no_operation_writes_into_its_arguments():
     for function, args in calls():
-        arrays = [a for arg in args for a in (arg.arrays.values() if isinstance(arg, fp.Block) else [arg])
-                  if isinstance(a, np.ndarray)]
+        parts = [arg.arrays.values() if isinstance(arg, fp.InvertedResidual) else [arg] for arg in args]
+        arrays = [a for part in parts for a in part if isinstance(a, np.ndarray)]
         before = [a.copy() for a in arrays]
         function(*args)
         for a, b in zip(arrays, before):

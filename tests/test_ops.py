@@ -21,7 +21,7 @@ def block(rng, c_in, mid, c_out, kernel, stride, act, squeeze=0, expand=True, sk
     if squeeze:
         p |= {"se_reduce_w": w(mid, squeeze), "se_reduce_b": w(squeeze), "se_expand_w": w(squeeze, mid),
               "se_expand_b": w(mid)}
-    return fp.Block(p, stride, act, skip)
+    return fp.InvertedResidual(p, stride, act, skip)
 
 
 def blocks():
@@ -163,7 +163,7 @@ def resized(a: np.ndarray):
 def misfits(args):
     """Argument tuples in which one array, also one of a block, has another shape or dtype."""
     for i, arg in enumerate(args):
-        if isinstance(arg, fp.Block):
+        if isinstance(arg, fp.InvertedResidual):
             changed = [dataclasses.replace(arg, arrays=arg.arrays | {name: other})
                        for name, a in arg.arrays.items() for other in resized(a)]
         else:
