@@ -1511,7 +1511,7 @@ class Settings:
     bits: int | None = None  # of 16-bit images, see `load_image`; None: found in training, if it sees any
 
     def __post_init__(self) -> None:
-        if self.cell == 0:
+        if self.cell == 0 and isinstance(self.size, int):
             object.__setattr__(self, "cell", 32 if self.size >= 384 else 16)
 
     @property

@@ -1467,7 +1467,7 @@ class Engine:
                   stride=stride, act=block.act, expand_w=expand_w, expand_b=expand_b,
                   dw_w=self.padded(p["dw_w"].reshape(size * size, mid), mid_padded),
                   dw_b=self.padded(p["dw_b"], mid_padded), project_w=project_w, project_b=project_b,
-                  c_out=out_padded, residual=block.skip, out=middle, sums=sums, chunk=chunk, scratch=scratch)
+                  c_out=out_padded, residual=bool(block.skip), out=middle, sums=sums, chunk=chunk, scratch=scratch)
         if squeeze:
             squeezed = p["se_reduce_w"].shape[1]
             self.emit(_project, x=middle, h=h_out, w=w_out, c_mid=mid_padded, sums=sums, squeezed=squeezed,

@@ -398,27 +398,27 @@ def test_any_other_network_scores_the_same_everywhere(seed, monkeypatch):
     prior = dm.tiny_prior(seed, backbone=net, variant=("whitened", "plain")[seed % 4 == 3])
     by_threads = []
     for prior.threads in (1, 2, 3):
-        prior._built = None
+        prior._built = {}
         by_threads.append(prior.z(dm.IMAGES))
     for z in by_threads:
         np.testing.assert_array_equal(z, by_threads[0])
-    want = prior._nll_reference(dm.IMAGES, [None] * 2)
+    want = prior._reference_frames([fp.load_image(i) for i in dm.IMAGES], False).outputs[0]
     np.testing.assert_allclose(by_threads[0], want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 def test_weights_that_overflow_or_skip_onto_the_stem_are_not_imported():
     from test_backbone import lite_state
     state = {k: v.numpy() for k, v in lite_state().items()}
-    assert fp.import_backbone(state, "x")
+    assert fp._room("backbones").import_backbone(state, "x")
     with np.errstate(over="ignore"), pytest.raises(fp.ModelError, match="project_w holds numbers that "
                                                    "are not finite"):
-        fp.import_backbone(state | {"blocks.1.0.conv_pwl.weight": state["blocks.1.0.conv_pwl.weight"] * 1e6},
-                           "x")
+        huge = state["blocks.1.0.conv_pwl.weight"] * 1e6
+        fp._room("backbones").import_backbone(state | {"blocks.1.0.conv_pwl.weight": huge}, "x")
     narrow = {k: v[:8] if k.startswith("blocks.0.0.") and v.shape[:1] == (10,) else v for k,
               v in state.items()}
     narrow["blocks.1.0.conv_pw.weight"] = state["blocks.1.0.conv_pw.weight"][:, :8]
     with pytest.raises(fp.ModelError, match="do not fit together"):
-        fp.import_backbone(narrow, "x")
+        fp._room("backbones").import_backbone(narrow, "x")
 
 
 def test_a_frame_has_a_sane_size(tmp_path):

@@ -84,7 +84,7 @@ def test_a_score_in_float32_throughout(trained, pictures, monkeypatch):
     for name in ("resize_normalize", "stem", "linear", "depthwise", "pool", "whiten", "remove_factors",
                  "layer_norm", "mix", "anomaly_map"):
         watch(name, getattr(fp, name))
-    trained._nll_reference([pictures[0]], [np.empty(pictures[0].shape[:2], np.float32)])
+    trained._reference_frames([pictures[0]], True)
     assert len(seen) == 10 and all(kinds == {"float32"} for kinds in seen.values()), seen
 
 

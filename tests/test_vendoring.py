@@ -12,7 +12,6 @@ import sys
 import numpy as np
 import pytest
 
-import fastprior as fp
 from conftest import ROOT
 from emulated_cuda import gxx
 
