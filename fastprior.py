@@ -2246,7 +2246,7 @@ def outliers(nll: np.ndarray, worst: float) -> np.ndarray:
 
     Each place is standardised by median and quartiles, an image judged by the mean of its worst places. The
     tail of good images is taken as exponential beyond the median, its rate from the 90 % quantile; of those
-    p-values the false-discovery rate is held at 5 % (Benjamini, Hochberg 1995).
+    p-values the false-discovery rate is held at 1 % (Benjamini, Hochberg 1995).
     """
     low, middle, high = np.quantile(nll, [.25, .5, .75], 0)
     variance = ((high - low) / 1.349) ** 2
@@ -2254,7 +2254,7 @@ def outliers(nll: np.ndarray, worst: float) -> np.ndarray:
     centre, top = np.quantile(raw, [.5, .9])
     p = .5 * np.exp(-(raw - centre) * math.log(5) / max(top - centre, 1e-12))
     order = np.argsort(p)
-    passed = np.flatnonzero(p[order] <= .05 * np.arange(1, len(p) + 1) / len(p))
+    passed = np.flatnonzero(p[order] <= .01 * np.arange(1, len(p) + 1) / len(p))
     found = np.zeros(len(p), bool)
     found[order[:passed[-1] + 1 if len(passed) else 0]] = True
     return found

@@ -149,7 +149,7 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
     found = folders.find_all(paths)
     if str(found):
         say(found)
-    failed, anomalies, seen, scores = 0, 0, 0, {}
+    failed, anomalies, seen, scores, told = 0, 0, 0, {}, set()
 
     def refuse(text: str, row: dict) -> None:
         nonlocal failed
@@ -169,8 +169,9 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
             try:
                 with silence(), warnings.catch_warnings(record=True) as said:
                     image = fp.load_image(path, fp._bits(prior))
-                for warning in said:
-                    say(f"warning: {warning.message}")
+                for text in {str(warning.message) for warning in said} - told:
+                    told.add(text)
+                    say(f"warning: {text}")
                 seen += fp.image_key(image) in known_images
                 r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
                 mapped = r.device_map is not None
@@ -285,6 +286,13 @@ def info(model: Path | None, as_json: bool) -> None:
     print(strict_json(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
 
 
+class Narration(logging.Handler):
+    """What the library logs, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"fastprior: {record.getMessage()}")
+
+
 def run(build_app: Callable) -> None:
     """The command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
     code = 2
@@ -325,10 +333,8 @@ def _run(build_app: Callable) -> int:
         import typer
     except ImportError as e:
         raise fp.BackendUnavailable("the command line needs typer: pip install typer") from e
-    if not fp._log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("fastprior: %(message)s"))
-        fp._log.addHandler(handler)
+    handler = Narration()
+    fp._log.addHandler(handler)
     fp._log.setLevel(logging.INFO)
     try:
         return build_app()(standalone_mode=False) or 0
@@ -339,3 +345,5 @@ def _run(build_app: Callable) -> int:
             raise
         e.show()
         return 2
+    finally:
+        fp._log.removeHandler(handler)

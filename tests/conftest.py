@@ -25,7 +25,7 @@ def washers(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(washers):
     """A model with a denoiser that has been trained a little."""
-    return fp.fit(washers, size=96, iterations=60, copies=1)
+    return fp.fit(washers, size=96, iterations=200, copies=2)
 
 
 @pytest.fixture(scope="session")

@@ -186,8 +186,7 @@ def test_shrinkage():
                                np.stack([average + .5 * np.trace(average) / 4 * np.eye(4)] * 3))
 
 
-@pytest.mark.parametrize("cross", [True, False])
-def test_factors_are_the_directions_in_which_places_vary_together(cross):
+def test_factors_are_the_directions_in_which_places_vary_together():
     rng = np.random.default_rng(0)
     m, n, c = 600, 6, 5
     u = np.linalg.qr(rng.standard_normal((n * c, 2)))[0].T
@@ -196,7 +195,7 @@ def test_factors_are_the_directions_in_which_places_vary_together(cross):
     x = x.reshape(m, n, c).astype(np.float16)
     fold = np.arange(m) % 5
     left = x.copy()
-    v = fp.fit_factors(left, fold, 2, cross)
+    v = fp.fit_factors(left, fold, 2)
     assert v.dtype == np.float32 and v.shape == (2, n, c)
     flat = v.reshape(2, -1).astype(float)
     gain = np.linalg.norm(flat, axis=1) ** 2
@@ -207,10 +206,6 @@ def test_factors_are_the_directions_in_which_places_vary_together(cross):
     whole = np.stack([fp.remove_factors(i, v.astype(float)) for i in x.astype(float)]).reshape(m, -1)
     np.testing.assert_allclose(whole, x.reshape(m, -1).astype(float) @ root, atol=.8)
     np.testing.assert_allclose(np.cov(left.reshape(m, -1).astype(float).T), np.eye(n * c), atol=.35)
-    if not cross:  # what is held out decides nothing
-        np.testing.assert_allclose(left.reshape(m, -1), whole, atol=.02)
-        changed = np.where((fold == 0)[:, None, None], 0, x).astype(np.float16)
-        np.testing.assert_array_equal(fp.fit_factors(changed, fold, 2, cross), v)
 
 
 def test_denoiser_in_torch_numpy_and_numba_agree(trained):
@@ -231,7 +226,7 @@ def test_denoiser_in_torch_numpy_and_numba_agree(trained):
 
 def test_training_lowers_the_held_out_loss_and_is_repeatable(trained, washers):
     s = trained.summary
-    assert s["loss"] < s["loss_start"] and 0 < s["iterations"] <= s["iterations_run"] <= 60
-    again = fp.fit(washers, size=96, iterations=60, copies=1)
+    assert s["loss"] < s["loss_start"] and 0 < s["iterations"] <= s["iterations_run"] <= 200
+    again = fp.fit(washers, size=96, iterations=200, copies=2)
     for name, a in trained.denoiser.items():
         np.testing.assert_allclose(again.denoiser[name], a, rtol=1e-4, atol=1e-5)

@@ -40,7 +40,7 @@ def test_the_wheel_holds_what_is_imported_and_read_and_no_scripts(site):
     kernels = {f"fastprior_kernels/{p.name}" for p in (ROOT / "kernels").iterdir()
                if p.suffix in (".py", ".cu", ".cuh")}
     assert {f for f in files if f.startswith("fastprior_kernels/")} == kernels
-    weights = {"lite0.npz", "demo.npz", "README.md", "LICENSE-efficientnet"}
+    weights = {"lite0.npz", "lite2.npz", "demo.npz", "README.md", "LICENSE-efficientnet"}
     assert {f[18:] for f in files if f.startswith("fastprior_weights/")} == weights
 
 
