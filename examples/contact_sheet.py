@@ -24,7 +24,7 @@ args = parser.parse_args()
 
 prior = fp.Prior.load(args.model)
 tiles = []
-for path in fp._room("folders").find_all(args.paths):
+for path in fp._room("folders").find_all(args.paths).images:
     image = fp.load_image(path)
     result = prior.score(image)
     pair = [Image.fromarray(a).resize((args.cell, args.cell), Image.LANCZOS)
