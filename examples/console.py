@@ -99,8 +99,10 @@ def strict_json(value) -> str:
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
-def promise(t, n: int, aside: int = 0) -> str:
-    """What a threshold of n held-out good images promises; `aside` more were unlike them."""
+def promise(prior) -> str:
+    """What its threshold promises, in words."""
+    t, n, summary = prior.threshold, len(prior.calibration["scores"]), prior.summary
+    aside = 0 if "calibrated_on" in summary else len(summary.get("set_aside", ()))
     text = (f"threshold {t.value:.2f}: {n} held-out good images promise false alarms of {t.expected:.1%} on "
             f"average, at most {t.bound:.1%} with 95 % confidence")
     if aside:
@@ -138,8 +140,7 @@ def tell_training(made) -> None:
         say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out "
             f"({prior.settings.calibration}); "
              f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
-        say(promise(prior.threshold, len(prior.calibration["scores"]),
-                    len(prior.summary.get("set_aside", ()))))
+        say(promise(prior))
 
 
 def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_folder: Path | None,
@@ -247,8 +248,7 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
     prior.save(output)
     for line in unreadable:
         say(f"left out: {line}")
-    say(promise(prior.threshold, len(prior.calibration["scores"]),
-                    len(prior.summary.get("set_aside", ()))))
+    say(promise(prior))
     if known_bad:
         print("threshold\tfalse alarms\tat most\tmissed")
         for t, wrong, most, missed, note in fp.trade_off(prior.calibration["scores"], np.array(bad)):
@@ -285,8 +285,7 @@ def info(model: Path | None, as_json: bool) -> None:
                    "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()),
                    **prior.summary,
                    "trained_on": f"{len(prior.summary.get('trained_on', []))} images",
-                   "promise": promise(prior.threshold, len(prior.calibration["scores"]),
-                    len(prior.summary.get("set_aside", ())))}
+                   "promise": promise(prior)}
             facts |= {f"{name}: {k}": v for k, v in own.items()} if name else own
     print(strict_json(facts) if as_json else "\n".join(f"{k:20} {v}" for k, v in facts.items()))
 
