@@ -243,9 +243,16 @@ def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, 
     return start, folded / folded.sum(1, keepdims=True)
 
 
-def _tap_matrix(n_in: int, n_out: int, shift: float = 0.0) -> np.ndarray:
-    """resize_taps as a dense (n_out, n_in) matrix."""
+def fixed_point_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """`resize_taps` with weights in 1/4096, integers in float64: rows sum to 4096, each running sum is rounded."""
     start, weight = resize_taps(n_in, n_out, shift)
+    total = np.cumsum(weight, 1)
+    return start, np.diff(np.rint(total / total[:, -1:] * 4096), axis=1, prepend=0)
+
+
+def _tap_matrix(n_in: int, n_out: int, shift: float = 0.0, taps: Callable = resize_taps) -> np.ndarray:
+    """The taps as a dense (n_out, n_in) matrix."""
+    start, weight = taps(n_in, n_out, shift)
     dense = np.zeros((n_out, n_in))
     np.put_along_axis(dense, start[:, None] + np.arange(weight.shape[1]), weight, 1)
     return dense
@@ -256,6 +263,17 @@ def resize_normalize(image: np.ndarray, size: int, mean, std, shift=(0.0, 0.0)) 
     x = np.tensordot(_tap_matrix(image.shape[0], size, shift[0]), image.astype(np.float64), 1)
     x = np.einsum("ow,hwc->hoc", _tap_matrix(image.shape[1], size, shift[1]), x)
     return (x / 255 - np.asarray(mean)) / np.asarray(std)
+
+
+def resize_int8(image: np.ndarray, size: int, shift=(0.0, 0.0)) -> np.ndarray:
+    """uint8 (H, W, 3) -> integers in [-127, 127], float32 (size, size, 3): resized and rounded pixels - 127.5.
+
+    In integers below 2^24, which float32 adds exactly: rows are rounded to 1/16 (half up), pixels to 1 (half even).
+    """
+    rows, columns = (_tap_matrix(n, size, s, fixed_point_taps) for n, s in zip(image.shape, shift))
+    x = np.floor(np.tensordot(rows, image.astype(np.float64), 1) / 256 + .5)
+    x = np.einsum("ow,hwc->hoc", columns, x)
+    return np.clip(np.rint(x / 65536 - 127.5), -127, 127).astype(np.float32)
 
 
 def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -278,7 +296,10 @@ def stem(x: np.ndarray, w: np.ndarray, b: np.ndarray, act: int) -> np.ndarray:
 
 def depthwise(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int, act: int) -> np.ndarray:
     """Depthwise convolution, SAME: x (H, W, C), w (k, k, C), b (C,) -> (ceil(H/s), ceil(W/s), C)."""
-    return activate(np.einsum("hwijc,ijc->hwc", _patches(x, w.shape[0], stride), w) + b, act)
+    patches, y = _patches(x, w.shape[0], stride), b
+    for i, j in np.ndindex(w.shape[:2]):
+        y = y + patches[:, :, i, j] * w[i, j]
+    return activate(y, act)
 
 
 def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray, act: int = NONE,
@@ -401,6 +422,8 @@ class Backbone:
     blocks: tuple[Block, ...]
     stages: tuple[int, ...]
 
+    integer, taps = False, staticmethod(resize_taps)
+
     @property
     def channels(self) -> tuple[int, ...]:
         return tuple(self.blocks[i].channels[2] for i in self.stages)
@@ -426,15 +449,23 @@ class Backbone:
                 "blocks": [{"stride": b.stride, "act": b.act, "skip": b.skip} for b in self.blocks]}
 
     @staticmethod
-    def from_arrays(header: dict, arrays: dict[str, np.ndarray]) -> "Backbone":
+    def from_arrays(header: dict, arrays: dict[str, np.ndarray]) -> "Backbone | QuantizedBackbone":
         try:
-            blocks = []
+            integer, blocks = header.get("integer") is True, []
             for i, spec in enumerate(header["blocks"]):
                 prefix = f"block{i}_"
-                own = {k[len(prefix):]: v.astype(np.float32) for k, v in arrays.items() if k.startswith(prefix)}
-                block = Block(own, int(spec["stride"]), int(spec["act"]), bool(spec["skip"]))
+                own = {k[len(prefix):]: v if integer else v.astype(np.float32)
+                       for k, v in arrays.items() if k.startswith(prefix)}
+                act = RELU6 if integer else int(spec["act"])
+                block = Block(own, int(spec["stride"]), act, bool(spec["skip"]))
                 _check_block(block, i)
                 blocks.append(block)
+            if integer:
+                stem = {k: v for k, v in arrays.items() if k.startswith("stem_")}
+                made = QuantizedBackbone(str(header["name"]), stem, tuple(blocks), tuple(map(int, header["stages"])),
+                                         arrays["scales"])
+                made.check()
+                return made
             made = Backbone(str(header["name"]), tuple(map(float, header["mean"])), tuple(map(float, header["std"])),
                             int(header["act"]), arrays["stem_w"].astype(np.float32), arrays["stem_b"].astype(np.float32),
                             tuple(blocks), tuple(map(int, header["stages"])))
@@ -476,6 +507,133 @@ def _check_backbone(b: Backbone) -> None:
     arrays = [b.stem_w, b.stem_b, *(a for block in b.blocks for a in block.arrays.values())]
     if not (good and stride == 16 and b.act in (RELU6, SILU) and min(b.std) > 0 and all(np.isfinite(a).all() for a in arrays)):
         raise ModelError("backbone: stem, blocks and stages do not fit together")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedBackbone:
+    """A Lite backbone in integers: the same features on every machine, bit for bit.
+
+    A layer is clip(rint(float32(x @ w + b) * m)), w int8, b int32, m float32, one scale an output channel. x @ w + b
+    is below 2^24, so float32 adds it exactly in any order; two roundings follow, to float32 and to the nearest integer
+    (ties to even). Outputs are 0..255 where the network has ReLU6. After a projection they are -32767..32767: there
+    residuals are added and features read, in units of `scales` (one a stage), and `input_m` (1,) leads to the
+    -127..127 that an expansion takes. Zero is zero everywhere, so padding is exact.
+    """
+    name: str
+    stem: dict[str, np.ndarray]  # stem_w (3, 3, 3, C), stem_b, stem_m
+    blocks: tuple[Block, ...]  # arrays: those of a Block, with expand_m, dw_m, project_m and, but for the first, input_m
+    stages: tuple[int, ...]
+    scales: np.ndarray
+
+    integer, taps, channels = True, staticmethod(fixed_point_taps), Backbone.channels
+
+    def features(self, x: np.ndarray, grid: int) -> np.ndarray:
+        """Reference: what `resize_int8` returns -> (grid*grid, C) float32, as `Backbone.features`."""
+        def requantize(total, m, low, high):
+            return np.clip(np.rint(total * m), low, high)
+
+        def layer(x, p, name, low=0, high=255, of=np.matmul):
+            w, b = (p[f"{name}_{part}"].astype(np.float32) for part in "wb")
+            return requantize(of(x, w) + b, p[f"{name}_m"], low, high)
+        maps, y = [], layer(_patches(x, 3, 2), self.stem, "stem", of=lambda x, w: np.tensordot(x, w, 3))
+        for i, block in enumerate(self.blocks):
+            p = block.arrays
+            if i > 0:
+                y = layer(requantize(x, p["input_m"], -127, 127), p, "expand")
+            y = layer(y, p, "dw", of=lambda y, w: depthwise(y, w, 0, block.stride, NONE))
+            y = layer(y, p, "project", -32767, 32767)
+            x = np.clip(x + y, -32767, 32767) if block.skip else y
+            if i in self.stages:
+                cell = len(x) // grid
+                total = x.reshape(grid, cell, grid, cell, -1).sum((1, 3), dtype=np.float64).astype(np.float32)
+                maps.append(total * (self.scales[len(maps)] / np.float32(cell * cell)))
+        return np.concatenate(maps, -1).reshape(grid * grid, -1)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        own = {f"block{i}_{name}": a for i, block in enumerate(self.blocks) for name, a in block.arrays.items()}
+        return self.stem | own | {"scales": self.scales}
+
+    def header(self) -> dict:
+        return {"integer": True, "name": self.name, "stages": self.stages,
+                "blocks": [{"stride": b.stride, "skip": b.skip} for b in self.blocks]}
+
+    def check(self) -> None:
+        """ModelError unless the parts fit one another and every sum is exact in float32."""
+        def weights(arrays):
+            return {k: a.astype(np.float32) for k, a in arrays.items() if k[-2:] in ("_w", "_b")}
+        blocks = tuple(dataclasses.replace(b, arrays=weights(b.arrays)) for b in self.blocks)
+        _check_backbone(Backbone(self.name, (0,) * 3, (1,) * 3, RELU6, *weights(self.stem).values(), blocks, self.stages))
+        kinds = {"w": np.int8, "b": np.int32, "m": np.float32}
+        for i, p in enumerate([self.stem] + [b.arrays for b in self.blocks]):
+            names = ["stem"] if i == 0 else ["dw", "project"] if i == 1 else ["expand", "dw", "project"]
+            if set(p) != {f"{name}_{part}" for name in names for part in kinds} | ({"input_m"} if i > 1 else set()):
+                raise ModelError(f"backbone: integer layers {', '.join(names)} expected, got {', '.join(sorted(p))}")
+            wrong = [k for k, a in p.items() if a.dtype != kinds[k[-1]]]
+            wrong += [k for k, a in p.items() if k[-1] == "m" and not (a.shape == ((1,) if k == "input_m" else
+                      p[k[:-1] + "b"].shape) and np.isfinite(a).all() and (a >= 0).all())]
+            for name in names:
+                w, b = (np.abs(p[f"{name}_{part}"].astype(np.int64)) for part in "wb")
+                most = w.reshape(-1, w.shape[-1]).sum(0) * (127 if name in ("stem", "expand") else 255) + b
+                wrong += [f"{name}_w: sums of {most.max()}, not below 2^24"] if most.max() >= 1 << 24 else []
+            if wrong:
+                raise ModelError(f"backbone: integer block {i - 1} has unfit {', '.join(wrong)}")
+        if self.scales.shape != (len(self.stages),) or self.scales.dtype != np.float32 or not np.isfinite(self.scales).all():
+            raise ModelError(f"backbone: expected {len(self.stages)} finite scales, got {self.scales}")
+
+
+def can_be_quantized(b: "Backbone | QuantizedBackbone") -> bool:
+    """ReLU6 only, no squeeze-excitation, and an expansion in every block but the first."""
+    return not b.integer and b.act == RELU6 and not b.blocks[0].skip and all(
+        block.act == RELU6 and "se_reduce_w" not in block.arrays and ("expand_w" in block.arrays) == (i > 0)
+        for i, block in enumerate(b.blocks))
+
+
+def activation_ranges(b: Backbone, x: np.ndarray) -> np.ndarray:
+    """Largest magnitudes (blocks, 3) in one normalised image: expanded (or stem), depthwise, output with residual."""
+    x, tops = stem(x, b.stem_w, b.stem_b, b.act), []
+    for block in b.blocks:
+        p, y = block.arrays, x
+        if "expand_w" in p:
+            y = linear(x, p["expand_w"], p["expand_b"], block.act)
+        z = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act)
+        x = linear(z, p["project_w"], p["project_b"], NONE, x if block.skip else None)
+        tops.append([y.max(), z.max(), np.abs(x).max()])
+    return np.array(tops, np.float64)
+
+
+def quantize_backbone(b: Backbone, ranges: np.ndarray) -> QuantizedBackbone:
+    """`b` in integers, for activations as large as `ranges` (blocks, 3); residual sums have room for twice that."""
+    fraction, exponent = np.frexp(np.maximum(ranges, 1e-6))
+    ranges = np.ldexp(np.ceil(fraction * 64) / 64, exponent)  # rounded up: the last bits depend on the machine
+    expanded, depth, out = ranges[:, 0] / 255, ranges[:, 1] / 255, ranges[:, 2]
+    sums = out.copy()  # one unit for all blocks that residuals connect
+    for i in range(1, len(sums)):
+        if b.blocks[i].skip:
+            sums[i] = max(sums[i], sums[i - 1])
+    for i in range(len(sums) - 1, 0, -1):
+        if b.blocks[i].skip:
+            sums[i - 1] = sums[i]
+    sums /= 16384
+
+    def layer(name: str, w: np.ndarray, bias: np.ndarray, scale_in: float, scale_out: float) -> dict[str, np.ndarray]:
+        w, bias = w.astype(np.float64), bias.astype(np.float64)
+        top = np.abs(w).reshape(-1, w.shape[-1]).max(0)
+        scale = np.maximum(np.maximum(top / 127, np.abs(bias) / scale_in / 2 ** 22), 1e-12)
+        return {f"{name}_w": np.rint(w / scale).astype(np.int8), f"{name}_b": np.rint(bias / (scale * scale_in)).astype(np.int32),
+                f"{name}_m": (scale * scale_in / scale_out).astype(np.float32)}
+    blocks = []
+    for i, block in enumerate(b.blocks):
+        p, q = block.arrays, {}
+        if i > 0:
+            q["input_m"] = np.array([sums[i - 1] * 127 / out[i - 1]], np.float32)
+            q |= layer("expand", p["expand_w"], p["expand_b"], out[i - 1] / 127, expanded[i])
+        q |= layer("dw", p["dw_w"], p["dw_b"], expanded[i], depth[i])
+        q |= layer("project", p["project_w"], p["project_b"], depth[i], sums[i])
+        blocks.append(dataclasses.replace(block, arrays=q))
+    made = QuantizedBackbone(b.name, layer("stem", b.stem_w, b.stem_b, 1 / 127.5, expanded[0]), tuple(blocks), b.stages,
+                             sums[list(b.stages)].astype(np.float32))
+    made.check()
+    return made
 
 
 # The two naming schemes: timm's, and that of the EfficientNet-PyTorch family (underscores).
@@ -1610,7 +1768,7 @@ class Prior:
     def _emit(self, e: Engine, from_pixels: bool) -> None:
         n, c = self.mean.shape
         if from_pixels:
-            f, columns = e.features(self.backbone, self.settings.size, self.grid, resize_taps)
+            f, columns = e.features(self.backbone, self.settings.size, self.grid, self.backbone.taps)
         else:
             f, columns = e.given(n, c)
         x = e.whiten(f, n, columns, self.mean, self.whitener)
@@ -1663,8 +1821,11 @@ class Prior:
 
 def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings, shift=(0.0, 0.0)) -> np.ndarray:
     """uint8 (H, W, 3) -> features (N, C) by the reference operations."""
-    x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift)
-    return backbone.features(x.astype(np.float32), settings.size // 16)
+    if backbone.integer:
+        x = resize_int8(image, settings.size, shift)
+    else:
+        x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift).astype(np.float32)
+    return backbone.features(x, settings.size // 16)
 
 
 def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | None = None) -> Engine | None:
@@ -1767,7 +1928,7 @@ def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
     if e is not None:
         grid = settings.size // 16
         with _engine_errors():
-            e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid, sum(backbone.channels))
+            e.keep(e.features(backbone, settings.size, grid, backbone.taps)[0], grid * grid, sum(backbone.channels))
             e.finish()
     return e
 
