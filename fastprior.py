@@ -266,14 +266,14 @@ def resize_normalize(image: np.ndarray, size: int, mean, std, shift=(0.0, 0.0)) 
 
 
 def resize_int8(image: np.ndarray, size: int, shift=(0.0, 0.0)) -> np.ndarray:
-    """uint8 (H, W, 3) -> integers in [-127, 127], float32 (size, size, 3): resized and rounded pixels - 127.5.
+    """uint8 (H, W, 3) -> integers in [-127, 127], float32 (size, size, 3): resized pixels, rounded down, less 127.
 
-    In integers below 2^24, which float32 adds exactly: rows are rounded to 1/16 (half up), pixels to 1 (half even).
+    In integers below 2^24, which float32 adds exactly; between the two passes rows are rounded to 1/16, half up.
     """
     rows, columns = (_tap_matrix(n, size, s, fixed_point_taps) for n, s in zip(image.shape, shift))
     x = np.floor(np.tensordot(rows, image.astype(np.float64), 1) / 256 + .5)
     x = np.einsum("ow,hwc->hoc", columns, x)
-    return np.clip(np.rint(x / 65536 - 127.5), -127, 127).astype(np.float32)
+    return np.minimum(np.floor(x / 65536) - 127, 127).astype(np.float32)
 
 
 def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:

@@ -46,10 +46,13 @@ def _fields(names: str) -> np.dtype:
     return np.dtype([(name, np.int64) for name in names.split()])
 
 
-def _kernel(fields: np.dtype | None = None):
-    """Marks what Numba compiles. With `fields` it is an operation of a program, called by its address."""
+def _kernel(fields: np.dtype | None = None, exact: bool = False):
+    """Marks what Numba compiles. With `fields` it is an operation of a program, called by its address.
+
+    `exact`: every float operation is rounded as it is written.
+    """
     def mark(function):
-        function.fields = fields
+        function.fields, function.exact = fields, exact
         _KERNELS.append(function)
         return function
     return mark
@@ -59,14 +62,23 @@ def _kernel(fields: np.dtype | None = None):
 # Compiling once, and keeping the object file
 # ------------------------------------------------------------------------------------------------
 
+def _groups(dot: str) -> int:
+    """Values in a 32-bit word that the instruction `dot` multiplies and adds: two i16, or four u8 by i8."""
+    return 4 if dot in ("vpdpbusd", "quads") else 2
+
+
 @functools.cache
 def _host() -> tuple[str, str]:
     """Name and features of this CPU, as LLVM writes them. Sets what the packing of weights depends on."""
     from llvmlite import binding
     features = binding.get_host_cpu_features()
     lanes = 16 if features.get("avx512f") else 8
+    if features.get("avx512vnni" if lanes == 16 else "avxvnni"):
+        dot = "vpdpbusd"
+    else:
+        dot = "vpmaddwd" if features.get("avx512bw" if lanes == 16 else "avx2") else "pairs"
     # 8x3 of 32 registers, or 4x3 of 16: sums + panel + one
-    globals().update(_LANES=lanes, _TILE=8 if lanes == 16 else 4)
+    globals().update(_LANES=lanes, _TILE=8 if lanes == 16 else 4, _DOT=dot, _GROUP=_groups(dot))
     return binding.get_host_cpu_name(), features.flatten()
 
 
@@ -222,10 +234,10 @@ def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
     marked = {function.__name__: function for function in _KERNELS}
     _define_intrinsics(_LANES)
     scope["carray"] = numba.carray
-    options = {"fastmath": _FASTMATH, "error_model": "numpy"}
     names, whole = {}, binding.parse_assembly("")
     try:
         for function in _KERNELS:
+            options = {"fastmath": not function.exact and _FASTMATH, "error_model": "numpy"}
             if function.fields is not None:
                 compiled = numba.cfunc(numba.void(*[numba.int64] * 8), **options)(function)
                 names[function.__name__] = compiled.native_name
@@ -475,6 +487,178 @@ def _define_intrinsics(lanes: int) -> None:
             return types.void(*[types.int64] * 9), codegen
         return row
 
+    # Integers. A word is `_GROUP` values; `dot` adds the products of two words, lane by lane.
+    short_vec = ir.VectorType(ir.IntType(16), lanes)
+    narrow_vec = ir.VectorType(ir.IntType(32 // _GROUP), lanes)
+    half_vec = ir.VectorType(ir.IntType(16), 2 * lanes)
+    of_bits = {8: "256", 16: "512"}[lanes]
+
+    def ints(x):
+        return ir.Constant(int_vec, [x] * lanes)
+
+    def at_byte(b, address, kind):
+        return b.inttoptr(address, kind.as_pointer())
+
+    def plus(b, address, *terms):
+        """address + sum of terms, a term an i64 value, a Python int or a product of two."""
+        for term in terms:
+            if isinstance(term, tuple):
+                x, y = (const(t) if isinstance(t, int) else t for t in term)
+                term = b.mul(x, y)
+            address = b.add(address, const(term) if isinstance(term, int) else term)
+        return address
+
+    def spread(b, total, x, w, bits):
+        """total + products of the fields of so many bits; those of x are unsigned if they are u8."""
+        for i in range(0, 32, bits):
+            up, down = ints(32 - bits - i), ints(32 - bits)
+            x_i = b.shl(x, up)
+            x_i = b.lshr(x_i, down) if bits == 8 else b.ashr(x_i, down)
+            total = b.add(total, b.mul(x_i, b.ashr(b.shl(w, up), down)))
+        return total
+
+    def intrinsic_of(b, name, *args):
+        kind = ir.FunctionType(int_vec, [a.type for a in args])
+        return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+
+    def dot_pairs(b, total, x, w):
+        """total + products of the two i16 in each word."""
+        if _DOT == "vpdpbusd":
+            return intrinsic_of(b, f"llvm.x86.avx512.vpdpwssd.{of_bits}", total, x, w)
+        if _DOT == "vpmaddwd":
+            name = "llvm.x86.avx2.pmadd.wd" if lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
+            return b.add(total, intrinsic_of(b, name, b.bitcast(x, half_vec), b.bitcast(w, half_vec)))
+        return spread(b, total, x, w, 16)
+
+    def dot(b, total, x, w):
+        """total + products of the values in each word."""
+        if _DOT == "vpdpbusd":
+            return intrinsic_of(b, f"llvm.x86.avx512.vpdpbusd.{of_bits}", total, x, w)
+        return spread(b, total, x, w, 8) if _GROUP == 4 else dot_pairs(b, total, x, w)
+
+    def requantized(b, total, multiplier, low, high, offset=0):
+        """offset + clip(rint(float32(total) * multiplier)) in the low 16 bits of each lane; the rest is 0x4B40."""
+        y = b.fmul(b.sitofp(total, vec), multiplier)
+        y = call(b, "minnum", call(b, "maxnum", y, value(float(low))), value(float(high)))
+        return b.bitcast(b.fadd(y, value(12582912. + offset)), int_vec)  # 1.5 * 2^23: its last bit is worth 1
+
+    def make_product(m_rows: int, n_vecs: int, paired: bool):
+        @intrinsic
+        def product(typing, a, a_hi, lda, segments, step, k, w, bias, multiplier, res, out, ldo):
+            """m_rows x (n_vecs * lanes) of a layer whose inputs are `segments` runs of k words, `step` bytes apart.
+
+            Paired: a word of out has the u8 of a's row below that of a_hi's, m_rows / 2 pixels of each. Else
+            out is i16 with the residual at res (0: none) added. lda and ldo in bytes, of inputs and outputs.
+            """
+            def codegen(context, b, signature, args):
+                a, a_hi, lda, segments, step, k, w, bias, multiplier, res, out, ldo = args
+                wide = n_vecs * lanes
+                rows = [plus(b, a_hi if paired and m >= m_rows // 2 else a,
+                             (lda, m % (m_rows // 2) if paired else m)) for m in range(m_rows)]
+                acc = [[cgutils.alloca_once(b, int_vec) for _ in range(n_vecs)] for _ in range(m_rows)]
+                for n in range(n_vecs):
+                    start = b.load(at_byte(b, plus(b, bias, 4 * n * lanes), int_vec), align=4)
+                    for m in range(m_rows):
+                        b.store(start, acc[m][n])
+                with cgutils.for_range(b, segments, intp=i64) as outer:
+                    run = b.mul(outer.index, step)
+                    panel = plus(b, w, (b.mul(outer.index, k), 4 * wide))
+                    starts = [b.add(row, run) for row in rows]
+                    with cgutils.for_range(b, k, intp=i64) as loop:
+                        line = plus(b, panel, (loop.index, 4 * wide))
+                        weights = [b.load(at_byte(b, plus(b, line, 4 * n * lanes), int_vec), align=4)
+                                   for n in range(n_vecs)]
+                        for m in range(m_rows):
+                            word = b.load(at_byte(b, plus(b, starts[m], (loop.index, 4)), i32), align=1)
+                            x = splat(b, word)
+                            for n in range(n_vecs):
+                                b.store(dot(b, b.load(acc[m][n]), x, weights[n]), acc[m][n])
+                for n in range(n_vecs):
+                    m_n = b.load(at_byte(b, plus(b, multiplier, 4 * n * lanes), vec), align=4)
+                    if paired:
+                        for m in range(m_rows // 2):
+                            low, high = (requantized(b, b.load(acc[i][n]), m_n, 0, 255) for i in (m, m + m_rows // 2))
+                            word = b.or_(b.and_(low, ints(0xffff)), b.shl(high, ints(16)))
+                            b.store(word, at_byte(b, plus(b, out, (ldo, m), 4 * n * lanes), int_vec), align=4)
+                        continue
+                    for m in range(m_rows):
+                        bits = requantized(b, b.load(acc[m][n]), m_n, -32767, 32767)
+                        total = cgutils.alloca_once(b, int_vec)
+                        b.store(b.sub(bits, ints(0x4B400000)), total)
+                        with b.if_then(b.icmp_signed("!=", res, const(0))):
+                            other = b.load(at_byte(b, plus(b, res, (ldo, m), 2 * n * lanes), short_vec), align=2)
+                            b.store(b.add(b.load(total), b.sext(other, int_vec)), total)
+                        y = b.load(total)
+                        y = b.select(b.icmp_signed("<", y, ints(-32767)), ints(-32767), y)
+                        y = b.select(b.icmp_signed(">", y, ints(32767)), ints(32767), y)
+                        b.store(b.trunc(y, short_vec), at_byte(b, plus(b, out, (ldo, m), 2 * n * lanes), short_vec),
+                                align=2)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 12), codegen
+        return product
+
+    def make_depthwise_pairs(size: int, stride: int):
+        pairs = size // 2 + 1
+        kept = size == 3 or lanes == 16  # whether all weights stay in registers
+        group = 4 if size == 3 else 2 if lanes == 16 else 4
+
+        @intrinsic
+        def row(typing, lines, n_out, channels, w, bias, multiplier, out):
+            """One output row, values of `_GROUP` a word. lines: addresses of pairs of rows; w (pairs, size, channels)."""
+            def codegen(context, b, signature, args):
+                lines, n_out, channels, w, bias, multiplier, out = args
+                with cgutils.for_range(b, b.udiv(channels, const(lanes)), intp=i64) as loop:
+                    first = b.mul(loop.index, const(lanes))
+
+                    def words(address, *terms, kind=int_vec):
+                        return b.load(at_byte(b, plus(b, address, (first, 4), *terms), kind), align=4)
+
+                    def tap(i):
+                        return words(w, (b.mul(channels, const(i)), 4))
+                    taps = [tap(i) for i in range(pairs * size)] if kept else None
+                    start, scale = words(bias), words(multiplier, kind=vec)
+                    bases = [plus(b, b.load(at_byte(b, plus(b, lines, 8 * i), i64)), (first, 4)) for i in range(pairs)]
+
+                    def outputs(x, count):
+                        acc = [start] * count
+                        column = b.mul(b.mul(x, const(stride)), channels)
+                        for i in range(pairs):
+                            row = [taps[i * size + j] if kept else tap(i * size + j) for j in range(size)]
+                            for j in range((count - 1) * stride + size):
+                                users = [o for o in range(count) if 0 <= j - o * stride < size]
+                                if users:
+                                    place = plus(b, bases[i], (b.add(column, b.mul(channels, const(j))), 4))
+                                    v = b.load(at_byte(b, place, int_vec), align=4)
+                                for o in users:
+                                    acc[o] = dot_pairs(b, acc[o], v, row[j - o * stride])
+                        for o in range(count):
+                            y = b.trunc(requantized(b, acc[o], scale, 0, 255), narrow_vec)
+                            place = b.add(b.mul(b.add(x, const(o)), channels), first)
+                            b.store(y, at_byte(b, plus(b, out, (place, 4 // _GROUP)), narrow_vec), align=1)
+                    groups = b.udiv(n_out, const(group))
+                    with cgutils.for_range(b, groups, intp=i64) as inner:
+                        outputs(b.mul(inner.index, const(group)), group)
+                    rest = b.mul(groups, const(group))
+                    with cgutils.for_range_slice(b, rest, n_out, const(1), intp=i64) as (x, _):
+                        outputs(x, 1)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 7), codegen
+        return row
+
+    @intrinsic
+    def narrow(typing, x, n, multiplier, out):
+        """n i16 -> as many values of `_GROUP` a word, -127..127 (from 128 up where they are u8)."""
+        def codegen(context, b, signature, args):
+            x, n, multiplier, out = args
+            scale = splat(b, b.load(at_byte(b, multiplier, f32)))
+            with cgutils.for_range(b, b.udiv(n, const(lanes)), intp=i64) as loop:
+                first = b.mul(loop.index, const(lanes))
+                v = b.sext(b.load(at_byte(b, plus(b, x, (first, 2)), short_vec), align=2), int_vec)
+                y = requantized(b, v, scale, -127, 127, 128 if _GROUP == 4 else 0)
+                b.store(b.trunc(y, narrow_vec), at_byte(b, plus(b, out, (first, 4 // _GROUP)), narrow_vec), align=1)
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 4), codegen
+
     @intrinsic
     def resize_pixels(typing, line, start, weight, taps, n, affine, out):
         """out (n, 3) = scale * (sum of taps of line) + shift.
@@ -544,11 +728,15 @@ def _define_intrinsics(lanes: int) -> None:
     for n_vecs in (1, 2, 3):
         scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs)
         scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs)
+        for kind, tall in (("", rows), ("_low", 4)):
+            scope[f"_pairs_{n_vecs}{kind}"] = make_product(tall, n_vecs, True)
+            scope[f"_sums_{n_vecs}{kind}"] = make_product(tall, n_vecs, False)
     scope.update(_qtile_rows=make_qtile(rows // 2), _qtile_row=make_qtile(1), _dots=dots,
-                 _resize_pixels=resize_pixels)
+                 _resize_pixels=resize_pixels, _narrow=narrow)
     for size in (3, 5):
         for stride in (1, 2):
             scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
+            scope[f"_depthwise_pairs_{size}{stride}"] = make_depthwise_pairs(size, stride)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -612,6 +800,12 @@ def _bytes(address, n):
 
 
 @_kernel()
+def _shorts(address, n):
+    """n int16 at an address."""
+    return carray(_as_pointer(address), n, np.int16)
+
+
+@_kernel()
 def _row(address, fields):
     """A row of a program, of the image table, or the job: its fields by name."""
     return carray(_as_pointer(address), 1, fields)[0]
@@ -623,12 +817,16 @@ def _row(address, fields):
 _IMAGE = _fields("pixels height width row_start row_weight row_taps col_start col_weight col_taps "
                  "map row_map col_map line stride")
 
-_RESIZE = _fields("operation out size row_stride affine")
+_RESIZE = _fields("operation out size row_stride affine integer scratch")
 
 
 @_kernel(_RESIZE)
 def _resize(row, band, bands, ws, state, image, batch, state_stride):
-    """The image's pixels -> (size, size, 3) normalised, rows `row_stride` apart."""
+    """The image's pixels -> (size, size, 3) normalised, rows `row_stride` floats apart.
+
+    `integer`: -127..127 as values of `_GROUP` a word, with zeros in a row and a column after them. Taps are
+    in 1/4096 then, and all sums exact integers.
+    """
     p, image = _row(row, _RESIZE), _row(image, _IMAGE)
     size, pixels, w, row_taps = p.size, image.pixels, image.width, image.row_taps
     rs, rw = carray(_as_pointer(image.row_start), size, np.int64), _floats(image.row_weight, size * row_taps)
@@ -653,8 +851,34 @@ def _resize(row, band, bands, ws, state, image, batch, state_stride):
                     for i in range(w * 3):
                         line[i] += w0 * np.float32(s0[i])
                 t += 1
-        _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, size, p.affine,
-                       ws + 4 * (p.out + y * p.row_stride))
+        if not p.integer:
+            _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, size, p.affine,
+                           ws + 4 * (p.out + y * p.row_stride))
+            continue
+        for i in range(w * 3):
+            line[i] = np.float32((np.int32(line[i]) + 128) >> 8)
+        work = ws + 4 * (p.scratch + band * image.stride)
+        _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, size, p.affine, work)
+        pixels_out = _floats(work, size * 3)
+        for i in range(size * 3):
+            pixels_out[i] = min(pixels_out[i], np.float32(254 * 65536))
+        to = ws + 4 * (p.out + y * p.row_stride)
+        if _GROUP == 2:
+            shorts = _shorts(to, 2 * p.row_stride)
+            for i in range(size * 3):
+                shorts[i] = np.int16((np.int32(pixels_out[i]) >> 16) - 127)
+            shorts[size * 3:] = 0
+        else:
+            bytes_out = _bytes(to, 4 * p.row_stride)
+            for i in range(size * 3):
+                bytes_out[i] = np.uint8((np.int32(pixels_out[i]) >> 16) + 1)
+            bytes_out[size * 3:] = 128
+    if p.integer and band == bands - 1:
+        last = ws + 4 * (p.out + size * p.row_stride)
+        if _GROUP == 2:
+            _shorts(last, 2 * p.row_stride)[:] = 0
+        else:
+            _bytes(last, 4 * p.row_stride)[:] = 128
 
 
 _COPY, _POINTWISE, _STEM = 0, 1, 2  # where an inverted residual's expanded rows come from
@@ -811,6 +1035,158 @@ def _pool(row, band, bands, ws, state, image, batch, state_stride):
                         to[c] += pixel[c]
             for c in range(channels):
                 to[c] *= share
+
+
+# Integers. Maps in the workspace are int16 (h, w, c); inside `_mbconv_integer` values are packed in words: two rows
+# of the expanded map in one, so that a depthwise kernel reads two taps at once; for products, `_GROUP` channels.
+
+@_kernel(exact=True)
+def _product_pairs(a, a_hi, lda, m, segments, step, k, w, bias, multiplier, out, n):
+    """Two rows of m pixels -> a row of words (m, n), the second in the upper halves; see `make_product`."""
+    j = 0
+    while j < n:
+        wide = _columns((n - j) // _LANES)
+        to, at_bias, at_scale = out + 4 * j, bias + 4 * j, multiplier + 4 * j
+        panel = w + 4 * j * segments * k
+        tall = _TILE // 2 if 2 * m >= _TILE else 2
+        i = 0
+        while i < m:
+            i = min(i, m - tall)
+            x, x_hi, y = a + i * lda, a_hi + i * lda, to + 4 * i * n
+            if 2 * tall == _TILE:
+                if wide == 3:
+                    _pairs_3(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+                elif wide == 2:
+                    _pairs_2(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+                else:
+                    _pairs_1(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+            elif wide == 3:
+                _pairs_3_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+            elif wide == 2:
+                _pairs_2_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+            else:
+                _pairs_1_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+            i += tall
+        j += wide * _LANES
+
+
+@_kernel(exact=True)
+def _product_sums(a, lda, m, k, w, bias, multiplier, res, out, n):
+    """m pixels of k words -> int16 (m, n), plus those at res (0: none), which may be where out is not."""
+    j = 0
+    while j < n:
+        wide = _columns((n - j) // _LANES)
+        to, at_bias, at_scale = out + 2 * j, bias + 4 * j, multiplier + 4 * j
+        panel = w + 4 * j * k
+        tall = _TILE if m >= _TILE else 4
+        i = 0
+        while i < m:
+            i = min(i, m - tall)
+            x, y, r = a + i * lda, to + 2 * i * n, res + 2 * (i * n + j) if res != 0 else 0
+            if tall == _TILE:
+                if wide == 3:
+                    _sums_3(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+                elif wide == 2:
+                    _sums_2(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+                else:
+                    _sums_1(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+            elif wide == 3:
+                _sums_3_low(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+            elif wide == 2:
+                _sums_2_low(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+            else:
+                _sums_1_low(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+            i += tall
+        j += wide * _LANES
+
+
+_MBCONV_INTEGER = _fields("operation x row_words h w c_in c_mid size stride input_m expand_w expand_b expand_m "
+                          "dw_w dw_b dw_m project_w project_b project_m c_out residual out scratch chunk")
+
+
+@_kernel(_MBCONV_INTEGER, exact=True)
+def _mbconv_integer(row, band, bands, ws, state, image, batch, state_stride):
+    """`_mbconv` in integers, two rows of the expanded map at once. With row_words > 0, x is the image."""
+    p, image = _row(row, _MBCONV_INTEGER), _row(image, _IMAGE)
+    x, h, w, c_in, c_mid, size, stride = ws + 4 * p.x, p.h, p.w, p.c_in, p.c_mid, p.size, p.stride
+    c_out, out, chunk, value = p.c_out, ws + 4 * p.out, p.chunk, 4 // _GROUP
+    h_out, w_out = (h + stride - 1) // stride, (w + stride - 1) // stride
+    top = max((h_out - 1) * stride + size - h, 0) // 2
+    across = max((w_out - 1) * stride + size - w, 0)
+    left = across // 2
+    line = 4 * (w + across) * c_mid  # bytes
+    slots, pairs = ((chunk - 1) * stride + size - 1) // 2 + 2, size // 2 + 1
+    zeros = ws + 4 * (p.scratch + band * image.stride)
+    ring = zeros + line
+    depth = ring + slots * line
+    narrowed = depth + value * chunk * w_out * c_mid
+    lines_at = narrowed + (value * 2 * w * c_in + 7) // 8 * 8
+    lines = carray(_as_pointer(lines_at), pairs, np.int64)
+    _floats(zeros, line // 4)[:] = 0
+    for i in range(slots):
+        padded = _floats(ring + i * line, line // 4)
+        padded[:left * c_mid] = 0
+        padded[(left + w) * c_mid:] = 0
+    first, last = band * h_out // bands, (band + 1) * h_out // bands
+    ready = max((first * stride - top) >> 1, 0)
+    y = first
+    while y < last:
+        count = min(chunk, last - y)
+        bottom = min(((y + count - 1) * stride - top + size + 1) >> 1, h // 2)
+        while ready < bottom:
+            to = ring + ready % slots * line + 4 * left * c_mid
+            if p.row_words > 0:
+                lower = x + 16 * ready * p.row_words
+                k = 5 if _GROUP == 2 else 3  # words of the nine values that a row of the kernel reads
+                _product_pairs(lower, lower + 8 * p.row_words, 6 * value, w, 3, 4 * p.row_words, k, p.expand_w,
+                               p.expand_b, p.expand_m, to, c_mid)
+            else:
+                stride_in = (c_in + _LANES - 1) // _LANES * _LANES
+                _narrow(x + 4 * ready * w * stride_in, 2 * w * stride_in, p.input_m, narrowed)
+                _product_pairs(narrowed, narrowed + value * w * stride_in, value * stride_in, w, 1, 0,
+                               (c_in + _GROUP - 1) // _GROUP, p.expand_w, p.expand_b, p.expand_m, to, c_mid)
+            ready += 1
+        for r in range(count):
+            above = (y + r) * stride - top
+            for i in range(pairs):
+                pair = (above >> 1) + i
+                lines[i] = ring + pair % slots * line if 0 <= pair < h // 2 else zeros
+            to, taps = depth + value * r * w_out * c_mid, p.dw_w + 4 * (above & 1) * pairs * size * c_mid
+            if size == 3 and stride == 1:
+                _depthwise_pairs_31(lines_at, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+            elif size == 3:
+                _depthwise_pairs_32(lines_at, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+            elif stride == 1:
+                _depthwise_pairs_51(lines_at, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+            else:
+                _depthwise_pairs_52(lines_at, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+        skip = x + 2 * y * w_out * c_out if p.residual else 0
+        _product_sums(depth, value * c_mid, count * w_out, c_mid // _GROUP, p.project_w, p.project_b,
+                      p.project_m, skip, out + 2 * y * w_out * c_out, c_out)
+        y += count
+
+
+_POOL_INTEGER = _fields("operation x h stride channels grid out columns scale")
+
+
+@_kernel(_POOL_INTEGER, exact=True)
+def _pool_integer(row, band, bands, ws, state, image, batch, state_stride):
+    """Sums over the cells of a stage's int16 map, times one factor, into its slice of the token matrix."""
+    p = _row(row, _POOL_INTEGER)
+    h, stride, channels, grid = p.h, p.stride, p.channels, p.grid
+    cell, scale = h // grid, _floats(p.scale, 1)[0]
+    for gy in range(band * grid // bands, (band + 1) * grid // bands):
+        for gx in range(grid):
+            at = state + 4 * (p.out + (gy * grid + gx) * p.columns)
+            total, to = carray(_as_pointer(at), channels, np.int32), _floats(at, channels)
+            total[:] = 0
+            for y in range(gy * cell, (gy + 1) * cell):
+                for column in range(gx * cell, (gx + 1) * cell):
+                    pixel = _shorts(ws + 4 * p.x + 2 * (y * h + column) * stride, channels)
+                    for c in range(channels):
+                        total[c] += np.int32(pixel[c])
+            for c in range(channels):
+                to[c] = np.float32(total[c]) * scale
 
 
 @_kernel()
@@ -1106,6 +1482,13 @@ def _help(entry: Callable, jobs: queue.SimpleQueue, count: np.ndarray) -> None:
         entry(*job)
 
 
+def _words(values: np.ndarray, group: int) -> np.ndarray:
+    """Integers (..., group, M) -> int32 (..., M), the first in the lowest bits."""
+    bits = 32 // group
+    words = sum((values[..., i, :] & ((1 << bits) - 1)) << bits * i for i in range(group))
+    return words.astype(np.uint32).view(np.int32)
+
+
 class Frames(NamedTuple):
     """What `run` made of a batch. Everything is on the host already."""
     scores: np.ndarray | None  # (B,)
@@ -1198,6 +1581,9 @@ class Engine:
     def features(self, backbone, size: int, grid: int, taps: Callable) -> tuple[int, int]:
         columns = round_up(sum(backbone.channels), PANEL)
         tokens = self.state(grid * grid, columns)
+        if backbone.integer:
+            self._integer_features(backbone, size, grid, taps, tokens, columns)
+            return tokens, columns
         x, h, w, column = self.resize(size, backbone.mean, backbone.std, taps), size // 2, size // 2, 0
         self._stage = "features"
         for i, block in enumerate(backbone.blocks):
@@ -1281,8 +1667,74 @@ class Engine:
         out = self.workspace(size + 1, size + 1, 3)
         mean, std = np.asarray(mean), np.asarray(std)
         affine = self.constant([*1 / (255 * std), 0, *-mean / std, 0])
-        self.emit(_resize, out=out, size=size, row_stride=(size + 1) * 3, affine=affine)
+        self.emit(_resize, out=out, size=size, row_stride=(size + 1) * 3, affine=affine, integer=0, scratch=16)
         return out
+
+    def _integer_features(self, backbone, size: int, grid: int, taps: Callable, tokens: int, columns: int) -> None:
+        self._size, self._taps, value = size, taps, 4 // _GROUP
+        row_words = round_up((size + 1) * 3 + _GROUP, _GROUP) // _GROUP
+        x, h, column = self.workspace(size + 1, row_words), size // 2, 0
+        self.emit(_resize, out=x, size=size, row_stride=row_words, affine=self.constant([1, 1, 1, 0, 0, 0, 0, 0]),
+                  integer=1, scratch=size * 3 + 1)
+        self._stage = "features"
+        scales = iter(backbone.scales)
+        for i, block in enumerate(backbone.blocks):
+            p, stride = block.arrays, block.stride
+            c_in, mid, c_out = block.channels
+            mid_padded, out_padded = round_up(mid, _LANES), round_up(c_out, _LANES)
+            if i == 0:
+                p = p | {f"expand_{part}": backbone.stem[f"stem_{part}"] for part in "wbm"}
+                expand_w = p["expand_w"].reshape(3, 9, mid)
+            else:
+                expand_w = p["expand_w"][None]
+            kernel = p["dw_w"].shape[0]
+            pairs = kernel // 2 + 1
+            dw = np.zeros((2, 2 * pairs, kernel, mid_padded), np.int64)  # for an even first row, for an odd one
+            for odd in (0, 1):
+                dw[odd, odd:odd + kernel, :, :mid] = p["dw_w"]
+            h_out, c_in = h // stride, c_in if i else 0
+            chunk = min(h_out, max(1, 64 // h_out))
+            line = (h + sum(same_padding(h, kernel, stride))) * mid_padded
+            slots = ((chunk - 1) * stride + kernel - 1) // 2 + 2
+            scratch = ((1 + slots) * line + (chunk * h_out * mid_padded + 2 * h * round_up(c_in, _LANES)) // _GROUP
+                       + 4 + 2 * pairs)
+            out = self.workspace(-(-h_out * h_out * out_padded // 2))
+            self.emit(_mbconv_integer, x=x, row_words=0 if i else row_words, h=h, w=h, c_in=c_in, c_mid=mid_padded,
+                      size=kernel, stride=stride, input_m=self.constant(p.get("input_m", [0])),
+                      **self._layer("expand", expand_w, p, signed=True),
+                      dw_w=self.constant(_words(dw.reshape(2, pairs, 2, -1), 2), np.int32),
+                      dw_b=self._vector(p["dw_b"], mid_padded, np.int32), dw_m=self.padded(p["dw_m"], mid_padded),
+                      **self._layer("project", p["project_w"][None], p), c_out=out_padded, residual=block.skip, out=out,
+                      chunk=chunk, scratch=scratch)
+            x, h = out, h_out
+            if i in backbone.stages:
+                factor = np.float32(next(scales)) / np.float32((h // grid) ** 2)
+                self.emit(_pool_integer, x=x, h=h, stride=out_padded, channels=c_out, grid=grid, out=tokens + column,
+                          columns=columns, scale=self.constant([factor]))
+                column += c_out
+
+    def _vector(self, b: np.ndarray, m: int, dtype) -> int:
+        full = np.zeros(m, dtype)
+        full[:len(b)] = b
+        return self.constant(full, dtype)
+
+    def _layer(self, name: str, w: np.ndarray, p: dict, signed: bool = False) -> dict[str, int]:
+        """Fields of a product: w int8 (segments, K, M), K filled to whole words, M to vectors, packed in panels."""
+        bias = p[f"{name}_b"].astype(np.int64)
+        if signed and _GROUP == 4:  # inputs are u8, 128 too large
+            bias = bias - 128 * w.astype(np.int64).sum((0, 1))
+        segments, k, m = w.shape
+        padded = round_up(m, _LANES)
+        full = np.zeros((segments, round_up(k, 4 if name == "project" else _GROUP), padded), np.int64)
+        full[:, :k, :m] = w
+        words = _words(full.reshape(-1, _GROUP, padded), _GROUP)
+        panels, j = [], 0
+        while j < padded:
+            wide = _columns((padded - j) // _LANES) * _LANES
+            panels.append(words[:, j:j + wide].ravel())
+            j += wide
+        return {f"{name}_w": self.constant(np.concatenate(panels), np.int32),
+                f"{name}_b": self._vector(bias, padded, np.int32), f"{name}_m": self.padded(p[f"{name}_m"], padded)}
 
     def mbconv(self, x: int, h: int, w: int, block, stem_w=None, stem_b=None) -> tuple[int, int, int]:
         """Returns offset and size of the output map. With stem weights, x is the normalised image."""
