@@ -750,6 +750,12 @@ def _columns(left):
 
 
 @_kernel()
+def _word_columns(left):
+    """The same for integers: a product and its sum are two instructions and want a register between them."""
+    return min(left, 3 if _LANES == 16 else 2)
+
+
+@_kernel()
 def _matmul(a, lda, m, k, w, ldw, n, bias, ldbias, res, ldres, c, ldc, act):
     """c = act(bias + a @ w) + res, a (m, k), n a multiple of _LANES; ldw = 0: w is packed in panels.
 
@@ -1045,7 +1051,7 @@ def _product_pairs(a, a_hi, lda, m, segments, step, k, w, bias, multiplier, out,
     """Two rows of m pixels -> a row of words (m, n), the second in the upper halves; see `make_product`."""
     j = 0
     while j < n:
-        wide = _columns((n - j) // _LANES)
+        wide = _word_columns((n - j) // _LANES)
         to, at_bias, at_scale = out + 4 * j, bias + 4 * j, multiplier + 4 * j
         panel = w + 4 * j * segments * k
         tall = _TILE // 2 if 2 * m >= _TILE else 2
@@ -1075,7 +1081,7 @@ def _product_sums(a, lda, m, k, w, bias, multiplier, res, out, n):
     """m pixels of k words -> int16 (m, n), plus those at res (0: none), which may be where out is not."""
     j = 0
     while j < n:
-        wide = _columns((n - j) // _LANES)
+        wide = _word_columns((n - j) // _LANES)
         to, at_bias, at_scale = out + 2 * j, bias + 4 * j, multiplier + 4 * j
         panel = w + 4 * j * k
         tall = _TILE if m >= _TILE else 4
@@ -1730,7 +1736,7 @@ class Engine:
         words = _words(full.reshape(-1, _GROUP, padded), _GROUP)
         panels, j = [], 0
         while j < padded:
-            wide = _columns((padded - j) // _LANES) * _LANES
+            wide = _word_columns((padded - j) // _LANES) * _LANES
             panels.append(words[:, j:j + wide].ravel())
             j += wide
         return {f"{name}_w": self.constant(np.concatenate(panels), np.int32),
