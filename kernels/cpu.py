@@ -536,19 +536,35 @@ def _define_intrinsics(lanes: int) -> None:
             return intrinsic_of(b, f"llvm.x86.avx512.vpdpbusd.{of_bits}", total, x, w)
         return spread(b, total, x, w, 8) if _GROUP == 4 else dot_pairs(b, total, x, w)
 
-    def requantized(b, total, multiplier, low, high, offset=0):
-        """offset + clip(rint(float32(total) * multiplier)) in the low 16 bits of each lane; the rest is 0x4B40."""
+    def rounded(b, total, multiplier):
+        """rint(float32(total) * multiplier), i32: `fastprior.QuantizedBackbone.check` has seen that it fits."""
         y = b.fmul(b.sitofp(total, vec), multiplier)
-        y = call(b, "minnum", call(b, "maxnum", y, value(float(low))), value(float(high)))
-        return b.bitcast(b.fadd(y, value(12582912. + offset)), int_vec)  # 1.5 * 2^23: its last bit is worth 1
+        kind = ir.FunctionType(int_vec, [vec])
+        return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.lrint.v{lanes}i32.v{lanes}f32"), [y])
+
+    def clipped(b, x, low, high):
+        low, high = (ir.Constant(x.type, [n] * x.type.count) for n in (low, high))
+        x = b.select(b.icmp_signed("<", x, low), low, x)
+        return b.select(b.icmp_signed(">", x, high), high, x)
+
+    def both_in_bytes(b, first, second):
+        """Two vectors of i32 -> (2 * lanes) i16 in 0..255."""
+        both = b.shuffle_vector(first, second, ir.Constant(ir.VectorType(i32, 2 * lanes), list(range(2 * lanes))))
+        shorts = b.trunc(clipped(b, both, 0, 65535), half_vec)  # one instruction, packusdw
+        high = ir.Constant(half_vec, [255] * 2 * lanes)
+        return b.select(b.icmp_unsigned("<", shorts, high), shorts, high)
+
+    def part(b, x, indices):
+        return b.shuffle_vector(x, x, ir.Constant(ir.VectorType(i32, len(indices)), list(indices)))
 
     def make_product(m_rows: int, n_vecs: int, paired: bool):
         @intrinsic
         def product(typing, a, a_hi, lda, segments, step, k, w, bias, multiplier, res, out, ldo):
             """m_rows x (n_vecs * lanes) of a layer whose inputs are `segments` runs of k words, `step` bytes apart.
 
-            Paired: a word of out has the u8 of a's row below that of a_hi's, m_rows / 2 pixels of each. Else
-            out is i16 with the residual at res (0: none) added. lda and ldo in bytes, of inputs and outputs.
+            Paired: a word of out has the u8 of a's row below that of a_hi's, m_rows / 2 pixels of each; pixels
+            follow one another, and ldo bytes on come the next `lanes` channels. Else out is i16 with the
+            residual at res (0: none) added, and pixels are ldo bytes apart.
             """
             def codegen(context, b, signature, args):
                 a, a_hi, lda, segments, step, k, w, bias, multiplier, res, out, ldo = args
@@ -577,22 +593,18 @@ def _define_intrinsics(lanes: int) -> None:
                     m_n = b.load(at_byte(b, plus(b, multiplier, 4 * n * lanes), vec), align=4)
                     if paired:
                         for m in range(m_rows // 2):
-                            low, high = (requantized(b, b.load(acc[i][n]), m_n, 0, 255) for i in (m, m + m_rows // 2))
-                            word = b.or_(b.and_(low, ints(0xffff)), b.shl(high, ints(16)))
-                            b.store(word, at_byte(b, plus(b, out, (ldo, m), 4 * n * lanes), int_vec), align=4)
+                            both = both_in_bytes(b, *(rounded(b, b.load(acc[i][n]), m_n) for i in (m, m + m_rows // 2)))
+                            word = part(b, both, [i + lanes * j for i in range(lanes) for j in (0, 1)])
+                            b.store(word, at_byte(b, plus(b, out, (ldo, n), 4 * m * lanes), half_vec), align=2)
                         continue
                     for m in range(m_rows):
-                        bits = requantized(b, b.load(acc[m][n]), m_n, -32767, 32767)
                         total = cgutils.alloca_once(b, int_vec)
-                        b.store(b.sub(bits, ints(0x4B400000)), total)
+                        b.store(clipped(b, rounded(b, b.load(acc[m][n]), m_n), -32767, 32767), total)
                         with b.if_then(b.icmp_signed("!=", res, const(0))):
                             other = b.load(at_byte(b, plus(b, res, (ldo, m), 2 * n * lanes), short_vec), align=2)
                             b.store(b.add(b.load(total), b.sext(other, int_vec)), total)
-                        y = b.load(total)
-                        y = b.select(b.icmp_signed("<", y, ints(-32767)), ints(-32767), y)
-                        y = b.select(b.icmp_signed(">", y, ints(32767)), ints(32767), y)
-                        b.store(b.trunc(y, short_vec), at_byte(b, plus(b, out, (ldo, m), 2 * n * lanes), short_vec),
-                                align=2)
+                        y = b.trunc(clipped(b, b.load(total), -32767, 32767), short_vec)
+                        b.store(y, at_byte(b, plus(b, out, (ldo, m), 2 * n * lanes), short_vec), align=2)
                 return context.get_dummy_value()
             return types.void(*[types.int64] * 12), codegen
         return product
@@ -603,10 +615,13 @@ def _define_intrinsics(lanes: int) -> None:
         group = 4 if size == 3 else 2 if lanes == 16 else 4
 
         @intrinsic
-        def row(typing, lines, n_out, channels, w, bias, multiplier, out):
-            """One output row, values of `_GROUP` a word. lines: addresses of pairs of rows; w (pairs, size, channels)."""
+        def row(typing, lines, block, n_out, channels, w, bias, multiplier, out):
+            """One output row, values of `_GROUP` a word. w (pairs, size, channels) in words.
+
+            lines: addresses of pairs of rows, (channels / lanes, width, lanes) words, a block of them in bytes.
+            """
             def codegen(context, b, signature, args):
-                lines, n_out, channels, w, bias, multiplier, out = args
+                lines, block, n_out, channels, w, bias, multiplier, out = args
                 with cgutils.for_range(b, b.udiv(channels, const(lanes)), intp=i64) as loop:
                     first = b.mul(loop.index, const(lanes))
 
@@ -617,24 +632,28 @@ def _define_intrinsics(lanes: int) -> None:
                         return words(w, (b.mul(channels, const(i)), 4))
                     taps = [tap(i) for i in range(pairs * size)] if kept else None
                     start, scale = words(bias), words(multiplier, kind=vec)
-                    bases = [plus(b, b.load(at_byte(b, plus(b, lines, 8 * i), i64)), (first, 4)) for i in range(pairs)]
+                    bases = [plus(b, b.load(at_byte(b, plus(b, lines, 8 * i), i64)), (loop.index, block))
+                             for i in range(pairs)]
 
                     def outputs(x, count):
                         acc = [start] * count
-                        column = b.mul(b.mul(x, const(stride)), channels)
+                        starts = [plus(b, base, (x, 4 * lanes * stride)) for base in bases]
                         for i in range(pairs):
                             row = [taps[i * size + j] if kept else tap(i * size + j) for j in range(size)]
                             for j in range((count - 1) * stride + size):
                                 users = [o for o in range(count) if 0 <= j - o * stride < size]
                                 if users:
-                                    place = plus(b, bases[i], (b.add(column, b.mul(channels, const(j))), 4))
+                                    place = plus(b, starts[i], 4 * lanes * j)
                                     v = b.load(at_byte(b, place, int_vec), align=4)
                                 for o in users:
                                     acc[o] = dot_pairs(b, acc[o], v, row[j - o * stride])
-                        for o in range(count):
-                            y = b.trunc(requantized(b, acc[o], scale, 0, 255), narrow_vec)
-                            place = b.add(b.mul(b.add(x, const(o)), channels), first)
-                            b.store(y, at_byte(b, plus(b, out, (place, 4 // _GROUP)), narrow_vec), align=1)
+                        to = plus(b, out, (b.add(b.mul(x, channels), first), 4 // _GROUP))
+                        for o in range(0, count, 2):
+                            y = both_in_bytes(b, *(rounded(b, acc[min(i, count - 1)], scale) for i in (o, o + 1)))
+                            for i in range(o, min(o + 2, count)):
+                                half = part(b, y, range((i - o) * lanes, (i - o + 1) * lanes))
+                                half = half if _GROUP == 2 else b.trunc(half, narrow_vec)
+                                b.store(half, at_byte(b, plus(b, to, (channels, 4 // _GROUP * i)), narrow_vec), align=1)
                     groups = b.udiv(n_out, const(group))
                     with cgutils.for_range(b, groups, intp=i64) as inner:
                         outputs(b.mul(inner.index, const(group)), group)
@@ -642,7 +661,7 @@ def _define_intrinsics(lanes: int) -> None:
                     with cgutils.for_range_slice(b, rest, n_out, const(1), intp=i64) as (x, _):
                         outputs(x, 1)
                 return context.get_dummy_value()
-            return types.void(*[types.int64] * 7), codegen
+            return types.void(*[types.int64] * 8), codegen
         return row
 
     @intrinsic
@@ -654,7 +673,8 @@ def _define_intrinsics(lanes: int) -> None:
             with cgutils.for_range(b, b.udiv(n, const(lanes)), intp=i64) as loop:
                 first = b.mul(loop.index, const(lanes))
                 v = b.sext(b.load(at_byte(b, plus(b, x, (first, 2)), short_vec), align=2), int_vec)
-                y = requantized(b, v, scale, -127, 127, 128 if _GROUP == 4 else 0)
+                y = clipped(b, rounded(b, v, scale), -127, 127)
+                y = b.add(y, ints(128)) if _GROUP == 4 else y
                 b.store(b.trunc(y, narrow_vec), at_byte(b, plus(b, out, (first, 4 // _GROUP)), narrow_vec), align=1)
             return context.get_dummy_value()
         return types.void(*[types.int64] * 4), codegen
@@ -838,6 +858,7 @@ def _resize(row, band, bands, ws, state, image, batch, state_stride):
     rs, rw = carray(_as_pointer(image.row_start), size, np.int64), _floats(image.row_weight, size * row_taps)
     line_at = ws + 4 * (band * image.stride - image.line)
     line = _floats(line_at, w * 3 + 1)
+    top = np.float32(254 * 65536)
     for y in range(band * size // bands, (band + 1) * size // bands):
         line[:] = 0
         t = 0
@@ -862,22 +883,20 @@ def _resize(row, band, bands, ws, state, image, batch, state_stride):
                            ws + 4 * (p.out + y * p.row_stride))
             continue
         for i in range(w * 3):
-            line[i] = np.float32((np.int32(line[i]) + 128) >> 8)
+            line[i] = np.float32(np.int32(np.int32(line[i]) + np.int32(128)) >> np.int32(8))
         work = ws + 4 * (p.scratch + band * image.stride)
         _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, size, p.affine, work)
-        pixels_out = _floats(work, size * 3)
-        for i in range(size * 3):
-            pixels_out[i] = min(pixels_out[i], np.float32(254 * 65536))
+        pixel = _floats(work, size * 3)
         to = ws + 4 * (p.out + y * p.row_stride)
         if _GROUP == 2:
             shorts = _shorts(to, 2 * p.row_stride)
             for i in range(size * 3):
-                shorts[i] = np.int16((np.int32(pixels_out[i]) >> 16) - 127)
+                shorts[i] = (np.int32(min(pixel[i], top)) >> np.int32(16)) - np.int32(127)
             shorts[size * 3:] = 0
         else:
             bytes_out = _bytes(to, 4 * p.row_stride)
             for i in range(size * 3):
-                bytes_out[i] = np.uint8((np.int32(pixels_out[i]) >> 16) + 1)
+                bytes_out[i] = (np.int32(min(pixel[i], top)) >> np.int32(16)) + np.int32(1)
             bytes_out[size * 3:] = 128
     if p.integer and band == bands - 1:
         last = ws + 4 * (p.out + size * p.row_stride)
@@ -1047,31 +1066,31 @@ def _pool(row, band, bands, ws, state, image, batch, state_stride):
 # of the expanded map in one, so that a depthwise kernel reads two taps at once; for products, `_GROUP` channels.
 
 @_kernel(exact=True)
-def _product_pairs(a, a_hi, lda, m, segments, step, k, w, bias, multiplier, out, n):
-    """Two rows of m pixels -> a row of words (m, n), the second in the upper halves; see `make_product`."""
+def _product_pairs(a, a_hi, lda, m, segments, step, k, w, bias, multiplier, out, block, n):
+    """Two rows of m pixels -> words (n / _LANES, m, _LANES), the second row in the upper halves; see `make_product`."""
     j = 0
     while j < n:
         wide = _word_columns((n - j) // _LANES)
-        to, at_bias, at_scale = out + 4 * j, bias + 4 * j, multiplier + 4 * j
+        to, at_bias, at_scale = out + j // _LANES * block, bias + 4 * j, multiplier + 4 * j
         panel = w + 4 * j * segments * k
         tall = _TILE // 2 if 2 * m >= _TILE else 2
         i = 0
         while i < m:
             i = min(i, m - tall)
-            x, x_hi, y = a + i * lda, a_hi + i * lda, to + 4 * i * n
+            x, x_hi, y = a + i * lda, a_hi + i * lda, to + 4 * _LANES * i
             if 2 * tall == _TILE:
                 if wide == 3:
-                    _pairs_3(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+                    _pairs_3(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
                 elif wide == 2:
-                    _pairs_2(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+                    _pairs_2(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
                 else:
-                    _pairs_1(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+                    _pairs_1(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
             elif wide == 3:
-                _pairs_3_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+                _pairs_3_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
             elif wide == 2:
-                _pairs_2_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+                _pairs_2_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
             else:
-                _pairs_1_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, 4 * n)
+                _pairs_1_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
             i += tall
         j += wide * _LANES
 
@@ -1106,7 +1125,7 @@ def _product_sums(a, lda, m, k, w, bias, multiplier, res, out, n):
         j += wide * _LANES
 
 
-_MBCONV_INTEGER = _fields("operation x row_words h w c_in c_mid size stride input_m expand_w expand_b expand_m "
+_MBCONV_INTEGER = _fields("operation x row_words expand_k h w c_in c_mid size stride input_m expand_w expand_b expand_m "
                           "dw_w dw_b dw_m project_w project_b project_m c_out residual out scratch chunk")
 
 
@@ -1120,7 +1139,8 @@ def _mbconv_integer(row, band, bands, ws, state, image, batch, state_stride):
     top = max((h_out - 1) * stride + size - h, 0) // 2
     across = max((w_out - 1) * stride + size - w, 0)
     left = across // 2
-    line = 4 * (w + across) * c_mid  # bytes
+    block = 4 * _LANES * (w + across)  # bytes
+    line = block * (c_mid // _LANES)
     slots, pairs = ((chunk - 1) * stride + size - 1) // 2 + 2, size // 2 + 1
     zeros = ws + 4 * (p.scratch + band * image.stride)
     ring = zeros + line
@@ -1130,9 +1150,10 @@ def _mbconv_integer(row, band, bands, ws, state, image, batch, state_stride):
     lines = carray(_as_pointer(lines_at), pairs, np.int64)
     _floats(zeros, line // 4)[:] = 0
     for i in range(slots):
-        padded = _floats(ring + i * line, line // 4)
-        padded[:left * c_mid] = 0
-        padded[(left + w) * c_mid:] = 0
+        for j in range(c_mid // _LANES):
+            padded = _floats(ring + i * line + j * block, block // 4)
+            padded[:left * _LANES] = 0
+            padded[(left + w) * _LANES:] = 0
     first, last = band * h_out // bands, (band + 1) * h_out // bands
     ready = max((first * stride - top) >> 1, 0)
     y = first
@@ -1140,17 +1161,16 @@ def _mbconv_integer(row, band, bands, ws, state, image, batch, state_stride):
         count = min(chunk, last - y)
         bottom = min(((y + count - 1) * stride - top + size + 1) >> 1, h // 2)
         while ready < bottom:
-            to = ring + ready % slots * line + 4 * left * c_mid
+            to = ring + ready % slots * line + 4 * left * _LANES
             if p.row_words > 0:
                 lower = x + 16 * ready * p.row_words
-                k = 5 if _GROUP == 2 else 3  # words of the nine values that a row of the kernel reads
-                _product_pairs(lower, lower + 8 * p.row_words, 6 * value, w, 3, 4 * p.row_words, k, p.expand_w,
-                               p.expand_b, p.expand_m, to, c_mid)
+                _product_pairs(lower, lower + 8 * p.row_words, 6 * value, w, 3, 4 * p.row_words, p.expand_k, p.expand_w,
+                               p.expand_b, p.expand_m, to, block, c_mid)
             else:
                 stride_in = (c_in + _LANES - 1) // _LANES * _LANES
                 _narrow(x + 4 * ready * w * stride_in, 2 * w * stride_in, p.input_m, narrowed)
                 _product_pairs(narrowed, narrowed + value * w * stride_in, value * stride_in, w, 1, 0,
-                               (c_in + _GROUP - 1) // _GROUP, p.expand_w, p.expand_b, p.expand_m, to, c_mid)
+                               p.expand_k, p.expand_w, p.expand_b, p.expand_m, to, block, c_mid)
             ready += 1
         for r in range(count):
             above = (y + r) * stride - top
@@ -1159,13 +1179,13 @@ def _mbconv_integer(row, band, bands, ws, state, image, batch, state_stride):
                 lines[i] = ring + pair % slots * line if 0 <= pair < h // 2 else zeros
             to, taps = depth + value * r * w_out * c_mid, p.dw_w + 4 * (above & 1) * pairs * size * c_mid
             if size == 3 and stride == 1:
-                _depthwise_pairs_31(lines_at, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+                _depthwise_pairs_31(lines_at, block, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
             elif size == 3:
-                _depthwise_pairs_32(lines_at, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+                _depthwise_pairs_32(lines_at, block, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
             elif stride == 1:
-                _depthwise_pairs_51(lines_at, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+                _depthwise_pairs_51(lines_at, block, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
             else:
-                _depthwise_pairs_52(lines_at, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+                _depthwise_pairs_52(lines_at, block, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
         skip = x + 2 * y * w_out * c_out if p.residual else 0
         _product_sums(depth, value * c_mid, count * w_out, c_mid // _GROUP, p.project_w, p.project_b,
                       p.project_m, skip, out + 2 * y * w_out * c_out, c_out)
@@ -1425,7 +1445,7 @@ def _mix(row, band, bands, ws, state, image, batch, state_stride):
 
 
 _JOB = _fields("rows length whole_first whole_last stride count relax target")
-_ROW_BYTES = 8 * 24  # from one row of a program or of the image table to the next
+_ROW_BYTES = 8 * 32  # from one row of a program or of the image table to the next
 
 
 @_kernel()
@@ -1705,7 +1725,8 @@ class Engine:
             scratch = ((1 + slots) * line + (chunk * h_out * mid_padded + 2 * h * round_up(c_in, _LANES)) // _GROUP
                        + 4 + 2 * pairs)
             out = self.workspace(-(-h_out * h_out * out_padded // 2))
-            self.emit(_mbconv_integer, x=x, row_words=0 if i else row_words, h=h, w=h, c_in=c_in, c_mid=mid_padded,
+            self.emit(_mbconv_integer, x=x, row_words=0 if i else row_words,
+                      expand_k=-(-expand_w.shape[1] // _GROUP), h=h, w=h, c_in=c_in, c_mid=mid_padded,
                       size=kernel, stride=stride, input_m=self.constant(p.get("input_m", [0])),
                       **self._layer("expand", expand_w, p, signed=True),
                       dw_w=self.constant(_words(dw.reshape(2, pairs, 2, -1), 2), np.int32),
