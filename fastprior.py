@@ -261,7 +261,7 @@ def _tap_matrix(n_in: int, n_out: int, shift: float = 0.0, taps: Callable = resi
 def resize_normalize(image: np.ndarray, size: int, mean, std, shift=(0.0, 0.0)) -> np.ndarray:
     """uint8 (H, W, 3) -> float (size, size, 3): triangle-filter resize, then (x/255 - mean)/std."""
     x = np.tensordot(_tap_matrix(image.shape[0], size, shift[0]), image.astype(np.float64), 1)
-    x = np.einsum("ow,hwc->hoc", _tap_matrix(image.shape[1], size, shift[1]), x)
+    x = _tap_matrix(image.shape[1], size, shift[1]) @ x
     return (x / 255 - np.asarray(mean)) / np.asarray(std)
 
 
@@ -272,8 +272,7 @@ def resize_int8(image: np.ndarray, size: int, shift=(0.0, 0.0)) -> np.ndarray:
     """
     rows, columns = (_tap_matrix(n, size, s, fixed_point_taps) for n, s in zip(image.shape, shift))
     x = np.floor(np.tensordot(rows, image.astype(np.float64), 1) / 256 + .5)
-    x = np.einsum("ow,hwc->hoc", columns, x)
-    return np.minimum(np.floor(x / 65536) - 127, 127).astype(np.float32)
+    return np.minimum(np.floor(columns @ x / 65536) - 127, 127).astype(np.float32)
 
 
 def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -570,7 +569,7 @@ class QuantizedBackbone:
                 raise ModelError(f"backbone: integer layers {', '.join(names)} expected, got {', '.join(sorted(p))}")
             wrong = [k for k, a in p.items() if a.dtype != kinds[k[-1]]]
             wrong += [k for k, a in p.items() if k[-1] == "m" and not (a.shape == ((1,) if k == "input_m" else
-                      p[k[:-1] + "b"].shape) and np.isfinite(a).all() and (a >= 0).all())]
+                      p[k[:-1] + "b"].shape) and ((0 <= a) & (a < 128)).all())]  # products fit in 32 bits
             for name in names:
                 w, b = (np.abs(p[f"{name}_{part}"].astype(np.int64)) for part in "wb")
                 most = w.reshape(-1, w.shape[-1]).sum(0) * (127 if name in ("stem", "expand") else 255) + b
@@ -634,6 +633,25 @@ def quantize_backbone(b: Backbone, ranges: np.ndarray) -> QuantizedBackbone:
                              sums[list(b.stages)].astype(np.float32))
     made.check()
     return made
+
+
+def quantize_on(b: Backbone, images: Iterable, size: int) -> "Backbone | QuantizedBackbone":
+    """A Lite backbone in integers for these images, paths or arrays; any other backbone as it is.
+
+    Ranges come from 24 of the images, chosen by their pixels: the same whatever the order.
+    """
+    import heapq
+
+    def readable():
+        for source in images:
+            with contextlib.suppress(ImageError, ShapeError):
+                image = load_image(source)
+                yield zlib.crc32(image), image
+    if not can_be_quantized(b):
+        return b
+    chosen = [resize_normalize(image, size, b.mean, b.std).astype(np.float32)
+              for _, image in heapq.nsmallest(24, readable(), key=lambda pair: pair[0])]
+    return quantize_backbone(b, np.max([activation_ranges(b, x) for x in chosen], 0)) if chosen else b
 
 
 # The two naming schemes: timm's, and that of the EfficientNet-PyTorch family (underscores).
@@ -804,9 +822,9 @@ def _data_folder(name: str) -> Path:
     return installed if installed.is_dir() else here / name
 
 
-def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
+def load_backbone(name: str | os.PathLike | Backbone | QuantizedBackbone) -> Backbone | QuantizedBackbone:
     """`lite0` (shipped), `lite1`..`lite4` (pip package), `timm:NAME` (timm, pretrained), or a weight file."""
-    if isinstance(name, Backbone):
+    if isinstance(name, (Backbone, QuantizedBackbone)):
         return name
     name = os.fspath(name)
     if name == "lite0":
@@ -1944,7 +1962,7 @@ def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 MIN_IMAGES = 5
-FIT_REVISION = 3  # raised whenever the same images and settings give another model: cached models are then trained anew
+FIT_REVISION = 4  # raised whenever the same images and settings give another model: cached models are then trained anew
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2177,7 +2195,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         _import_torch()  # fail before the work, not after
     if len(images) < MIN_IMAGES:
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or more are better")
-    backbone = load_backbone(config.backbone)
+    backbone = quantize_on(load_backbone(config.backbone), images, config.size)
     config = dataclasses.replace(config, backbone=backbone.name)
     whitened = _whiten_features(*extract_features(images, config, backbone, threads, progress), config, progress)
     prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress)
@@ -2194,7 +2212,9 @@ def fit_many(root: str | os.PathLike, *, progress: Progress = _quiet, **options)
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     if not folders:
         raise ImageError(f"{root}: expected a folder of good images for each product")
-    options = {"backbone": load_backbone(options.pop("backbone", Settings.backbone))} | options
+    backbone = load_backbone(options.pop("backbone", Settings.backbone))
+    images = (path for folder in folders for path in find_images(folder))
+    options["backbone"] = quantize_on(backbone, images, options.get("size", Settings.size))
     return MultiPrior({folder.name: fit(folder, progress=lambda what, done, of, name=folder.name:
                                         progress(f"{name}: {what}", done, of), **options) for folder in folders})
 
@@ -2707,17 +2727,17 @@ def bench_speed(prior: Prior, input_size: int, batch: int = 16, seconds: float =
 def count_work(prior: Prior) -> tuple[dict[str, float], dict[str, float]]:
     """Floating-point operations (a multiplication and an addition are two) and bytes of weights read, a frame, by stage."""
     flops = read = 0.0
-    side = prior.settings.size // 2
-    for i, block in enumerate(prior.backbone.blocks):
+    side, net = prior.settings.size // 2, prior.backbone
+    for i, block in enumerate(net.blocks):
         p = block.arrays
-        weights = dict(p) | ({"stem": prior.backbone.stem_w} if i == 0 else {})
+        weights = dict(p) | ({"stem": net.stem["stem_w"] if net.integer else net.stem_w} if i == 0 else {})
         out = -(-side // block.stride)
         for name, a in weights.items():
             if name in ("stem", "expand_w"):
                 flops += 2 * a.size * side * side
             elif name in ("dw_w", "project_w"):
                 flops += 2 * a.size * out * out
-            read += 4 * a.size
+            read += a.nbytes
         side = out
     n, d = prior.grid ** 2, prior.denoiser or {}
     a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
@@ -2800,11 +2820,12 @@ def bench_against(prior: Prior, names: Sequence[str], rounds: int = 10, calls: i
             import other_runtimes
             pixels = prior._engine().cupy.asarray(image)
             runs = {"fastprior": timer(lambda: prior._engine().run([pixels], with_map=True).stream.synchronize())}
-            runs |= {name: timer(call) for name, call in other_runtimes.torch_cuda(prior.backbone, size).items()}
+            runs |= {name: timer(call) for name, call in other_runtimes.torch_cuda(load_backbone(prior.settings.backbone), size).items()}
         else:
             runs = {"fastprior": timer(lambda: prior.score(image))}
             backbone = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "backbone.npz"
-            _write_npz(backbone, prior.backbone.header(), prior.backbone.to_arrays())
+            float_backbone = load_backbone(prior.settings.backbone)
+            _write_npz(backbone, float_backbone.header(), float_backbone.to_arrays())
             for name in names:
                 child = stack.enter_context(subprocess.Popen(
                     [sys.executable, str(path), name, str(backbone), str(size), str(prior._engine().threads)],
@@ -3200,6 +3221,8 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
     settings = Settings(backbone=backbone, size=size)
     settings.check()
     net = load_backbone(backbone)
+    if can_be_quantized(net):
+        net = quantize_backbone(net, np.full((len(net.blocks), 3), 6.))
     n, c = (size // 16) ** 2, sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // _PANEL)
     denoiser = initial_denoiser(n, c, settings)

@@ -771,8 +771,8 @@ def _columns(left):
 
 @_kernel()
 def _word_columns(left):
-    """The same for integers: a product and its sum are two instructions and want a register between them."""
-    return min(left, 3 if _LANES == 16 else 2)
+    """The same for integers: where a product and its sum are two instructions they want a register between them."""
+    return min(left, 3 if _LANES == 16 or _GROUP == 4 else 2)
 
 
 @_kernel()
@@ -1752,7 +1752,7 @@ class Engine:
             bias = bias - 128 * w.astype(np.int64).sum((0, 1))
         segments, k, m = w.shape
         padded = round_up(m, _LANES)
-        full = np.zeros((segments, round_up(k, 4 if name == "project" else _GROUP), padded), np.int64)
+        full = np.zeros((segments, round_up(k, _LANES if name == "project" else _GROUP), padded), np.int64)
         full[:, :k, :m] = w
         words = _words(full.reshape(-1, _GROUP, padded), _GROUP)
         panels, j = [], 0

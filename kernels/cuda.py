@@ -183,6 +183,8 @@ class Engine:
     # -- operations: the interface -----------------------------------------------------------------
 
     def features(self, backbone, size: int, grid: int, taps: Callable) -> tuple[Buffer, int]:
+        if backbone.integer:
+            raise Unavailable("a model in integers: the GPU engine computes float32; load it with device='cpu'")
         columns, column = round_up(sum(backbone.channels), PANEL), 0
         tokens = self.state(grid * grid, columns)
         x = self.resize(size, backbone.mean, backbone.std, taps)
