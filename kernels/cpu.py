@@ -559,15 +559,15 @@ def _define_intrinsics(lanes: int) -> None:
 
     def make_product(m_rows: int, n_vecs: int, paired: bool):
         @intrinsic
-        def product(typing, a, a_hi, lda, segments, step, k, w, bias, multiplier, res, out, ldo):
-            """m_rows x (n_vecs * lanes) of a layer whose inputs are `segments` runs of k words, `step` bytes apart.
+        def product(typing, a, a_hi, lda, k, w, bias, multiplier, res, out, ldo):
+            """m_rows x (n_vecs * lanes) of a layer: k words of inputs, pixels lda bytes apart.
 
             Paired: a word of out has the u8 of a's row below that of a_hi's, m_rows / 2 pixels of each; pixels
             follow one another, and ldo bytes on come the next `lanes` channels. Else out is i16 with the
             residual at res (0: none) added, and pixels are ldo bytes apart.
             """
             def codegen(context, b, signature, args):
-                a, a_hi, lda, segments, step, k, w, bias, multiplier, res, out, ldo = args
+                a, a_hi, lda, k, w, bias, multiplier, res, out, ldo = args
                 wide = n_vecs * lanes
                 rows = [plus(b, a_hi if paired and m >= m_rows // 2 else a,
                              (lda, m % (m_rows // 2) if paired else m)) for m in range(m_rows)]
@@ -576,19 +576,14 @@ def _define_intrinsics(lanes: int) -> None:
                     start = b.load(at_byte(b, plus(b, bias, 4 * n * lanes), int_vec), align=4)
                     for m in range(m_rows):
                         b.store(start, acc[m][n])
-                with cgutils.for_range(b, segments, intp=i64) as outer:
-                    run = b.mul(outer.index, step)
-                    panel = plus(b, w, (b.mul(outer.index, k), 4 * wide))
-                    starts = [b.add(row, run) for row in rows]
-                    with cgutils.for_range(b, k, intp=i64) as loop:
-                        line = plus(b, panel, (loop.index, 4 * wide))
-                        weights = [b.load(at_byte(b, plus(b, line, 4 * n * lanes), int_vec), align=4)
-                                   for n in range(n_vecs)]
-                        for m in range(m_rows):
-                            word = b.load(at_byte(b, plus(b, starts[m], (loop.index, 4)), i32), align=1)
-                            x = splat(b, word)
-                            for n in range(n_vecs):
-                                b.store(dot(b, b.load(acc[m][n]), x, weights[n]), acc[m][n])
+                with cgutils.for_range(b, k, intp=i64) as loop:
+                    line = plus(b, w, (loop.index, 4 * wide))
+                    weights = [b.load(at_byte(b, plus(b, line, 4 * n * lanes), int_vec), align=4)
+                               for n in range(n_vecs)]
+                    for m in range(m_rows):
+                        x = splat(b, b.load(at_byte(b, plus(b, rows[m], (loop.index, 4)), i32), align=4))
+                        for n in range(n_vecs):
+                            b.store(dot(b, b.load(acc[m][n]), x, weights[n]), acc[m][n])
                 for n in range(n_vecs):
                     m_n = b.load(at_byte(b, plus(b, multiplier, 4 * n * lanes), vec), align=4)
                     if paired:
@@ -606,7 +601,7 @@ def _define_intrinsics(lanes: int) -> None:
                         y = b.trunc(clipped(b, b.load(total), -32767, 32767), short_vec)
                         b.store(y, at_byte(b, plus(b, out, (ldo, m), 2 * n * lanes), short_vec), align=2)
                 return context.get_dummy_value()
-            return types.void(*[types.int64] * 12), codegen
+            return types.void(*[types.int64] * 10), codegen
         return product
 
     def make_depthwise_pairs(size: int, stride: int):
@@ -1066,31 +1061,32 @@ def _pool(row, band, bands, ws, state, image, batch, state_stride):
 # of the expanded map in one, so that a depthwise kernel reads two taps at once; for products, `_GROUP` channels.
 
 @_kernel(exact=True)
-def _product_pairs(a, a_hi, lda, m, segments, step, k, w, bias, multiplier, out, block, n):
+def _product_pairs(a, a_hi, lda, m, k, w, bias, multiplier, out, block, n):
     """Two rows of m pixels -> words (n / _LANES, m, _LANES), the second row in the upper halves; see `make_product`."""
     j = 0
     while j < n:
         wide = _word_columns((n - j) // _LANES)
         to, at_bias, at_scale = out + j // _LANES * block, bias + 4 * j, multiplier + 4 * j
-        panel = w + 4 * j * segments * k
-        tall = _TILE // 2 if 2 * m >= _TILE else 2
+        panel = w + 4 * j * k
+        low = _TILE > 4 and 2 * m < _TILE
+        tall = 2 if low else _TILE // 2
         i = 0
         while i < m:
             i = min(i, m - tall)
             x, x_hi, y = a + i * lda, a_hi + i * lda, to + 4 * _LANES * i
-            if 2 * tall == _TILE:
+            if not low:
                 if wide == 3:
-                    _pairs_3(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
+                    _pairs_3(x, x_hi, lda, k, panel, at_bias, at_scale, 0, y, block)
                 elif wide == 2:
-                    _pairs_2(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
+                    _pairs_2(x, x_hi, lda, k, panel, at_bias, at_scale, 0, y, block)
                 else:
-                    _pairs_1(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
+                    _pairs_1(x, x_hi, lda, k, panel, at_bias, at_scale, 0, y, block)
             elif wide == 3:
-                _pairs_3_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
+                _pairs_3_low(x, x_hi, lda, k, panel, at_bias, at_scale, 0, y, block)
             elif wide == 2:
-                _pairs_2_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
+                _pairs_2_low(x, x_hi, lda, k, panel, at_bias, at_scale, 0, y, block)
             else:
-                _pairs_1_low(x, x_hi, lda, segments, step, k, panel, at_bias, at_scale, 0, y, block)
+                _pairs_1_low(x, x_hi, lda, k, panel, at_bias, at_scale, 0, y, block)
             i += tall
         j += wide * _LANES
 
@@ -1103,26 +1099,41 @@ def _product_sums(a, lda, m, k, w, bias, multiplier, res, out, n):
         wide = _word_columns((n - j) // _LANES)
         to, at_bias, at_scale = out + 2 * j, bias + 4 * j, multiplier + 4 * j
         panel = w + 4 * j * k
-        tall = _TILE if m >= _TILE else 4
+        low = _TILE > 4 and m < _TILE
+        tall = 4 if low else _TILE
         i = 0
         while i < m:
             i = min(i, m - tall)
             x, y, r = a + i * lda, to + 2 * i * n, res + 2 * (i * n + j) if res != 0 else 0
-            if tall == _TILE:
+            if not low:
                 if wide == 3:
-                    _sums_3(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+                    _sums_3(x, 0, lda, k, panel, at_bias, at_scale, r, y, 2 * n)
                 elif wide == 2:
-                    _sums_2(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+                    _sums_2(x, 0, lda, k, panel, at_bias, at_scale, r, y, 2 * n)
                 else:
-                    _sums_1(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+                    _sums_1(x, 0, lda, k, panel, at_bias, at_scale, r, y, 2 * n)
             elif wide == 3:
-                _sums_3_low(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+                _sums_3_low(x, 0, lda, k, panel, at_bias, at_scale, r, y, 2 * n)
             elif wide == 2:
-                _sums_2_low(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+                _sums_2_low(x, 0, lda, k, panel, at_bias, at_scale, r, y, 2 * n)
             else:
-                _sums_1_low(x, 0, lda, 1, 0, k, panel, at_bias, at_scale, r, y, 2 * n)
+                _sums_1_low(x, 0, lda, k, panel, at_bias, at_scale, r, y, 2 * n)
             i += tall
         j += wide * _LANES
+
+
+@_kernel(exact=True)
+def _patches(image, row_words, w, out, stride):
+    """The pixels that the stem sees at two rows of w outputs, `stride` bytes each: three runs of nine values, filled up."""
+    run = 5 if _GROUP == 2 else 3  # words
+    for y in range(2):
+        for i in range(3):
+            line = image + 4 * (2 * y + i) * row_words
+            for j in range(w):
+                a = carray(_as_pointer(line + 24 // _GROUP * j), run, np.int32)
+                to = carray(_as_pointer(out + (y * w + j) * stride + 4 * i * run), run, np.int32)
+                for k in range(run):
+                    to[k] = a[k]
 
 
 _MBCONV_INTEGER = _fields("operation x row_words expand_k h w c_in c_mid size stride input_m expand_w expand_b expand_m "
@@ -1146,7 +1157,7 @@ def _mbconv_integer(row, band, bands, ws, state, image, batch, state_stride):
     ring = zeros + line
     depth = ring + slots * line
     narrowed = depth + value * chunk * w_out * c_mid
-    lines_at = narrowed + (value * 2 * w * c_in + 7) // 8 * 8
+    lines_at = narrowed + (value * 2 * w * max((c_in + _LANES - 1) // _LANES * _LANES, 32) + 7) // 8 * 8
     lines = carray(_as_pointer(lines_at), pairs, np.int64)
     _floats(zeros, line // 4)[:] = 0
     for i in range(slots):
@@ -1163,14 +1174,13 @@ def _mbconv_integer(row, band, bands, ws, state, image, batch, state_stride):
         while ready < bottom:
             to = ring + ready % slots * line + 4 * left * _LANES
             if p.row_words > 0:
-                lower = x + 16 * ready * p.row_words
-                _product_pairs(lower, lower + 8 * p.row_words, 6 * value, w, 3, 4 * p.row_words, p.expand_k, p.expand_w,
-                               p.expand_b, p.expand_m, to, block, c_mid)
+                stride_in = value * _GROUP * p.expand_k
+                _patches(x + 16 * ready * p.row_words, p.row_words, w, narrowed, stride_in)
             else:
-                stride_in = (c_in + _LANES - 1) // _LANES * _LANES
-                _narrow(x + 4 * ready * w * stride_in, 2 * w * stride_in, p.input_m, narrowed)
-                _product_pairs(narrowed, narrowed + value * w * stride_in, value * stride_in, w, 1, 0,
-                               p.expand_k, p.expand_w, p.expand_b, p.expand_m, to, block, c_mid)
+                stride_in = value * ((c_in + _LANES - 1) // _LANES * _LANES)
+                _narrow(x + 4 * ready * w * (stride_in // value), 2 * w * (stride_in // value), p.input_m, narrowed)
+            _product_pairs(narrowed, narrowed + w * stride_in, stride_in, w, p.expand_k, p.expand_w, p.expand_b,
+                           p.expand_m, to, block, c_mid)
             ready += 1
         for r in range(count):
             above = (y + r) * stride - top
@@ -1710,9 +1720,12 @@ class Engine:
             mid_padded, out_padded = round_up(mid, _LANES), round_up(c_out, _LANES)
             if i == 0:
                 p = p | {f"expand_{part}": backbone.stem[f"stem_{part}"] for part in "wbm"}
-                expand_w = p["expand_w"].reshape(3, 9, mid)
+                runs = round_up(9, _GROUP)  # values that `_patches` copies of a row
+                expand_w = np.zeros((3, runs, mid), np.int8)
+                expand_w[:, :9] = p["expand_w"].reshape(3, 9, mid)
+                expand_w = expand_w.reshape(3 * runs, mid)
             else:
-                expand_w = p["expand_w"][None]
+                expand_w = p["expand_w"]
             kernel = p["dw_w"].shape[0]
             pairs = kernel // 2 + 1
             dw = np.zeros((2, 2 * pairs, kernel, mid_padded), np.int64)  # for an even first row, for an odd one
@@ -1722,16 +1735,16 @@ class Engine:
             chunk = min(h_out, max(1, 64 // h_out))
             line = (h + sum(same_padding(h, kernel, stride))) * mid_padded
             slots = ((chunk - 1) * stride + kernel - 1) // 2 + 2
-            scratch = ((1 + slots) * line + (chunk * h_out * mid_padded + 2 * h * round_up(c_in, _LANES)) // _GROUP
+            scratch = ((1 + slots) * line + (chunk * h_out * mid_padded + 2 * h * max(round_up(c_in, _LANES), 32)) // _GROUP
                        + 4 + 2 * pairs)
             out = self.workspace(-(-h_out * h_out * out_padded // 2))
             self.emit(_mbconv_integer, x=x, row_words=0 if i else row_words,
-                      expand_k=-(-expand_w.shape[1] // _GROUP), h=h, w=h, c_in=c_in, c_mid=mid_padded,
+                      expand_k=-(-len(expand_w) // _GROUP), h=h, w=h, c_in=c_in, c_mid=mid_padded,
                       size=kernel, stride=stride, input_m=self.constant(p.get("input_m", [0])),
                       **self._layer("expand", expand_w, p, signed=True),
                       dw_w=self.constant(_words(dw.reshape(2, pairs, 2, -1), 2), np.int32),
                       dw_b=self._vector(p["dw_b"], mid_padded, np.int32), dw_m=self.padded(p["dw_m"], mid_padded),
-                      **self._layer("project", p["project_w"][None], p), c_out=out_padded, residual=block.skip, out=out,
+                      **self._layer("project", p["project_w"], p), c_out=out_padded, residual=block.skip, out=out,
                       chunk=chunk, scratch=scratch)
             x, h = out, h_out
             if i in backbone.stages:
@@ -1746,14 +1759,14 @@ class Engine:
         return self.constant(full, dtype)
 
     def _layer(self, name: str, w: np.ndarray, p: dict, signed: bool = False) -> dict[str, int]:
-        """Fields of a product: w int8 (segments, K, M), K filled to whole words, M to vectors, packed in panels."""
+        """Fields of a product: w int8 (K, M), K filled to whole words, M to vectors, packed in panels."""
         bias = p[f"{name}_b"].astype(np.int64)
         if signed and _GROUP == 4:  # inputs are u8, 128 too large
-            bias = bias - 128 * w.astype(np.int64).sum((0, 1))
-        segments, k, m = w.shape
+            bias = bias - 128 * w.astype(np.int64).sum(0)
+        k, m = w.shape
         padded = round_up(m, _LANES)
-        full = np.zeros((segments, round_up(k, _LANES if name == "project" else _GROUP), padded), np.int64)
-        full[:, :k, :m] = w
+        full = np.zeros((round_up(k, _LANES if name == "project" else _GROUP), padded), np.int64)
+        full[:k, :m] = w
         words = _words(full.reshape(-1, _GROUP, padded), _GROUP)
         panels, j = [], 0
         while j < padded:
