@@ -244,7 +244,7 @@ def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, 
 
 
 def fixed_point_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """`resize_taps` with weights in 1/4096, integers in float64: rows sum to 4096, each running sum is rounded."""
+    """`resize_taps` in 1/4096: integers in float64, each running sum is rounded, rows sum to 4096."""
     start, weight = resize_taps(n_in, n_out, shift)
     total = np.cumsum(weight, 1)
     return start, np.diff(np.rint(total / total[:, -1:] * 4096), axis=1, prepend=0)
@@ -266,9 +266,9 @@ def resize_normalize(image: np.ndarray, size: int, mean, std, shift=(0.0, 0.0)) 
 
 
 def resize_int8(image: np.ndarray, size: int, shift=(0.0, 0.0)) -> np.ndarray:
-    """uint8 (H, W, 3) -> integers in [-127, 127], float32 (size, size, 3): resized pixels, rounded down, less 127.
+    """uint8 (H, W, 3) -> resized pixels, rounded down, less 127, within +-127: float32 (size, size, 3).
 
-    In integers below 2^24, which float32 adds exactly; between the two passes rows are rounded to 1/16, half up.
+    All sums are integers below 2^24, exact in float32; rows are rounded to 1/16, half up, before columns.
     """
     rows, columns = (_tap_matrix(n, size, s, fixed_point_taps) for n, s in zip(image.shape, shift))
     x = np.floor(np.tensordot(rows, image.astype(np.float64), 1) / 256 + .5)
@@ -455,14 +455,13 @@ class Backbone:
                 prefix = f"block{i}_"
                 own = {k[len(prefix):]: v if integer else v.astype(np.float32)
                        for k, v in arrays.items() if k.startswith(prefix)}
-                act = RELU6 if integer else int(spec["act"])
-                block = Block(own, int(spec["stride"]), act, bool(spec["skip"]))
+                block = Block(own, int(spec["stride"]), int(spec["act"]), bool(spec["skip"]))
                 _check_block(block, i)
                 blocks.append(block)
             if integer:
                 stem = {k: v for k, v in arrays.items() if k.startswith("stem_")}
-                made = QuantizedBackbone(str(header["name"]), stem, tuple(blocks), tuple(map(int, header["stages"])),
-                                         arrays["scales"])
+                stages = tuple(map(int, header["stages"]))
+                made = QuantizedBackbone(str(header["name"]), stem, tuple(blocks), stages, arrays["scales"])
                 made.check()
                 return made
             made = Backbone(str(header["name"]), tuple(map(float, header["mean"])), tuple(map(float, header["std"])),
@@ -512,15 +511,15 @@ def _check_backbone(b: Backbone) -> None:
 class QuantizedBackbone:
     """A Lite backbone in integers: the same features on every machine, bit for bit.
 
-    A layer is clip(rint(float32(x @ w + b) * m)), w int8, b int32, m float32, one scale an output channel. x @ w + b
-    is below 2^24, so float32 adds it exactly in any order; two roundings follow, to float32 and to the nearest integer
-    (ties to even). Outputs are 0..255 where the network has ReLU6. After a projection they are -32767..32767: there
-    residuals are added and features read, in units of `scales` (one a stage), and `input_m` (1,) leads to the
-    -127..127 that an expansion takes. Zero is zero everywhere, so padding is exact.
+    A layer is clip(rint(float32(x @ w + b) * m)), w int8, b int32, m float32, a scale an output channel.
+    x @ w + b is below 2^24, so float32 adds it exactly in any order; two roundings follow, to float32 and to
+    the nearest integer (ties to even). Outputs are 0..255 where the network has ReLU6. After a projection
+    they are -32767..32767: there residuals are added and features read, in units of `scales` (one a stage),
+    and `input_m` (1,) leads to the -127..127 that an expansion takes. Zero stays zero, so padding is exact.
     """
     name: str
     stem: dict[str, np.ndarray]  # stem_w (3, 3, 3, C), stem_b, stem_m
-    blocks: tuple[Block, ...]  # arrays: those of a Block, with expand_m, dw_m, project_m and, but for the first, input_m
+    blocks: tuple[Block, ...]  # with expand_m, dw_m, project_m, and input_m but for the first
     stages: tuple[int, ...]
     scales: np.ndarray
 
@@ -534,7 +533,7 @@ class QuantizedBackbone:
         def layer(x, p, name, low=0, high=255, of=np.matmul):
             w, b = (p[f"{name}_{part}"].astype(np.float32) for part in "wb")
             return requantize(of(x, w) + b, p[f"{name}_m"], low, high)
-        maps, y = [], layer(_patches(x, 3, 2), self.stem, "stem", of=lambda x, w: np.tensordot(x, w, 3))
+        y, maps = layer(_patches(x, 3, 2), self.stem, "stem", of=lambda x, w: np.tensordot(x, w, 3)), []
         for i, block in enumerate(self.blocks):
             p = block.arrays
             if i > 0:
@@ -549,51 +548,48 @@ class QuantizedBackbone:
         return np.concatenate(maps, -1).reshape(grid * grid, -1)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        own = {f"block{i}_{name}": a for i, block in enumerate(self.blocks) for name, a in block.arrays.items()}
-        return self.stem | own | {"scales": self.scales}
+        arrays = self.stem | {"scales": self.scales}
+        for i, block in enumerate(self.blocks):
+            arrays.update({f"block{i}_{name}": a for name, a in block.arrays.items()})
+        return arrays
 
     def header(self) -> dict:
         return {"integer": True, "name": self.name, "stages": self.stages,
-                "blocks": [{"stride": b.stride, "skip": b.skip} for b in self.blocks]}
+                "blocks": [{"stride": b.stride, "act": b.act, "skip": b.skip} for b in self.blocks]}
 
     def check(self) -> None:
-        """ModelError unless the parts fit one another and every sum is exact in float32."""
-        def weights(arrays):
+        """ModelError unless the parts fit one another, sums are exact in float32 and products fit int32."""
+        def floats(arrays: dict) -> dict:
             return {k: a.astype(np.float32) for k, a in arrays.items() if k[-2:] in ("_w", "_b")}
-        blocks = tuple(dataclasses.replace(b, arrays=weights(b.arrays)) for b in self.blocks)
-        _check_backbone(Backbone(self.name, (0,) * 3, (1,) * 3, RELU6, *weights(self.stem).values(), blocks, self.stages))
-        kinds = {"w": np.int8, "b": np.int32, "m": np.float32}
-        for i, p in enumerate([self.stem] + [b.arrays for b in self.blocks]):
-            names = ["stem"] if i == 0 else ["dw", "project"] if i == 1 else ["expand", "dw", "project"]
-            if set(p) != {f"{name}_{part}" for name in names for part in kinds} | ({"input_m"} if i > 1 else set()):
-                raise ModelError(f"backbone: integer layers {', '.join(names)} expected, got {', '.join(sorted(p))}")
-            wrong = [k for k, a in p.items() if a.dtype != kinds[k[-1]]]
-            wrong += [k for k, a in p.items() if k[-1] == "m" and not (a.shape == ((1,) if k == "input_m" else
-                      p[k[:-1] + "b"].shape) and ((0 <= a) & (a < 128)).all())]  # products fit in 32 bits
-            for name in names:
+        blocks = tuple(dataclasses.replace(b, arrays=floats(b.arrays)) for b in self.blocks)
+        stem = floats(self.stem)
+        _check_backbone(Backbone(self.name, (0,) * 3, (1,) * 3, RELU6, stem["stem_w"], stem["stem_b"], blocks,
+                                 self.stages))
+        kinds, wrong = {"w": np.int8, "b": np.int32, "m": np.float32}, []
+        for i, p in enumerate([self.stem, *(b.arrays for b in self.blocks)]):
+            layers = ["stem"] if i == 0 else ["dw", "project"] if i == 1 else ["expand", "dw", "project"]
+            shapes = {f"{name}_{part}": p[f"{name}_{part}"].shape for name in layers for part in "wb"}
+            shapes |= {f"{name}_m": shapes[f"{name}_b"] for name in layers}
+            shapes |= {"input_m": (1,)} if i > 1 else {}
+            wrong += [f"{k} of part {i}" for k in set(p) ^ set(shapes)]
+            wrong += [f"{k} of part {i}" for k in set(p) & set(shapes) if p[k].dtype != kinds[k[-1]]
+                      or p[k].shape != shapes[k] or k[-1] == "m" and not ((0 <= p[k]) & (p[k] < 128)).all()]
+            for name in layers:
                 w, b = (np.abs(p[f"{name}_{part}"].astype(np.int64)) for part in "wb")
-                most = w.reshape(-1, w.shape[-1]).sum(0) * (127 if name in ("stem", "expand") else 255) + b
-                wrong += [f"{name}_w: sums of {most.max()}, not below 2^24"] if most.max() >= 1 << 24 else []
-            if wrong:
-                raise ModelError(f"backbone: integer block {i - 1} has unfit {', '.join(wrong)}")
-        if self.scales.shape != (len(self.stages),) or self.scales.dtype != np.float32 or not np.isfinite(self.scales).all():
-            raise ModelError(f"backbone: expected {len(self.stages)} finite scales, got {self.scales}")
-
-
-def can_be_quantized(b: "Backbone | QuantizedBackbone") -> bool:
-    """ReLU6 only, no squeeze-excitation, and an expansion in every block but the first."""
-    return not b.integer and b.act == RELU6 and not b.blocks[0].skip and all(
-        block.act == RELU6 and "se_reduce_w" not in block.arrays and ("expand_w" in block.arrays) == (i > 0)
-        for i, block in enumerate(b.blocks))
+                most = (w.reshape(-1, len(b)).sum(0) * (127 if name in ("stem", "expand") else 255) + b).max()
+                wrong += [f"{name}_w of part {i}, sums of {most}, not below 2^24"] if most >= 1 << 24 else []
+        fit = self.scales.shape == (len(self.stages),) and self.scales.dtype == np.float32
+        wrong += [] if fit and np.isfinite(self.scales).all() else ["scales"]
+        if self.blocks[0].skip or wrong:
+            raise ModelError(f"backbone in integers: unfit {'; '.join(wrong) or 'first block'}")
 
 
 def activation_ranges(b: Backbone, x: np.ndarray) -> np.ndarray:
-    """Largest magnitudes (blocks, 3) in one normalised image: expanded (or stem), depthwise, output with residual."""
+    """Largest magnitudes in a normalised image, (blocks, 3): expanded (or stem), depthwise, output."""
     x, tops = stem(x, b.stem_w, b.stem_b, b.act), []
     for block in b.blocks:
-        p, y = block.arrays, x
-        if "expand_w" in p:
-            y = linear(x, p["expand_w"], p["expand_b"], block.act)
+        p = block.arrays
+        y = linear(x, p["expand_w"], p["expand_b"], block.act) if "expand_w" in p else x
         z = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act)
         x = linear(z, p["project_w"], p["project_b"], NONE, x if block.skip else None)
         tops.append([y.max(), z.max(), np.abs(x).max()])
@@ -601,41 +597,38 @@ def activation_ranges(b: Backbone, x: np.ndarray) -> np.ndarray:
 
 
 def quantize_backbone(b: Backbone, ranges: np.ndarray) -> QuantizedBackbone:
-    """`b` in integers, for activations as large as `ranges` (blocks, 3); residual sums have room for twice that."""
+    """`b` in integers for activations as large as `ranges` (blocks, 3); residual sums may be twice that."""
     fraction, exponent = np.frexp(np.maximum(ranges, 1e-6))
-    ranges = np.ldexp(np.ceil(fraction * 64) / 64, exponent)  # rounded up: the last bits depend on the machine
-    expanded, depth, out = ranges[:, 0] / 255, ranges[:, 1] / 255, ranges[:, 2]
-    sums = out.copy()  # one unit for all blocks that residuals connect
-    for i in range(1, len(sums)):
+    ranges = np.ldexp(np.ceil(fraction * 64) / 64, exponent)  # up: the last bits depend on the machine
+    expanded, depth, out = ranges[:, 0] / 255, ranges[:, 1] / 255, ranges[:, 2] / 127
+    sums = out / 129  # 1/16384 of the range, and one unit for all blocks that residuals connect
+    for i in [*range(1, len(sums)), *range(len(sums) - 1, 0, -1)]:
         if b.blocks[i].skip:
-            sums[i] = max(sums[i], sums[i - 1])
-    for i in range(len(sums) - 1, 0, -1):
-        if b.blocks[i].skip:
-            sums[i - 1] = sums[i]
-    sums /= 16384
+            sums[i - 1:i + 1] = sums[i - 1:i + 1].max()
 
-    def layer(name: str, w: np.ndarray, bias: np.ndarray, scale_in: float, scale_out: float) -> dict[str, np.ndarray]:
+    def layer(name: str, w: np.ndarray, bias: np.ndarray, scale_in: float, scale_out: float) -> dict:
         w, bias = w.astype(np.float64), bias.astype(np.float64)
-        top = np.abs(w).reshape(-1, w.shape[-1]).max(0)
-        scale = np.maximum(np.maximum(top / 127, np.abs(bias) / scale_in / 2 ** 22), 1e-12)
-        return {f"{name}_w": np.rint(w / scale).astype(np.int8), f"{name}_b": np.rint(bias / (scale * scale_in)).astype(np.int32),
+        scale = np.maximum(np.abs(w).reshape(-1, len(bias)).max(0) / 127, np.abs(bias) / scale_in / 2 ** 22)
+        scale = np.maximum(scale, 1e-12)
+        return {f"{name}_w": np.rint(w / scale).astype(np.int8),
+                f"{name}_b": np.rint(bias / (scale * scale_in)).astype(np.int32),
                 f"{name}_m": (scale * scale_in / scale_out).astype(np.float32)}
     blocks = []
     for i, block in enumerate(b.blocks):
-        p, q = block.arrays, {}
+        p, own = block.arrays, {}
         if i > 0:
-            q["input_m"] = np.array([sums[i - 1] * 127 / out[i - 1]], np.float32)
-            q |= layer("expand", p["expand_w"], p["expand_b"], out[i - 1] / 127, expanded[i])
-        q |= layer("dw", p["dw_w"], p["dw_b"], expanded[i], depth[i])
-        q |= layer("project", p["project_w"], p["project_b"], depth[i], sums[i])
-        blocks.append(dataclasses.replace(block, arrays=q))
-    made = QuantizedBackbone(b.name, layer("stem", b.stem_w, b.stem_b, 1 / 127.5, expanded[0]), tuple(blocks), b.stages,
-                             sums[list(b.stages)].astype(np.float32))
+            own = {"input_m": np.array([sums[i - 1] / out[i - 1]], np.float32)}
+            own |= layer("expand", p["expand_w"], p["expand_b"], out[i - 1], expanded[i])
+        own |= layer("dw", p["dw_w"], p["dw_b"], expanded[i], depth[i])
+        own |= layer("project", p["project_w"], p["project_b"], depth[i], sums[i])
+        blocks.append(dataclasses.replace(block, arrays=own))
+    made = QuantizedBackbone(b.name, layer("stem", b.stem_w, b.stem_b, 1 / 127.5, expanded[0]), tuple(blocks),
+                             b.stages, sums[list(b.stages)].astype(np.float32))
     made.check()
     return made
 
 
-def quantize_on(b: Backbone, images: Iterable, size: int) -> "Backbone | QuantizedBackbone":
+def quantize_on(b: Backbone, images: Iterable, size: int) -> Backbone | QuantizedBackbone:
     """A Lite backbone in integers for these images, paths or arrays; any other backbone as it is.
 
     Ranges come from 24 of the images, chosen by their pixels: the same whatever the order.
@@ -647,11 +640,13 @@ def quantize_on(b: Backbone, images: Iterable, size: int) -> "Backbone | Quantiz
             with contextlib.suppress(ImageError, ShapeError):
                 image = load_image(source)
                 yield zlib.crc32(image), image
-    if not can_be_quantized(b):
-        return b
-    chosen = [resize_normalize(image, size, b.mean, b.std).astype(np.float32)
-              for _, image in heapq.nsmallest(24, readable(), key=lambda pair: pair[0])]
-    return quantize_backbone(b, np.max([activation_ranges(b, x) for x in chosen], 0)) if chosen else b
+    lite = not b.integer and b.act == RELU6 and not b.blocks[0].skip and all(
+        block.act == RELU6 and "se_reduce_w" not in block.arrays and ("expand_w" in block.arrays) == (i > 0)
+        for i, block in enumerate(b.blocks))
+    chosen = heapq.nsmallest(24, readable(), key=lambda pair: pair[0]) if lite else []
+    ranges = [activation_ranges(b, resize_normalize(image, size, b.mean, b.std).astype(np.float32))
+              for _, image in chosen]
+    return quantize_backbone(b, np.max(ranges, 0)) if ranges else b
 
 
 # The two naming schemes: timm's, and that of the EfficientNet-PyTorch family (underscores).
@@ -1946,7 +1941,8 @@ def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
     if e is not None:
         grid = settings.size // 16
         with _engine_errors():
-            e.keep(e.features(backbone, settings.size, grid, backbone.taps)[0], grid * grid, sum(backbone.channels))
+            tokens, _ = e.features(backbone, settings.size, grid, backbone.taps)
+            e.keep(tokens, grid * grid, sum(backbone.channels))
             e.finish()
     return e
 
@@ -1962,7 +1958,7 @@ def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 
 MIN_IMAGES = 5
-FIT_REVISION = 4  # raised whenever the same images and settings give another model: cached models are then trained anew
+FIT_REVISION = 4  # raised whenever the same images and settings give another model: cached ones are made anew
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2820,12 +2816,13 @@ def bench_against(prior: Prior, names: Sequence[str], rounds: int = 10, calls: i
             import other_runtimes
             pixels = prior._engine().cupy.asarray(image)
             runs = {"fastprior": timer(lambda: prior._engine().run([pixels], with_map=True).stream.synchronize())}
-            runs |= {name: timer(call) for name, call in other_runtimes.torch_cuda(load_backbone(prior.settings.backbone), size).items()}
+            net = load_backbone(prior.settings.backbone)
+            runs |= {name: timer(call) for name, call in other_runtimes.torch_cuda(net, size).items()}
         else:
             runs = {"fastprior": timer(lambda: prior.score(image))}
             backbone = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "backbone.npz"
-            float_backbone = load_backbone(prior.settings.backbone)
-            _write_npz(backbone, float_backbone.header(), float_backbone.to_arrays())
+            net = load_backbone(prior.settings.backbone)  # in floats
+            _write_npz(backbone, net.header(), net.to_arrays())
             for name in names:
                 child = stack.enter_context(subprocess.Popen(
                     [sys.executable, str(path), name, str(backbone), str(size), str(prior._engine().threads)],
@@ -3220,9 +3217,7 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
     """A prior of random numbers with the shapes of a trained one, padding included: for timing only, its scores mean nothing."""
     settings = Settings(backbone=backbone, size=size)
     settings.check()
-    net = load_backbone(backbone)
-    if can_be_quantized(net):
-        net = quantize_backbone(net, np.full((len(net.blocks), 3), 6.))
+    net = quantize_on(load_backbone(backbone), [np.zeros((size, size, 3), np.uint8)], size)
     n, c = (size // 16) ** 2, sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // _PANEL)
     denoiser = initial_denoiser(n, c, settings)

@@ -537,10 +537,11 @@ def _define_intrinsics(lanes: int) -> None:
         return spread(b, total, x, w, 8) if _GROUP == 4 else dot_pairs(b, total, x, w)
 
     def rounded(b, total, multiplier):
-        """rint(float32(total) * multiplier), i32: `fastprior.QuantizedBackbone.check` has seen that it fits."""
+        """rint(float32(total) * multiplier), i32: `QuantizedBackbone.check` has seen that it fits."""
         y = b.fmul(b.sitofp(total, vec), multiplier)
         kind = ir.FunctionType(int_vec, [vec])
-        return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.lrint.v{lanes}i32.v{lanes}f32"), [y])
+        name = f"llvm.lrint.v{lanes}i32.v{lanes}f32"
+        return b.call(cgutils.get_or_insert_function(b.module, kind, name), [y])
 
     def clipped(b, x, low, high):
         low, high = (ir.Constant(x.type, [n] * x.type.count) for n in (low, high))
@@ -549,7 +550,8 @@ def _define_intrinsics(lanes: int) -> None:
 
     def both_in_bytes(b, first, second):
         """Two vectors of i32 -> (2 * lanes) i16 in 0..255."""
-        both = b.shuffle_vector(first, second, ir.Constant(ir.VectorType(i32, 2 * lanes), list(range(2 * lanes))))
+        indices = ir.Constant(ir.VectorType(i32, 2 * lanes), list(range(2 * lanes)))
+        both = b.shuffle_vector(first, second, indices)
         shorts = b.trunc(clipped(b, both, 0, 65535), half_vec)  # one instruction, packusdw
         high = ir.Constant(half_vec, [255] * 2 * lanes)
         return b.select(b.icmp_unsigned("<", shorts, high), shorts, high)
@@ -562,9 +564,9 @@ def _define_intrinsics(lanes: int) -> None:
         def product(typing, a, a_hi, lda, k, w, bias, multiplier, res, out, ldo):
             """m_rows x (n_vecs * lanes) of a layer: k words of inputs, pixels lda bytes apart.
 
-            Paired: a word of out has the u8 of a's row below that of a_hi's, m_rows / 2 pixels of each; pixels
-            follow one another, and ldo bytes on come the next `lanes` channels. Else out is i16 with the
-            residual at res (0: none) added, and pixels are ldo bytes apart.
+            Paired: a word of out has the u8 of a's row below that of a_hi's, m_rows / 2 pixels of each;
+            pixels follow one another, and ldo bytes on come the next `lanes` channels. Else out is i16 with
+            the residual at res (0: none) added, and pixels are ldo bytes apart.
             """
             def codegen(context, b, signature, args):
                 a, a_hi, lda, k, w, bias, multiplier, res, out, ldo = args
@@ -588,18 +590,21 @@ def _define_intrinsics(lanes: int) -> None:
                     m_n = b.load(at_byte(b, plus(b, multiplier, 4 * n * lanes), vec), align=4)
                     if paired:
                         for m in range(m_rows // 2):
-                            both = both_in_bytes(b, *(rounded(b, b.load(acc[i][n]), m_n) for i in (m, m + m_rows // 2)))
+                            sums = b.load(acc[m][n]), b.load(acc[m + m_rows // 2][n])
+                            both = both_in_bytes(b, *(rounded(b, total, m_n) for total in sums))
                             word = part(b, both, [i + lanes * j for i in range(lanes) for j in (0, 1)])
-                            b.store(word, at_byte(b, plus(b, out, (ldo, n), 4 * m * lanes), half_vec), align=2)
+                            place = plus(b, out, (ldo, n), 4 * m * lanes)
+                            b.store(word, at_byte(b, place, half_vec), align=2)
                         continue
                     for m in range(m_rows):
+                        place = (ldo, m), 2 * n * lanes
                         total = cgutils.alloca_once(b, int_vec)
                         b.store(clipped(b, rounded(b, b.load(acc[m][n]), m_n), -32767, 32767), total)
                         with b.if_then(b.icmp_signed("!=", res, const(0))):
-                            other = b.load(at_byte(b, plus(b, res, (ldo, m), 2 * n * lanes), short_vec), align=2)
+                            other = b.load(at_byte(b, plus(b, res, *place), short_vec), align=2)
                             b.store(b.add(b.load(total), b.sext(other, int_vec)), total)
                         y = b.trunc(clipped(b, b.load(total), -32767, 32767), short_vec)
-                        b.store(y, at_byte(b, plus(b, out, (ldo, m), 2 * n * lanes), short_vec), align=2)
+                        b.store(y, at_byte(b, plus(b, out, *place), short_vec), align=2)
                 return context.get_dummy_value()
             return types.void(*[types.int64] * 10), codegen
         return product
@@ -613,7 +618,8 @@ def _define_intrinsics(lanes: int) -> None:
         def row(typing, lines, block, n_out, channels, w, bias, multiplier, out):
             """One output row, values of `_GROUP` a word. w (pairs, size, channels) in words.
 
-            lines: addresses of pairs of rows, (channels / lanes, width, lanes) words, a block of them in bytes.
+            lines: addresses of pairs of rows (channels / lanes, width, lanes), `block` bytes from one to the
+            next of the first axis.
             """
             def codegen(context, b, signature, args):
                 lines, block, n_out, channels, w, bias, multiplier, out = args
@@ -644,11 +650,13 @@ def _define_intrinsics(lanes: int) -> None:
                                     acc[o] = dot_pairs(b, acc[o], v, row[j - o * stride])
                         to = plus(b, out, (b.add(b.mul(x, channels), first), 4 // _GROUP))
                         for o in range(0, count, 2):
-                            y = both_in_bytes(b, *(rounded(b, acc[min(i, count - 1)], scale) for i in (o, o + 1)))
+                            sums = acc[o], acc[min(o + 1, count - 1)]
+                            y = both_in_bytes(b, *(rounded(b, total, scale) for total in sums))
                             for i in range(o, min(o + 2, count)):
                                 half = part(b, y, range((i - o) * lanes, (i - o + 1) * lanes))
                                 half = half if _GROUP == 2 else b.trunc(half, narrow_vec)
-                                b.store(half, at_byte(b, plus(b, to, (channels, 4 // _GROUP * i)), narrow_vec), align=1)
+                                place = plus(b, to, (channels, 4 // _GROUP * i))
+                                b.store(half, at_byte(b, place, narrow_vec), align=1)
                     groups = b.udiv(n_out, const(group))
                     with cgutils.for_range(b, groups, intp=i64) as inner:
                         outputs(b.mul(inner.index, const(group)), group)
@@ -670,7 +678,8 @@ def _define_intrinsics(lanes: int) -> None:
                 v = b.sext(b.load(at_byte(b, plus(b, x, (first, 2)), short_vec), align=2), int_vec)
                 y = clipped(b, rounded(b, v, scale), -127, 127)
                 y = b.add(y, ints(128)) if _GROUP == 4 else y
-                b.store(b.trunc(y, narrow_vec), at_byte(b, plus(b, out, (first, 4 // _GROUP)), narrow_vec), align=1)
+                place = plus(b, out, (first, 4 // _GROUP))
+                b.store(b.trunc(y, narrow_vec), at_byte(b, place, narrow_vec), align=1)
             return context.get_dummy_value()
         return types.void(*[types.int64] * 4), codegen
 
@@ -766,7 +775,7 @@ def _columns(left):
 
 @_kernel()
 def _word_columns(left):
-    """The same for integers: where a product and its sum are two instructions they want a register between them."""
+    """The same for integers: a product and a sum in two instructions want a register between them."""
     return min(left, 3 if _LANES == 16 or _GROUP == 4 else 2)
 
 
@@ -1057,12 +1066,12 @@ def _pool(row, band, bands, ws, state, image, batch, state_stride):
                 to[c] *= share
 
 
-# Integers. Maps in the workspace are int16 (h, w, c); inside `_mbconv_integer` values are packed in words: two rows
-# of the expanded map in one, so that a depthwise kernel reads two taps at once; for products, `_GROUP` channels.
+# Integers. Maps in the workspace are int16 (h, w, c); `_mbconv_integer` packs values in words: two rows of the
+# expanded map, so that the depthwise part reads two taps at once; for products, `_GROUP` channels.
 
 @_kernel(exact=True)
 def _product_pairs(a, a_hi, lda, m, k, w, bias, multiplier, out, block, n):
-    """Two rows of m pixels -> words (n / _LANES, m, _LANES), the second row in the upper halves; see `make_product`."""
+    """Two rows of m pixels -> words (n / _LANES, m, _LANES), the second row in the upper halves."""
     j = 0
     while j < n:
         wide = _word_columns((n - j) // _LANES)
@@ -1124,7 +1133,7 @@ def _product_sums(a, lda, m, k, w, bias, multiplier, res, out, n):
 
 @_kernel(exact=True)
 def _patches(image, row_words, w, out, stride):
-    """The pixels that the stem sees at two rows of w outputs, `stride` bytes each: three runs of nine values, filled up."""
+    """What the stem sees at two rows of w outputs, `stride` bytes each: three runs of nine values."""
     run = 5 if _GROUP == 2 else 3  # words
     for y in range(2):
         for i in range(3):
@@ -1136,8 +1145,9 @@ def _patches(image, row_words, w, out, stride):
                     to[k] = a[k]
 
 
-_MBCONV_INTEGER = _fields("operation x row_words expand_k h w c_in c_mid size stride input_m expand_w expand_b expand_m "
-                          "dw_w dw_b dw_m project_w project_b project_m c_out residual out scratch chunk")
+_MBCONV_INTEGER = _fields("operation x row_words expand_k h w c_in c_mid size stride input_m expand_w "
+                          "expand_b expand_m dw_w dw_b dw_m project_w project_b project_m c_out residual out "
+                          "scratch chunk")
 
 
 @_kernel(_MBCONV_INTEGER, exact=True)
@@ -1157,7 +1167,7 @@ def _mbconv_integer(row, band, bands, ws, state, image, batch, state_stride):
     ring = zeros + line
     depth = ring + slots * line
     narrowed = depth + value * chunk * w_out * c_mid
-    lines_at = narrowed + (value * 2 * w * max((c_in + _LANES - 1) // _LANES * _LANES, 32) + 7) // 8 * 8
+    lines_at = narrowed + (value * 2 * w * max((c_in + _LANES - 1) // _LANES * _LANES, 40) + 7) // 8 * 8
     lines = carray(_as_pointer(lines_at), pairs, np.int64)
     _floats(zeros, line // 4)[:] = 0
     for i in range(slots):
@@ -1178,9 +1188,10 @@ def _mbconv_integer(row, band, bands, ws, state, image, batch, state_stride):
                 _patches(x + 16 * ready * p.row_words, p.row_words, w, narrowed, stride_in)
             else:
                 stride_in = value * ((c_in + _LANES - 1) // _LANES * _LANES)
-                _narrow(x + 4 * ready * w * (stride_in // value), 2 * w * (stride_in // value), p.input_m, narrowed)
-            _product_pairs(narrowed, narrowed + w * stride_in, stride_in, w, p.expand_k, p.expand_w, p.expand_b,
-                           p.expand_m, to, block, c_mid)
+                count_in = w * (stride_in // value)
+                _narrow(x + 4 * ready * count_in, 2 * count_in, p.input_m, narrowed)
+            _product_pairs(narrowed, narrowed + w * stride_in, stride_in, w, p.expand_k, p.expand_w,
+                           p.expand_b, p.expand_m, to, block, c_mid)
             ready += 1
         for r in range(count):
             above = (y + r) * stride - top
@@ -1703,15 +1714,18 @@ class Engine:
         out = self.workspace(size + 1, size + 1, 3)
         mean, std = np.asarray(mean), np.asarray(std)
         affine = self.constant([*1 / (255 * std), 0, *-mean / std, 0])
-        self.emit(_resize, out=out, size=size, row_stride=(size + 1) * 3, affine=affine, integer=0, scratch=16)
+        self.emit(_resize, out=out, size=size, row_stride=(size + 1) * 3, affine=affine, integer=0,
+                  scratch=16)
         return out
 
-    def _integer_features(self, backbone, size: int, grid: int, taps: Callable, tokens: int, columns: int) -> None:
+    def _integer_features(self, backbone, size: int, grid: int, taps: Callable, tokens: int,
+                          columns: int) -> None:
         self._size, self._taps, value = size, taps, 4 // _GROUP
         row_words = round_up((size + 1) * 3 + _GROUP, _GROUP) // _GROUP
         x, h, column = self.workspace(size + 1, row_words), size // 2, 0
-        self.emit(_resize, out=x, size=size, row_stride=row_words, affine=self.constant([1, 1, 1, 0, 0, 0, 0, 0]),
-                  integer=1, scratch=size * 3 + 1)
+        same = self.constant([1, 1, 1, 0, 0, 0, 0, 0])
+        self.emit(_resize, out=x, size=size, row_stride=row_words, affine=same, integer=1,
+                  scratch=size * 3 + 1)
         self._stage = "features"
         scales = iter(backbone.scales)
         for i, block in enumerate(backbone.blocks):
@@ -1728,35 +1742,34 @@ class Engine:
                 expand_w = p["expand_w"]
             kernel = p["dw_w"].shape[0]
             pairs = kernel // 2 + 1
-            dw = np.zeros((2, 2 * pairs, kernel, mid_padded), np.int64)  # for an even first row, for an odd one
+            dw = np.zeros((2, 2 * pairs, kernel, mid_padded), np.int64)  # for an even and an odd first row
             for odd in (0, 1):
                 dw[odd, odd:odd + kernel, :, :mid] = p["dw_w"]
             h_out, c_in = h // stride, c_in if i else 0
             chunk = min(h_out, max(1, 64 // h_out))
             line = (h + sum(same_padding(h, kernel, stride))) * mid_padded
             slots = ((chunk - 1) * stride + kernel - 1) // 2 + 2
-            scratch = ((1 + slots) * line + (chunk * h_out * mid_padded + 2 * h * max(round_up(c_in, _LANES), 32)) // _GROUP
-                       + 4 + 2 * pairs)
+            values = chunk * h_out * mid_padded + 2 * h * max(round_up(c_in, _LANES), 40)
+            scratch = (1 + slots) * line + values // _GROUP + 4 + 2 * pairs
             out = self.workspace(-(-h_out * h_out * out_padded // 2))
             self.emit(_mbconv_integer, x=x, row_words=0 if i else row_words,
                       expand_k=-(-len(expand_w) // _GROUP), h=h, w=h, c_in=c_in, c_mid=mid_padded,
                       size=kernel, stride=stride, input_m=self.constant(p.get("input_m", [0])),
                       **self._layer("expand", expand_w, p, signed=True),
                       dw_w=self.constant(_words(dw.reshape(2, pairs, 2, -1), 2), np.int32),
-                      dw_b=self._vector(p["dw_b"], mid_padded, np.int32), dw_m=self.padded(p["dw_m"], mid_padded),
-                      **self._layer("project", p["project_w"], p), c_out=out_padded, residual=block.skip, out=out,
-                      chunk=chunk, scratch=scratch)
+                      dw_b=self._vector(p["dw_b"], mid_padded), dw_m=self.padded(p["dw_m"], mid_padded),
+                      **self._layer("project", p["project_w"], p), c_out=out_padded, residual=block.skip,
+                      out=out, chunk=chunk, scratch=scratch)
             x, h = out, h_out
             if i in backbone.stages:
                 factor = np.float32(next(scales)) / np.float32((h // grid) ** 2)
-                self.emit(_pool_integer, x=x, h=h, stride=out_padded, channels=c_out, grid=grid, out=tokens + column,
-                          columns=columns, scale=self.constant([factor]))
+                self.emit(_pool_integer, x=x, h=h, stride=out_padded, channels=c_out, grid=grid,
+                          out=tokens + column, columns=columns, scale=self.constant([factor]))
                 column += c_out
 
-    def _vector(self, b: np.ndarray, m: int, dtype) -> int:
-        full = np.zeros(m, dtype)
-        full[:len(b)] = b
-        return self.constant(full, dtype)
+    def _vector(self, b: np.ndarray, m: int) -> int:
+        """Address of int32, filled with zeros up to m."""
+        return self.constant(np.pad(b, (0, m - len(b))), np.int32)
 
     def _layer(self, name: str, w: np.ndarray, p: dict, signed: bool = False) -> dict[str, int]:
         """Fields of a product: w int8 (K, M), K filled to whole words, M to vectors, packed in panels."""
@@ -1774,7 +1787,7 @@ class Engine:
             panels.append(words[:, j:j + wide].ravel())
             j += wide
         return {f"{name}_w": self.constant(np.concatenate(panels), np.int32),
-                f"{name}_b": self._vector(bias, padded, np.int32), f"{name}_m": self.padded(p[f"{name}_m"], padded)}
+                f"{name}_b": self._vector(bias, padded), f"{name}_m": self.padded(p[f"{name}_m"], padded)}
 
     def mbconv(self, x: int, h: int, w: int, block, stem_w=None, stem_b=None) -> tuple[int, int, int]:
         """Returns offset and size of the output map. With stem weights, x is the normalised image."""

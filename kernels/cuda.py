@@ -184,7 +184,7 @@ class Engine:
 
     def features(self, backbone, size: int, grid: int, taps: Callable) -> tuple[Buffer, int]:
         if backbone.integer:
-            raise Unavailable("a model in integers: the GPU engine computes float32; load it with device='cpu'")
+            raise Unavailable("the GPU engine computes no model in integers: load it with device='cpu'")
         columns, column = round_up(sum(backbone.channels), PANEL), 0
         tokens = self.state(grid * grid, columns)
         x = self.resize(size, backbone.mean, backbone.std, taps)
