@@ -1887,6 +1887,9 @@ class MultiPrior:
         kinds = {(p.backbone.name, p.settings.size, p.settings.steps) for p in priors.values()}
         if len(kinds) != 1:
             raise ModelError(f"products of one model need one backbone, size and number of steps, got {sorted(kinds)}")
+        if len({b"".join(map(bytes, p.backbone.to_arrays().values())) for p in priors.values()}) > 1:
+            raise ModelError("products of one model need one backbone in integers, these were quantised for one "
+                             "product each: train them together (fit_many)")
         self.priors = priors
         first = next(iter(priors.values()))
         self.backbone, self.settings, self.grid = first.backbone, first.settings, first.grid

@@ -42,8 +42,8 @@ def engines(request, tmp_path_factory):
 def layer(rng, name, *shape, spread=255.0, fill=None):
     """int8 weights, biases and multipliers whose outputs reach both ends of their range and beyond."""
     w = rng.integers(-127, 128, shape) if fill is None else np.full(shape, fill)
-    size = np.sqrt(np.prod(shape[:-1])) * 127 * 73
-    b = rng.integers(-size, size, shape[-1])
+    size = int(np.sqrt(np.prod(shape[:-1])) * 127 * 73)
+    b = rng.integers(-size // 3, size // 3, shape[-1])
     return {f"{name}_w": w.astype(np.int8), f"{name}_b": b.astype(np.int32),
             f"{name}_m": (spread / size * rng.uniform(.2, 2, shape[-1])).astype(np.float32)}
 
@@ -97,7 +97,7 @@ def pictures(count, rng):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_kernels_compute_the_reference(engines, name):
-    net, rng = network(3, NETWORKS[name]), np.random.default_rng(1)
+    net, rng = network(7, NETWORKS[name]), np.random.default_rng(1)
     for size in (64, 96):
         images = pictures(16, rng)
         shifts = [tuple(s) for s in rng.uniform(-.05, .05, (16, 2))]
@@ -196,6 +196,14 @@ def test_a_lite_model_is_in_integers_and_scores_alike_without_numba(washers, tmp
     np.testing.assert_allclose(slow, scores, rtol=2e-4, atol=2e-4)
 
 
+def test_products_that_were_quantised_apart_are_no_one_model(washers):
+    images = [fp.load_image(p) for p in fp.find_images(washers)]
+    first, second = (fp.fit([a // k for a in images], size=64, iterations=0, copies=0) for k in (1, 4))
+    with pytest.raises(fp.ModelError, match="fit_many"):
+        fp.MultiPrior({"first": first, "second": second})
+    fp.MultiPrior({"first": first, "second": first})
+
+
 @pytest.mark.parametrize("cpu, lanes, features", [
     ("sapphirerapids", 16, "+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd,+avx512vnni,+avx2,+fma"),
     ("alderlake", 8, "+avx2,+fma,+avxvnni")])
@@ -223,3 +231,9 @@ m.load_kernels()
     environment = os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.count("vpdpbusd") > 100 and "vpmaddubsw" not in done.stdout, done.stderr[-500:]
+
+
+def test_the_gpu_engine_says_that_it_has_no_integers():
+    cuda = fp._engines("cuda")
+    with pytest.raises(cuda.Unavailable, match="device='cpu'"):
+        cuda.Engine.features(None, network(1, NETWORKS["odd"]), 64, 4, fp.fixed_point_taps)
