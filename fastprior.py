@@ -55,7 +55,7 @@ from typing import Any, Callable, Iterable, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Prior", "MultiPrior", "fit_many", "Result", "Region", "find_regions",
     "FastPriorError", "ShapeError", "ImageError", "ModelError",
