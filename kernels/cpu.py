@@ -608,6 +608,15 @@ def _define_intrinsics(lanes: int) -> None:
         return types.int64(types.int64), codegen
 
     @intrinsic
+    def take(typing, address, bit):
+        """Set a bit of the word: 1, or 0 if it was set."""
+        def codegen(context, b, signature, args):
+            mask = b.shl(const(1), args[1])
+            old = b.atomic_rmw("or", b.inttoptr(args[0], i64.as_pointer()), mask, "acq_rel")
+            return b.zext(b.icmp_signed("==", b.and_(old, mask), const(0)), i64)
+        return types.int64(*[types.int64] * 2), codegen
+
+    @intrinsic
     def pause(typing):
         def codegen(context, b, signature, args):
             if "86" in b.module.triple:
@@ -622,7 +631,7 @@ def _define_intrinsics(lanes: int) -> None:
 
     scope = globals()
     scope.update(_as_pointer=as_pointer, _call=call_operation, _call3=call3, _load=load_word,
-                 _store=store_word, _add=add_word, _claim=claim, _pause=pause)
+                 _store=store_word, _add=add_word, _claim=claim, _take=take, _pause=pause)
     for n_vecs in (1, 2, 3):
         scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs)
         scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs)
@@ -1128,7 +1137,7 @@ def _mix(row, band, bands, ws, own, state, image, batch, state_stride):
 # that finds none left goes to sleep; one that lost its core holds up only the band that it had claimed.
 # `left` (claims) and `done` lie on cache lines of their own; the job is written when no claim is open.
 _JOB = _fields("rows length whole_first whole_last workspace stride states table batch state_stride bands "
-               "total left done quit give_way post wait")
+               "total left done taken quit give_way post wait")
 _ROW_BYTES = 8 * 24  # from one row of a program or of the image table to the next
 _SPINS = 4000  # pauses before a thread that waits gives its core away or sleeps, some 100 us
 
@@ -1147,7 +1156,7 @@ def _work(job, thread):
         index = p.total - claims
         # the operations up to `whole_first`, those up to `whole_last` (of all images at once), and the
         # rest: of few images each operation is cut into bands; of many, an image is one claim
-        first = 0
+        first = steps = 0
         for part in range(3):
             start = 0 if part == 0 else p.whole_first if part == 1 else p.whole_last
             stop = p.whole_first if part == 0 else p.whole_last if part == 1 else p.length
@@ -1157,6 +1166,7 @@ def _work(job, thread):
             if index < first + claimed:
                 break
             first += claimed
+            steps += each * (stop - start)
         polls = 0
         before = first if by_image else index - (index - first) % bands
         while _load(done) < before:
@@ -1172,7 +1182,9 @@ def _work(job, thread):
                 _call(_row(row, _RESIZE).operation, row, 0, 1, own, own, p.states + 4 * b * p.state_stride,
                       p.table + _ROW_BYTES * b, 1, p.state_stride)
         else:
-            step, band = (index - first) // bands, (index - first) % bands
+            step, band = (index - first) // bands, thread
+            while _take(p.taken + 8 * (steps + step), band) == 0:  # rows it knows, or what a late one left
+                band = (band + 1) % bands
             b, k = step // (stop - start), step % (stop - start)
             row = rows + _ROW_BYTES * (start + k)
             _call(_row(row, _RESIZE).operation, row, band, bands, p.workspace, own,
@@ -1283,6 +1295,7 @@ class Engine:
     def __init__(self, threads: int | None = None):
         load_kernels()
         most = available_threads()
+        most = min(most, 64)  # bands are bits of a word
         usual = most if "NUMBA_NUM_THREADS" in os.environ else min(most, _MOST_THREADS)
         self.threads = max(1, min(threads or usual, most))
         self._frame, self._team = _entry(_frame), None
@@ -1467,7 +1480,8 @@ class Engine:
                   stride=stride, act=block.act, expand_w=expand_w, expand_b=expand_b,
                   dw_w=self.padded(p["dw_w"].reshape(size * size, mid), mid_padded),
                   dw_b=self.padded(p["dw_b"], mid_padded), project_w=project_w, project_b=project_b,
-                  c_out=out_padded, residual=bool(block.skip), out=middle, sums=sums, chunk=chunk, scratch=scratch)
+                  c_out=out_padded, residual=bool(block.skip), out=middle, sums=sums, chunk=chunk,
+                  scratch=scratch)
         if squeeze:
             squeezed = p["se_reduce_w"].shape[1]
             self.emit(_project, x=middle, h=h_out, w=w_out, c_mid=mid_padded, sums=sums, squeezed=squeezed,
@@ -1586,10 +1600,11 @@ class Engine:
         by_image = batch >= bands
         before, after = (batch * (n > 0) if by_image else batch * bands * n
                          for n in (first, len(rows) - last))
+        taken = np.zeros(len(rows) * max(batch, 1), np.int64)  # bits of bands, a word a step
         values = {"rows": rows.ctypes.data, "length": len(rows), "whole_first": first, "whole_last": last,
                   "workspace": self._memory.ctypes.data + 4 * self._line, "stride": self._memory.shape[1],
                   "states": states.ctypes.data, "table": table.ctypes.data, "batch": batch,
-                  "state_stride": states.shape[1], "bands": bands,
+                  "state_stride": states.shape[1], "bands": bands, "taken": taken.ctypes.data,
                   "total": before + (last - first) * bands + after}
         for name, value in values.items():
             job[name] = value
