@@ -1,4 +1,5 @@
 """What several test files share: one small trained model, its images, the real data where it is."""
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import fastprior as fp
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT / "examples"))
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
