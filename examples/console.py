@@ -299,8 +299,10 @@ class Narration(logging.Handler):
 
 def run(build_app: Callable) -> None:
     """The command. It ends with 0, 1 (an anomaly), 2 (an error, in one line) or 130 (interrupted)."""
-    code = 2
+    code, spoken = 2, None
     try:
+        with contextlib.suppress(OSError):  # closed
+            spoken = os.dup(2)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):  # a closed stream is None
                 stream.reconfigure(errors="backslashreplace")  # names are any bytes, on any code page
@@ -323,6 +325,8 @@ def run(build_app: Callable) -> None:
             if isinstance(e, SystemExit)
              else f"error: {type(e).__name__}: {e} (--debug shows where)")
     if code == 130:
+        if spoken is not None:
+            os.dup2(spoken, 2)  # it may have come within `silence`
         say("interrupted")
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:

@@ -235,3 +235,16 @@ def test_a_signal_between_two_images(model_file, images):
     out, error = child.communicate(timeout=120)
     assert child.returncode == 130 and error.endswith("interrupted\n") and "Traceback" not in error
     assert all(line.count("\t") == 3 for line in out.splitlines())
+
+
+def test_an_interrupt_amid_silence_is_still_said():
+    """A signal may fall between the redirection of C code's stderr and its end."""
+    code = """if True:
+        import os, sys, fastprior as fp
+        console = fp._room("console")
+        def app():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            raise KeyboardInterrupt
+        console.run(app)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "interrupted\n"
