@@ -277,6 +277,10 @@ def evaluate(prior, category: Category, progress: Callable = lambda *_: None) ->
 # The grid: backbones x numbers of images x variants x steps, over categories and seeds
 # ------------------------------------------------------------------------------------------------
 
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
+
+
 VARIANTS = {  # settings, and training steps (None: as many as asked for)
     "gaussian": ({"factors": 0}, 0),  # each place alone
     "joint": ({}, 0),  # and the factors that places share
@@ -300,7 +304,7 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
     def kept(kind: str, *key) -> Path:
         digest = common.copy()
         digest.update(json.dumps(key).encode())
-        return fp._cache_folder() / f"{category.name}-{kind}-{digest.hexdigest()[:24]}.npz"
+        return _cache_folder() / f"{category.name}-{kind}-{digest.hexdigest()[:24]}.npz"
 
     @functools.cache
     def features() -> fp.Extracted:
@@ -311,7 +315,7 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
             made = fp.extract_features(category.train, config, backbone, threads, progress)
             header, arrays = {"keys": made.keys}, {"features": made.features, "owner": made.owner,
                                                    "sources": np.array(made.sources)}
-            file.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(0o700, parents=True, exist_ok=True)
             fp._write_npz(file, header, arrays)
         return fp.Extracted(arrays["features"], arrays["owner"], header["keys"], arrays["sources"].tolist(),
                             0, [])
@@ -606,10 +610,10 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
     settings = fp.Settings(backbone=backbone, size=size)
     settings.check()
     net = fp.load_backbone(backbone)
-    n, c = (size // 16) ** 2, sum(net.channels)
+    n, c = settings.grid ** 2, sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // fp._PANEL)
     denoiser = fp.initial_denoiser(n, c, settings)
-    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32),
+    calibration = {"gain": np.ones(n, np.float32), "offset": np.zeros(n, np.float32),
                    "moments": np.array([0., 1., 0.]), "scores": np.arange(100.), "peaks": np.arange(1., 101.)}
     counts = panels * (panels + 1) // 2, panels * -(-settings.factors // fp._PANEL)
     whitener, factors = (
