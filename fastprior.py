@@ -2678,6 +2678,21 @@ def _build_app():
         console.calibrate(good, model, output, known_bad, fpr, threshold, device, threads)
 
     @app.command()
+    def export(output: Path = typer.Argument(..., help="File to write (.onnx)."),
+               model: Path = typer.Option(..., "-m", "--model", help="Model file to export."),
+               product: str = typer.Option(None, help="Which one, of a model of several."),
+               steps: int = typer.Option(None, help="DDIM inversion steps (default: the model's)."),
+               fpr: float = typer.Option(None, help="False-alarm rate to judge at (default: the model's).")):
+        """Write a model as one ONNX graph (opset 17): pixels in, score and map out.
+
+        Pixels are uint8, N x H x W x 3, RGB, of any size: the graph resizes them, as fastprior does.
+        Threshold, verdict rule, promise and what to feed are in the file's metadata.
+
+        Example: fastprior export -m part.npz part.onnx
+        """
+        _room("export").export(model, output, product, steps=steps, fpr=fpr)
+
+    @app.command()
     def bench(steps: str = typer.Option("2", help="DDIM inversion steps, several with commas: 1,2,3,5,10."),
               model: Path = typer.Option(None, "-m", "--model",
                                          help="Time this model instead of untrained ones."),

@@ -30,10 +30,10 @@ def refused(done, *words):
 
 
 def test_help_has_examples():
-    for command in ("train", "score", "calibrate", "bench", "info"):
+    for command in ("train", "score", "calibrate", "export", "bench", "info"):
         text = run(command, "--help")
         assert text.returncode == 0 and f"Example: fastprior {command}" in text.stdout
-    assert all(c in run("--help").stdout for c in ("train", "score", "calibrate", "bench", "info"))
+    assert all(c in run("--help").stdout for c in ("train", "score", "calibrate", "export", "bench", "info"))
     assert run("--version").stdout.strip() == fp.__version__
 
 
