@@ -55,7 +55,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple, Protocol, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
@@ -1778,46 +1778,45 @@ class Prior:
         return Prior(settings, self.backbone, self.mean, self.whitener, self.denoiser, calibrations, summary,
                      self.threads, self.device, self.precision, self.factors)
 
-    def calibrate(self, images, *, progress: "Progress" = lambda *_: None, **settings) -> "Prior":
+    def calibrate(self, images, *, keep_all: bool = False, progress: "Progress" = lambda *_: None,
+                  **settings) -> "Prior":
         """This model with zero and unit of score and map, p-values and thresholds read from new good images.
 
         images: folder, or sequence of paths or uint8 arrays, that the model was not trained on; then the
-        promise is split conformal and exact. settings: `fpr`, `threshold`. Nothing is trained, and the order
-        of scores does not change. ImageError if fewer than 10 can be read.
+        promise is split conformal and exact. Equal pixels and near-duplicates count once, and images unlike
+        the others are set aside (`summary["set_aside_today"]`) unless keep_all. settings: `fpr`, `threshold`.
+        Nothing is trained, and the order of scores does not change. ImageError if fewer than 10 can be read.
         """
         images, unreadable, _ = _good_images(images)
-        priors = {steps: self.with_steps(steps) for steps in self.calibrations}
-        z: dict[int, list] = {steps: [] for steps in priors}
-        known, new = set(self.summary.get("trained_on", ())), {}
-        for i, source in enumerate(images):
-            try:
-                image = load_image(source, self.settings.bits)
-            except (ImageError, ShapeError) as e:
-                unreadable.append(str(e))
-                continue
-            key = image_key(image)
-            if key in new or key in known:
-                new.setdefault(key, False)
-                continue
-            new[key] = True
-            for steps, prior in priors.items():
-                z[steps].append(prior.z([image])[0])
-            progress("calibration", i + 1, len(images))
-        count, seen = len(z[self.settings.steps]), sum(not fresh for fresh in new.values())
-        if seen:
+        e = extract_features(images, dataclasses.replace(self.settings, copies=2), self.backbone,
+                             self.threads, progress)
+        unreadable += e.unreadable
+        if seen := len(set(e.keys) & set(self.summary.get("trained_on", ()))):
             raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
                              "images that the model has not seen")
+        lone = e.of(_first_of(near_duplicates(e)))
+        count, tokens = len(lone.keys), lone.features[lone.clean]
         if count < MIN_HELD_OUT:
-            raise ImageError(f"{count} readable, different good images: at least {MIN_HELD_OUT} are needed "
-                             "to calibrate" + (f" (first problem: {unreadable[0]})" if unreadable else ""))
+            raise ImageError(f"{count} readable, different good images (near-duplicates count once): at "
+                             f"least {MIN_HELD_OUT} are needed to calibrate"
+                             + (f" (first problem: {unreadable[0]})" if unreadable else ""))
+        nll = {}
+        for steps, own in self.calibrations.items():
+            prior = self.with_steps(steps)
+            frames = [prior._frames(None, False, tokens[i:i + 16]) for i in range(0, count, 16)]
+            z = np.concatenate([f.to_host(f.outputs[0]) for f in frames]).astype(np.float64)
+            nll[steps] = (z - own["offset"]) / own["gain"]
+            progress("calibration", len(nll), len(self.calibrations))
+        kept = ~outliers(nll[self.settings.steps], self.settings.worst) | keep_all
         calibrations = {}
         for steps, own in self.calibrations.items():
-            rows = np.array(z[steps], np.float64)
-            nll = (rows - own["offset"]) / own["gain"]
+            raw = worst_mean(nll[steps][kept] * own["gain"] + own["offset"], self.settings.worst)
             calibrations[steps] = {"gain": own["gain"], "offset": own["offset"],
-                                   **_read_scores(worst_mean(rows, self.settings.worst), nll, self.settings)}
-        return self._with(dataclasses.replace(self.settings, **settings), calibrations,
-                          self.summary | {"calibrated_on": count, "unreadable": unreadable[:20]})
+                                   **_read_scores(raw, nll[steps][kept], self.settings)}
+        aside = _names(images, [lone.sources[i] for i in np.flatnonzero(~kept)])
+        told = {"calibrated_on": int(kept.sum()), "held_out_aside": len(aside), "set_aside_today": aside,
+                "near_duplicates_today": len(e.keys) - count, "unreadable": unreadable[:20]}
+        return self._with(dataclasses.replace(self.settings, **settings), calibrations, self.summary | told)
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -1865,8 +1864,11 @@ class Prior:
             rows.append(frames.to_host(frames.outputs[0]))
         return np.concatenate(rows)
 
-    def _frames(self, pixels: list, with_map: bool, tokens=None):
-        """A batch scored by the engine or the reference operations; tokens (B, N, C) in place of pixels."""
+    def _frames(self, pixels: list | None, with_map: bool, tokens=None):
+        """A batch scored by the engine or the reference operations.
+
+        tokens (B, N, C): features in place of pixels, of which only the sizes count then, and for a map.
+        """
         engine = self._engine(tokens is None)
         if engine is None:
             return self._reference_frames(pixels, with_map, tokens)
@@ -1949,9 +1951,9 @@ class Prior:
         f = (lambda x, t: denoise(self.denoiser, x, t)) if self.denoiser else (lambda x, t: np.zeros_like(x))
         return ddim_invert(x0, f, self.timesteps, self.prediction)
 
-    def _reference_frames(self, pixels: list, with_map: bool, tokens=None) -> Frames:
+    def _reference_frames(self, pixels: list | None, with_map: bool, tokens=None) -> Frames:
         rows, maps = [], []
-        for i, image in enumerate(pixels):
+        for i, image in enumerate(tokens if pixels is None else pixels):
             x0 = _reference_tokens(image, self.backbone, self.settings) if tokens is None else tokens[i]
             x_T = self.latent(x0)
             rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["gain"]
@@ -2067,7 +2069,7 @@ def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, re
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 4  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 5  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2077,21 +2079,42 @@ def _quiet(what: str, done: int, total: int) -> None:
     pass
 
 
+def seen_again(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same thing as another frame or file would have it: half the resolution, noise of 5 grey levels."""
+    a, (h, w, _) = image, image.shape
+    if min(h, w) > 1:
+        a = a[:h // 2 * 2, :w // 2 * 2].reshape(h // 2, 2, w // 2, 2, 3).mean((1, 3), dtype=np.float32)
+    return np.clip(np.rint(a + 5 * rng.standard_normal(a.shape, np.float32)), 0, 255).astype(np.uint8)
+
+
 class Extracted(NamedTuple):
     """Features of different images, ordered by their keys, so that names and order decide nothing."""
     features: np.ndarray  # float16 (M, N, C), a row an image or a jittered copy, an image's own row first
     owner: np.ndarray  # (M,), ascending: the image of each row
+    again: np.ndarray  # float16 (I, N, C), each image once more, see `seen_again`
     keys: list[str]  # of each image
     sources: list[int]  # of each image, its place in the sequence that was given
     repeated: int  # images left out since their pixels were there already
     unreadable: list[str]  # a line for each image that could not be read
+
+    @property
+    def clean(self) -> np.ndarray:
+        """bool (M,): the rows that are an image itself."""
+        return np.diff(self.owner, prepend=-1) > 0
 
     def of(self, images) -> "Extracted":
         """Only these images: a bool mask or indices, ascending."""
         chosen = np.arange(len(self.keys))[images]
         rows = np.isin(self.owner, chosen)
         return self._replace(features=self.features[rows], owner=np.searchsorted(chosen, self.owner[rows]),
+                             again=self.again[chosen],
                              keys=[self.keys[i] for i in chosen], sources=[self.sources[i] for i in chosen])
+
+
+def _readable(images: Iterable, bits: int | None) -> Iterator[np.ndarray]:
+    for source in images:
+        with contextlib.suppress(ImageError, ShapeError):
+            yield load_image(source, bits)
 
 
 def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
@@ -2099,7 +2122,10 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
     """Features of every different image and of its jittered copies (whose jitter its pixels decide)."""
     kept, repeated, unreadable = {}, 0, []
     n, c = settings.grid ** 2, sum(backbone.channels)
-    copies = max(0, min(settings.copies, 2400 // max(len(images), 1) - 1))  # bounds memory, not accuracy
+    different = len(images)
+    if different > 2400 // (settings.copies + 1):  # at most 2400 rows in memory, whatever was given twice
+        different = len({image_key(a) for a in _readable(images, settings.bits)})
+    copies = max(0, min(settings.copies, 2400 // max(different, 1) - 1))
     engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
     for i, source in enumerate(images):
         try:
@@ -2112,6 +2138,7 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
         if key not in kept:
             rng = np.random.default_rng([settings.seed, int(key, 16)])
             batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
+            batch.append((seen_again(image, rng), (0.0, 0.0)))
             if engine:
                 f = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs[0]
             else:
@@ -2120,9 +2147,54 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
         progress("features", i + 1, len(images))
     keys = sorted(kept)
     rows = [kept[key][0] for key in keys]
-    return Extracted(np.concatenate(rows) if rows else np.empty((0, n, c), np.float16),
-                     np.repeat(np.arange(len(keys)), [len(f) for f in rows]), keys,
+    none = [np.empty((0, n, c), np.float16)]
+    return Extracted(np.concatenate([f[:-1] for f in rows] or none),
+                     np.repeat(np.arange(len(keys)), [len(f) - 1 for f in rows]),
+                     np.concatenate([f[-1:] for f in rows] or none), keys,
                      [kept[key][1] for key in keys], repeated, unreadable)
+
+
+def near_duplicates(e: Extracted) -> np.ndarray:
+    """(I,) a number for each image, 0, 1, 2 ...: frames of a video, crops, re-compressed copies share one.
+
+    Images are compared where they differ more than an image from itself seen otherwise (jittered,
+    `seen_again`): in the generalised eigenvectors of that difference's covariance W in the images' covariance T, both pooled
+    over the places, W v = lambda T v, each weighted by sqrt(1 - lambda). Two are linked if their cosine is
+    one that most such views (85 %) have with their own image; linked ones share a group.
+    """
+    from scipy import linalg, sparse
+    first, (_, n, c) = np.flatnonzero(e.clean), e.features.shape
+    if len(first) < 2:
+        return np.arange(len(first))
+    copies = np.flatnonzero(~e.clean)
+    mean = e.features[first].mean(0, dtype=np.float32)
+    total, within = np.zeros((2, c, c))
+    for i in range(n):
+        x = e.features[first, i].astype(np.float32)
+        d = np.concatenate([e.features[copies, i] - x[e.owner[copies]], e.again[:, i] - x])
+        x -= mean[i]
+        total += x.T @ x / len(x)
+        within += d.T @ d / len(d)
+    total += 1e-3 * max(np.trace(total) / c, 1e-12) * np.eye(c)
+    ratio, v = linalg.eigh(within, total)
+    v = (v * np.sqrt(np.maximum(1 - ratio, 0)))[:, ratio < .95].astype(np.float32)
+
+    def directions(features):
+        x = ((features.astype(np.float32) - mean) @ v).reshape(len(features), -1)
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    own = np.concatenate([directions(e.features[first[i:i + 64]]) for i in range(0, len(first), 64)])
+    alike = [(directions(e.features[rows]) * own[e.owner[rows]]).sum(1)
+             for rows in np.array_split(copies, -(-len(copies) // 64))] if len(copies) else []
+    alike += [(directions(e.again[i:i + 64]) * own[i:i + 64]).sum(1) for i in range(0, len(own), 64)]
+    linked = own @ own.T >= max(np.quantile(np.concatenate(alike), .15), .3)  # below, nothing is alike
+    return sparse.csgraph.connected_components(linked, directed=False)[1]
+
+
+def _first_of(group: np.ndarray) -> np.ndarray:
+    """bool: the first of each group."""
+    first = np.zeros(len(group), bool)
+    first[np.unique(group, return_index=True)[1]] = True
+    return first
 
 
 @dataclasses.dataclass
@@ -2229,10 +2301,13 @@ _MOST_ASIDE = .1  # of the images may be set aside
 def outliers(nll: np.ndarray, worst: float) -> np.ndarray:
     """Which images are unlike the others? Held-out nll (n, N) -> bool (n,).
 
-    Each place is standardised by median and quartiles, an image judged by the mean of its worst places. The
-    tail of good images is taken as exponential beyond the median, its rate from the 90 % quantile; of those
+    None of fewer than MIN_HELD_OUT. Each place is standardised by median and quartiles, an image judged by
+    the mean of its worst places. The tail of good images is taken as exponential beyond the median, its rate from the 90 % quantile; of those
     p-values the false-discovery rate is held at 1 % (Benjamini, Hochberg 1995).
     """
+    found = np.zeros(len(nll), bool)
+    if len(nll) < MIN_HELD_OUT:
+        return found
     low, middle, high = np.quantile(nll, [.25, .5, .75], 0)
     variance = ((high - low) / 1.349) ** 2
     raw = worst_mean((nll - middle) / (np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12), worst)
@@ -2240,7 +2315,6 @@ def outliers(nll: np.ndarray, worst: float) -> np.ndarray:
     p = .5 * np.exp(-(raw - centre) * math.log(5) / max(top - centre, 1e-12))
     order = np.argsort(p)
     passed = np.flatnonzero(p[order] <= .01 * np.arange(1, len(p) + 1) / len(p))
-    found = np.zeros(len(p), bool)
     found[order[:passed[-1] + 1 if len(passed) else 0]] = True
     return found
 
@@ -2257,10 +2331,10 @@ class _Whitened:
     """Good images in the coordinates of the Gaussians, from which any denoiser can be trained."""
     x0: np.ndarray  # (M, N, C) float16, a row an image or a jittered copy
     fold: np.ndarray  # (M,)
-    clean: np.ndarray  # (M,) bool, the rows that are an image itself
-    mean: np.ndarray
-    whitener: np.ndarray
-    fresh: np.ndarray  # (m, N, C) float16, images kept away from everything: "holdout"
+    clean: np.ndarray  # (M,) bool, the rows that are an image itself, one of each group of near-duplicates
+    mean: np.ndarray  # (N, C)
+    whitener: np.ndarray  # (N, C, C) or (N, C)
+    fresh: np.ndarray  # (m, N, C) float16, images kept away from everything, one a group: "holdout"
     summary: dict
 
 
@@ -2269,42 +2343,55 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
     """The Gaussian of each place, cross-fitted: each fold is whitened by the Gaussian of the others.
 
     Images that are unlike the others are set aside (`outliers`), and the Gaussians fitted again, until none
-    is found. With "holdout" a fifth of the images takes no part in any of this.
+    is found. Near-duplicates share a fold, and one of them calibrates. With "holdout" a fifth of the images
+    takes no part in any of this.
     """
     count, first_problem = len(e.keys), f" (first problem: {e.unreadable[0]})" if e.unreadable else ""
     alike = f", and {e.repeated} with the same pixels" if e.repeated else ""
     if count < MIN_IMAGES:
         raise ImageError(f"{count} readable, different good images{alike}: at least {MIN_IMAGES} are needed"
                          + first_problem)
+    group = near_duplicates(e)
+    lone, groups = _first_of(group), len(np.unique(group))
+    alike += f", {count} with near-duplicates" if groups < count else ""
     holdout = config.calibration == "holdout"
-    if holdout and count < 5 * MIN_HELD_OUT:
-        raise ImageError(f"{count} readable, different good images: calibration 'holdout' needs at least "
-                         f"{5 * MIN_HELD_OUT}; 'cross' does with fewer")
-    away, aside = np.zeros(count, bool), np.zeros(count, bool)
-    away[np.random.default_rng(config.seed).permutation(count)[:count // 5 if holdout else 0]] = True
+    needed = 5 * MIN_HELD_OUT if holdout else MIN_IMAGES
+    if groups < needed:
+        what = "calibration 'holdout' needs at least {}; 'cross' does with fewer" if holdout else (
+            "at least {} are needed")
+        raise ImageError(f"{groups} readable, different good images{alike}: " + what.format(needed)
+                         + first_problem)
+    shuffled = np.random.default_rng(config.seed).permutation(groups)
+    away = (shuffled < (groups // 5 if holdout else 0))[group]
+    aside = np.zeros(count, bool)
     while True:
         used = ~away & ~aside
         part = e.of(used)
-        rows = (np.random.default_rng(config.seed).permutation(used.sum()) % _FOLDS)[part.owner]
-        clean = np.r_[True, part.owner[1:] != part.owner[:-1]]
+        _, kind = np.unique(group[used], return_inverse=True)
+        rows = (np.random.default_rng(config.seed).permutation(kind.max() + 1) % _FOLDS)[kind][part.owner]
         gaussians = _Gaussians.of(part.features, rows, _FOLDS, config.variant == "plain")
         x0 = np.empty(part.features.shape, np.float16)
         for k in range(_FOLDS):
             x0[rows == k] = _apply_whitener(part.features[rows == k], *gaussians.without(k, config))
             progress("whitening", k + 1, _FOLDS)
-        room = int(_MOST_ASIDE * used.sum()) - aside.sum()
-        nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[clean]])
-        found = np.flatnonzero(outliers(nll, config.worst)) if used.sum() >= MIN_HELD_OUT else []
+        room = int(_MOST_ASIDE * count) - aside.sum()
+        nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[part.clean]])
+        found = np.flatnonzero(outliers(nll, config.worst))
         if keep_all or not len(found) or room <= 0:
             break
         worst = found[np.argsort(-nll[found].max(1), kind="stable")[:room]]
         aside[np.flatnonzero(used)[worst]] = True
     mean, whitener = gaussians.without(None, config)
-    fresh = e.of(away)
-    first = np.r_[True, fresh.owner[1:] != fresh.owner[:-1]][:len(fresh.owner)]
-    fresh = _apply_whitener(fresh.features[first], mean, whitener)
-    summary = {"images": int((~aside).sum()), "held_out": int(away.sum() or used.sum()),
+    clean, held_out, fresh = part.clean, np.flatnonzero(away & lone), e.of(away & lone)
+    clean[clean] = _first_of(kind)
+    fresh = _apply_whitener(fresh.features[fresh.clean], mean, whitener)
+    if holdout and not keep_all:  # what lies among them is judged by them alone, after all fits
+        strange = outliers(.5 * np.square(fresh, dtype=np.float32).sum(-1), config.worst)
+        aside[held_out[strange]], fresh = True, fresh[~strange]
+    summary = {"images": int((~aside).sum()), "held_out": len(fresh) or int(clean.sum()),
+               "held_out_aside": int(aside[away].sum() if holdout else aside.sum()),
                "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
+               "near_duplicates": count - groups,
                "unreadable": e.unreadable[:20], "trained_on": e.of(~aside).keys}
     return _Whitened(x0, rows, clean, mean, whitener, fresh, summary)
 
@@ -2384,9 +2471,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         raise ImageError(f"{len(unreadable)} of {len(images) + len(locked)} images cannot be read, "
                          f"the first: {unreadable[0]}")
     whitened = _whiten_features(extracted._replace(unreadable=unreadable), config, keep_all, progress)
-    aside = [str(images[i]) if isinstance(images[i], (str, os.PathLike)) else f"image {i}"
-             for i in whitened.summary["set_aside"]]
-    whitened.summary["set_aside"] = sorted(aside)
+    whitened.summary["set_aside"] = _names(images, whitened.summary["set_aside"])
     prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress)
     prior.summary |= {"seconds": round(time.perf_counter() - began, 1),
                       "found": found, "not_read": len(unreadable)}
@@ -2394,6 +2479,11 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
 
 
 Prior.fit = staticmethod(fit)
+
+
+def _names(images: Sequence, places: Iterable[int]) -> list[str]:
+    return sorted(str(images[i]) if isinstance(images[i], (str, os.PathLike)) else f"image {i}"
+                  for i in places)
 
 
 def fit_many(root: str | os.PathLike, *, progress: Progress = _quiet, **options) -> MultiPrior:
@@ -2581,6 +2671,8 @@ def _build_app():
     threads_option = typer.Option(None, "--threads", min=1,
                                   help="CPU threads (default: all, or NUMBA_NUM_THREADS).")
 
+    keep_all_option = typer.Option(False, "--keep-all", help="Also use images unlike the others.")
+
     @app.command()
     def train(good: str = typer.Argument(...,
                                          help="Folder of good images, or one with good/ (ok, normal, "
@@ -2605,8 +2697,7 @@ def _build_app():
               bits: int = typer.Option(None,
                                        help="Of 16-bit images: 8, 10, 12, 14 or 16 (default: found in "
                                             "them)."),
-              keep_all: bool = typer.Option(False, "--keep-all",
-                                            help="Also train on images unlike the others."),
+              keep_all: bool = keep_all_option,
               multi: bool = typer.Option(False, "--multi",
                                          help="GOOD holds a folder for each product; one model for all."),
               threads: int = threads_option):
@@ -2666,6 +2757,7 @@ def _build_app():
                                             help="False-alarm rate to set the threshold for (default: the "
                                                  "model's)."),
                   threshold: float = typer.Option(None, help="A fixed threshold instead."),
+                  keep_all: bool = keep_all_option,
                   device: str = device_option, threads: int = threads_option):
         """Read zero, unit and threshold of the score anew from good images; nothing is trained.
 
@@ -2675,7 +2767,7 @@ def _build_app():
         Example: fastprior calibrate -m part.npz photos/good_today -o today.npz --known-bad photos/bad
         """
         _room("folders").check_output(output)
-        console.calibrate(good, model, output, known_bad, fpr, threshold, device, threads)
+        console.calibrate(good, model, output, known_bad, fpr, threshold, keep_all, device, threads)
 
     @app.command()
     def export(output: Path = typer.Argument(..., help="File to write (.onnx)."),

@@ -314,11 +314,11 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
         except fp.ModelError:  # not there yet, or spoilt
             made = fp.extract_features(category.train, config, backbone, threads, progress)
             header, arrays = {"keys": made.keys}, {"features": made.features, "owner": made.owner,
-                                                   "sources": np.array(made.sources)}
+                                                   "again": made.again, "sources": np.array(made.sources)}
             file.parent.mkdir(0o700, parents=True, exist_ok=True)
             fp._write_npz(file, header, arrays)
-        return fp.Extracted(arrays["features"], arrays["owner"], header["keys"], arrays["sources"].tolist(),
-                            0, [])
+        return fp.Extracted(arrays["features"], arrays["owner"], arrays["again"], header["keys"],
+                            arrays["sources"].tolist(), 0, [])
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):

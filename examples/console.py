@@ -102,11 +102,12 @@ def strict_json(value) -> str:
 def promise(prior) -> str:
     """What its threshold promises, in words."""
     t, n, summary = prior.threshold, len(prior.calibration["scores"]), prior.summary
-    aside = 0 if "calibrated_on" in summary else len(summary.get("set_aside", ()))
+    aside = summary.get("held_out_aside", 0)
     text = (f"threshold {t.value:.2f}: {n} held-out good images promise false alarms of {t.expected:.1%} on "
             f"average, at most {t.bound:.1%} with 95 % confidence")
     if aside:
-        text += f" ({(n + aside + 1 - t.rank) / (n + aside + 1):.1%} on average if the {aside} set aside are good)"
+        more = n + aside + 1
+        text += f" ({(more - t.rank) / more:.1%} on average if the {aside} set aside are good)"
     if t.bound > t.fpr:
         text += f"; for {t.fpr:.1%} you need {t.needed} (an estimate, no promise: threshold {t.estimate:.2f})"
     return text
@@ -117,6 +118,15 @@ def numbers(text: str, name: str) -> list[int]:
         return [int(n) for n in text.split(",")]
     except ValueError as e:
         raise fp.ShapeError(f"--{name}: expected numbers separated by commas, got {text!r}") from e
+
+
+def tell_doubts(near_duplicates: int, aside: list[str]) -> None:
+    if near_duplicates:
+        say(f"{near_duplicates} images are near-duplicates of others (frames, crops, copies): the promise "
+            "counts them once")
+    if aside:
+        say(f"{len(aside)} images are unlike the others and were set aside (--keep-all keeps them; look at "
+            "them: fastprior score --map): " + ", ".join(aside))
 
 
 def tell_training(made) -> None:
@@ -132,9 +142,7 @@ def tell_training(made) -> None:
             say(f"{s['not_read']} images could not be read")
         if s["repeated"]:
             say(f"{s['repeated']} images repeat the pixels of others: they count once")
-        if s["set_aside"]:
-            say(f"{len(s['set_aside'])} images are unlike the others and were set aside (--keep-all keeps "
-                 "them; look at them: fastprior score --map): " + ", ".join(s["set_aside"]))
+        tell_doubts(s["near_duplicates"], s["set_aside"])
         depth = f", {prior.settings.bits} bits" if prior.settings.bits else ""
         loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
         say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out "
@@ -231,14 +239,14 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
 
 
 def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: float | None,
-              threshold: float | None, device: str, threads: int | None) -> None:
+              threshold: float | None, keep_all: bool, device: str, threads: int | None) -> None:
     prior = fp.Prior.load(model, threads=threads, device=device)
     if isinstance(prior, fp.MultiPrior):
         raise fp.FastPriorError(f"{model}: holds {len(prior.priors)} products; calibrate takes a "
                                 "model of one")
     changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
     with Bars() as bars:
-        prior = prior.calibrate(good, progress=bars, **changes)
+        prior = prior.calibrate(good, keep_all=keep_all, progress=bars, **changes)
         tried = prior.score_batch(fp.find_images(known_bad, without="good"), with_map=False,
                                   errors="return") if known_bad else []
     bad = [r.score for r in tried if isinstance(r, fp.Result)]
@@ -248,11 +256,13 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
     prior.save(output)
     for line in unreadable:
         say(f"left out: {line}")
+    tell_doubts(prior.summary["near_duplicates_today"], prior.summary["set_aside_today"])
     say(promise(prior))
     if known_bad:
         print("threshold\tfalse alarms\tat most\tmissed")
         for t, wrong, most, missed, note in trade_off(prior.calibration["scores"], np.array(bad)):
-            print(f"{t:.2f}\t{wrong:.1%}\t{most:.1%}\t{missed:.1%}\t{note}".rstrip())
+            average = "-" if note else f"{wrong:.1%}"  # of a threshold chosen by looking it promises nothing
+            print(f"{t:.2f}\t{average}\t{most:.1%}\t{missed:.1%}\t{note}".rstrip())
         say("to use one: fastprior score --threshold, or calibrate --threshold")
     else:
         print(output)

@@ -1033,7 +1033,7 @@ _ROTATE = _fields("operation h d w bias x n c coef out z gain offset scratch")
 
 @_kernel(_ROTATE)
 def _rotate(row, band, bands, ws, own, state, image, batch, state_stride):
-    """The denoiser's last product, DDIM rotation and log-density (`rotate_density`); F never leaves the cache.
+    """`rotate_density`: the denoiser's last product, DDIM rotation and log-density; F never leaves the cache.
 
     out < 0: the last step, only z = gain |x'|^2 / 2 + offset leaves.
     """

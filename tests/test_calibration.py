@@ -134,7 +134,7 @@ def test_recalibration_keeps_the_order_and_restores_the_promise(prior, good, tmp
 
 def test_recalibration_needs_ten_images(prior, good, tmp_path):
     new = washers(tmp_path / "new", 10, seed=8)
-    with pytest.raises(fp.ImageError, match="9 readable, different good images: at least 10"):
+    with pytest.raises(fp.ImageError, match="9 readable, different good images .*: at least 10"):
         prior.calibrate([*new[:9], new[0]])  # one of them twice
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy import stats
 
 import fastprior as fp
 from conftest import ROOT, SHARED
-from test_calibration import washers
+from test_calibration import washers as discs
 
 BOTTLE = SHARED / "data" / "mvtec" / "bottle"
 
@@ -23,7 +24,7 @@ def fit(images, **settings):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    return washers(tmp_path_factory.mktemp("good"), 40)
+    return discs(tmp_path_factory.mktemp("good"), 40)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,19 @@ def bad(good, tmp_path_factory):
         y, x = rng.integers(8, 44, 2)
         a[y:y + rng.integers(4, 9), x:x + rng.integers(8, 15)] = 255
         Image.fromarray(a).save(folder / f"bad_{p.name}")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def grained(tmp_path_factory):
+    """Parts with a grain of their own, as wood has."""
+    folder, rng = tmp_path_factory.mktemp("grained"), np.random.default_rng(0)
+    y, x = np.mgrid[:256, :256] / 256
+    for i in range(24):
+        waves = sum(rng.normal(0, 12) * np.sin(2 * np.pi * (a * x + b * y + c))
+                    for a, b, c in rng.uniform(-6, 6, (12, 3)))
+        image = 120 + waves + 60 * (np.hypot(x - .5, y - .5) < .3) + rng.normal(0, 2, (256, 256))
+        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).convert("RGB").save(folder / f"{i:03}.png")
     return sorted(folder.iterdir())
 
 
@@ -91,9 +105,73 @@ def test_equal_pixels_count_once(good, tmp_path):
         fit([good[0]] * 20)
 
 
+def frames(path, count, rng):
+    """An image as a camera sees it again: moved by less than a pixel, noisy, compressed or smaller."""
+    image = Image.open(path)
+    for k in range(count):
+        moved = image.transform(image.size, Image.Transform.AFFINE, (1, 0, *rng.uniform(-1, 1, 1), 0, 1,
+                                *rng.uniform(-1, 1, 1)), Image.Resampling.BILINEAR)
+        noisy = np.asarray(moved) + rng.normal(0, 2, np.asarray(moved).shape)
+        yield Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+def near(images, folder, count, how="frames"):
+    rng, out = np.random.default_rng(1), []
+    folder.mkdir(exist_ok=True)
+    for p in images:
+        name = str(folder / f"{how}_{Path(p).stem}")
+        if how == "frames":
+            for k, frame in enumerate(frames(p, count, rng)):
+                out.append(f"{name}_{k}.png")
+                frame.save(out[-1])
+        else:
+            out.append(name + (".jpg" if how == "jpeg" else ".png"))
+            image = Image.open(p)
+            image = image.resize((image.width * 3 // 4, image.height * 3 // 4)) if how == "smaller" else image
+            image = image.crop((1, 1, image.width - 1, image.height - 1)) if how == "crop" else image
+            image.save(out[-1], **({"quality": 85} if how == "jpeg" else {}))
+    return out
+
+
+@pytest.mark.parametrize("how, count", [("frames", 2), ("jpeg", 1), ("smaller", 1), ("crop", 1)])
+def test_near_duplicates_share_a_fold_and_count_once(grained, tmp_path, how, count):
+    images = [*grained[:20], *near(grained[:20], tmp_path / how, count, how)]
+    made = fit(images, copies=4, size=128)
+    assert made.summary["near_duplicates"] == 20 * count and made.summary["held_out"] == 20
+    assert made.threshold.count == 20 and made.summary["images"] == len(images)
+    e = fp.extract_features(images, fp.Settings(size=128), fp.load_backbone("lite0"))
+    group, owner = fp.near_duplicates(e), np.array(e.sources)
+    for i in range(20):  # the image and its likes, and nothing else
+        assert set(owner[group == group[owner == i]]) == {i, *range(20 + i * count, 20 + (i + 1) * count)}
+    fold = fp._whiten_features(e, fp.Settings(size=128)).fold
+    assert all(len(set(fold[np.isin(e.owner, np.flatnonzero(group == g))])) == 1 for g in set(group))
+
+
+def test_different_images_are_no_near_duplicates(good, grained):
+    for images, size in ((good, 64), (good, 128), (grained, 128)):
+        e = fp.extract_features(images, fp.Settings(size=size), fp.load_backbone("lite0"))
+        assert len(set(fp.near_duplicates(e))) == len(images)
+
+
+def test_near_duplicates_calibrate_once(good, grained, tmp_path):
+    prior, today = fit(good), grained[:12]
+    again = prior.calibrate([*today, *near(today, tmp_path / "again", 2)])
+    assert again.threshold.count == 12 and again.summary["near_duplicates_today"] == 24
+    with pytest.raises(fp.ImageError, match="9 readable.*near-duplicates count once"):
+        prior.calibrate([*today[:9], *near(today[:9], tmp_path / "again", 2)])
+
+
+def test_bad_images_among_those_of_today(good, bad, tmp_path):
+    prior, today = fit(good), discs(tmp_path / "today", 30, seed=9)
+    clean, mixed, kept = (prior.calibrate(x, keep_all=k) for x, k in
+                          ((today, False), ([*today, bad[0]], False), ([*today, bad[0]], True)))
+    assert mixed.summary["set_aside_today"] == [str(bad[0])] and mixed.summary["held_out_aside"] == 1
+    assert kept.threshold.value > 2 * mixed.threshold.value and mixed.threshold == clean.threshold
+
+
 @pytest.mark.parametrize("calibration", ["cross", "holdout"])
 def test_names_and_order_do_not_matter(good, tmp_path, calibration):
-    images = [*good, *washers(tmp_path / "more", 12, seed=3)]
+    images = [*good, *discs(tmp_path / "more", 12, seed=3)]
     other = [shutil.copy(p, tmp_path / f"{len(images) - i:03}.png") for i, p in enumerate(images)]
     a, b = (fit(x, calibration=calibration) for x in (images, other[::-1]))
     assert a.threshold == b.threshold
@@ -107,7 +185,7 @@ def test_what_was_trained_on_is_known(good, tmp_path):
     run = lambda *a: subprocess.run([sys.executable, str(ROOT / "fastprior.py"), *map(str, a)],  # noqa: E731
                                     capture_output=True, text=True)
     assert "40 of 40 images were trained on" in run("score", "-m", model, good[0].parent).stderr
-    washers(tmp_path / "new", 5, seed=8)
+    discs(tmp_path / "new", 5, seed=8)
     assert "trained on" not in run("score", "-m", model, tmp_path / "new").stderr
     refused = run("calibrate", good[0].parent, "-m", model, "-o", tmp_path / "o.npz")
     assert refused.returncode == 2 and "40 of 40 images were trained on" in refused.stderr
@@ -118,7 +196,8 @@ def test_what_was_trained_on_is_known(good, tmp_path):
 def extracted(rng, n, places=9, channels=16):
     mix = rng.standard_normal((channels, channels)) / 4
     f = (rng.standard_normal((n, places, channels)) @ mix).astype(np.float16)
-    return fp.Extracted(f, np.arange(n), [f"{i:016x}" for i in range(n)], list(range(n)), 0, [])
+    again = rng.standard_normal(f.shape).astype(np.float16)  # nothing alike
+    return fp.Extracted(f, np.arange(n), again, [f"{i:016x}" for i in range(n)], list(range(n)), 0, [])
 
 
 def small_backbone():
@@ -127,12 +206,23 @@ def small_backbone():
     return Net()
 
 
+def test_a_bad_image_among_the_held_out():
+    config = fp.Settings(size=96, cell=32, calibration="holdout", factors=4)
+    e = extracted(np.random.default_rng(0), 100)
+    away = np.flatnonzero(np.random.default_rng(config.seed).permutation(100) < 20)
+    e.features[away[3]] *= 8
+    found, kept = (fp._whiten_features(e, config, keep) for keep in (False, True))
+    assert found.summary["set_aside"] == [away[3]] and found.summary["held_out_aside"] == 1
+    assert len(found.fresh) == found.summary["held_out"] == 19 and len(kept.fresh) == 20
+    np.testing.assert_array_equal(found.x0, kept.x0)
+
+
 def test_holdout_touches_nothing_before_the_threshold():
     """Other images in the held-out fifth: the same model, but for its threshold."""
     rng = np.random.default_rng(0)
     config = fp.Settings(size=96, cell=32, calibration="holdout", factors=4)
     e = extracted(rng, 60)
-    away = np.random.default_rng(config.seed).permutation(60)[:12]
+    away = np.random.default_rng(config.seed).permutation(60) < 12
     changed = e.features.copy()
     changed[away] *= 3
     models = [fp._whiten_features(e._replace(features=f), config) for f in (e.features, changed)]
@@ -190,7 +280,7 @@ def test_the_likelihood_decides_and_a_stranger_fits_none(good, tmp_path):
             Image.fromarray(change(np.array(Image.open(p)))).save(tmp_path / "products" / name / p.name)
     both = fp.fit_many(tmp_path / "products", iterations=0, size=64, copies=1)
     for name, prior in both.priors.items():
-        z = prior.z(washers(tmp_path / "z", 3, seed=9))
+        z = prior.z(discs(tmp_path / "z", 3, seed=9))
         w = fp.unpack_lower(prior.whitener, prior.mean.shape[1]).astype(np.float64)
         v = fp.unpack_factors(prior.factors, prior.settings.factors, *prior.mean.shape).astype(np.float64)
         v = v.reshape(len(v), -1)
@@ -198,7 +288,7 @@ def test_the_likelihood_decides_and_a_stranger_fits_none(good, tmp_path):
         dense += np.linalg.slogdet(np.eye(len(v)) - v @ v.T)[1]
         nll = (z - prior.calibration["offset"]) / prior.calibration["gain"]
         np.testing.assert_allclose(prior.log_likelihood(z), dense - nll.sum(1), rtol=1e-3)
-    new = washers(tmp_path / "new", 4, seed=11)
+    new = discs(tmp_path / "new", 4, seed=11)
     assert [both.score(p).product for p in new] == ["washer"] * 4
     assert [both.score(255 - fp.load_image(p)).product for p in new] == ["plate"] * 4
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
