@@ -2690,6 +2690,7 @@ def _build_app():
                                               help="Folder for heat maps over the images, regions framed."),
               mask_folder: Path = typer.Option(None, "--mask",
                                                help="Folder for masks (PNG, 255 inside a region)."),
+              report: Path = typer.Option(None, help="Web page to write: images, maps, threshold to move."),
               as_json: bool = typer.Option(False, "--json", help="One JSON object a line, with regions."),
               device: str = device_option, threads: int = threads_option):
         """Score images: path, score, p-value, verdict. Exit code 0: all good, 1: anomalies, 2: errors.
@@ -2701,8 +2702,10 @@ def _build_app():
         Example: fastprior score examples/washers --map maps/
 
         Example: fastprior score -m part.npz --fpr 0.05 --json 'photos/*.png'
+
+        Example: fastprior score -m part.npz photos/new --report report.html
         """
-        raise typer.Exit(console.score(paths, model, map_folder, mask_folder, as_json, threads=threads,
+        raise typer.Exit(console.score(paths, model, map_folder, mask_folder, as_json, report, threads=threads,
                                        steps=steps, fpr=fpr, threshold=threshold, device=device))
 
     @app.command()

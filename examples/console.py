@@ -144,7 +144,7 @@ def tell_training(made) -> None:
 
 
 def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_folder: Path | None,
-          as_json: bool, **options) -> int:
+          as_json: bool, report: Path | None = None, **options) -> int:
     """A row an image; returns the exit code. What cannot be scored or written is said; the rest goes on."""
     if model is None:
         model = fp.demo_model()
@@ -153,11 +153,10 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
     found = folders.find_all(paths)
     if str(found):
         say(found)
-    failed, anomalies, seen, scores, told = 0, 0, 0, {}, set()
+    anomalies, seen, scores, told, failed = 0, 0, {}, set(), []
 
     def refuse(text: str, row: dict) -> None:
-        nonlocal failed
-        failed += 1
+        failed.append(text)
         say(f"error: {text}")
         if as_json:
             print(strict_json(row | {"error": text}), flush=True)
@@ -167,7 +166,8 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
         return 2
     prior = fp.Prior.load(model, **options)
     known_images = {key for own in fp._products(prior).values() for key in own.summary.get("trained_on", ())}
-    with Bars() as bars:
+    page = fp._room("report").Report(report, prior, model) if report else None
+    with page or contextlib.nullcontext(), Bars() as bars:
         for i, (path, name) in enumerate(found.images.items()):
             row = {"path": str(path)}
             try:
@@ -177,7 +177,7 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
                     told.add(text)
                     say(f"warning: {text}")
                 seen += fp.image_key(image) in known_images
-                r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
+                r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json or page))
                 mapped = r.device_map is not None
                 if not math.isfinite(r.score) or mapped and not np.isfinite(r.anomaly_map).all():
                     raise fp.ShapeError("its score or map is not a number")
@@ -192,6 +192,8 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
             row |= {"product": product} if product else {}
             unwritten = ""
             try:
+                if page:
+                    page.add(path, image, r)
                 if as_json:
                     row |= {"threshold": round(r.threshold, 4),
                             "regions": [region._replace(peak=round(region.peak, 3))._asdict()
@@ -214,19 +216,22 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
                 refuse(unwritten, row)
             if len(found.images) > 1:
                 bars("scoring", i + 1, len(found.images))
+        notes = [f"warning: {text}" for text in told]
+        if 2 * seen > len(found.images) > 1:
+            notes.append(f"warning: {seen} of {len(found.images)} images were trained on: their scores say "
+                         "nothing of new ones")
+        for product, own in scores.items():
+            known = fp._products(prior).get(product)
+            moved = known and fp.drift(own, known.calibration["scores"], known.threshold.value)
+            if moved:
+                notes.append("warning: " + f"{product}: " * bool(product) + moved)
+        for note in notes[len(told):]:
+            say(note)
+        if page:
+            page.finish(failed, notes)
     if failed and len(found.images) + len(found.errors) > 1:
-        say(f"{failed} of {len(found.images) + len(found.errors)} could not be scored, or their maps "
+        say(f"{len(failed)} of {len(found.images) + len(found.errors)} could not be scored, or their maps "
             "not written")
-    if 2 * seen > len(found.images) > 1:
-        say(f"warning: {seen} of {len(found.images)} images were trained on: their scores say nothing "
-            "of new ones")
-    for product, own in scores.items():
-        if product not in fp._products(prior):
-            continue
-        known = fp._products(prior)[product]
-        moved = fp.drift(own, known.calibration["scores"], known.threshold.value)
-        if moved:
-            say("warning: " + f"{product}: " * bool(product) + moved)
     return 2 if failed else int(anomalies > 0)
 
 
