@@ -143,6 +143,43 @@ def tell_training(made) -> None:
         say(promise(prior))
 
 
+def load(path: str | os.PathLike, bits: int | None, told: set[str]) -> np.ndarray:
+    """fp.load_image; what it warns of is said once and kept in `told`."""
+    with silence(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        image = fp.load_image(path, bits)
+    for text in {str(warning.message) for warning in said if issubclass(warning.category, fp.ImageWarning)}:
+        if text not in told:
+            told.add(text)
+            say(f"warning: {text}")
+    return image
+
+
+def judge(prior: fp.Prior | fp.MultiPrior, image: np.ndarray, with_map: bool) -> fp.Result:
+    """Its result; ShapeError where it is not a number."""
+    r = prior.score(image, with_map=with_map)
+    if not math.isfinite(r.score) or r.device_map is not None and not np.isfinite(r.anomaly_map).all():
+        raise fp.ShapeError("its score or map is not a number")
+    return r
+
+
+def as_row(path: str | os.PathLike, r: fp.Result) -> dict:
+    """What --json prints of a result; regions where there is a map."""
+    row = {"path": str(path), "score": round(r.score, 4), "p_value": round(r.p_value, 5),
+           "verdict": r.verdict}
+    row |= {"product": r.product} if r.product else {}
+    if r.device_map is not None:
+        row |= {"threshold": round(r.threshold, 4),
+                "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
+    return row
+
+
+def as_line(path: str | os.PathLike, r: fp.Result) -> str:
+    """Path, score, p-value, verdict, and the product where there are several; tabs between."""
+    cells = [str(path), f"{r.score:.2f}", f"{r.p_value:.4f}", r.verdict, *filter(None, [r.product])]
+    return "\t".join(map(fp._printable, cells))
+
+
 def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_folder: Path | None,
           as_json: bool, report: Path | None = None, **options) -> int:
     """A row an image; returns the exit code. What cannot be scored or written is said; the rest goes on."""
@@ -171,33 +208,20 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
         for i, (path, name) in enumerate(found.images.items()):
             row = {"path": str(path)}
             try:
-                with silence(), warnings.catch_warnings(record=True) as said:
-                    image = fp.load_image(path, fp._bits(prior))
-                for text in {str(warning.message) for warning in said} - told:
-                    told.add(text)
-                    say(f"warning: {text}")
+                image = load(path, fp._bits(prior), told)
                 seen += fp.image_key(image) in known_images
-                r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json or page))
-                mapped = r.device_map is not None
-                if not math.isfinite(r.score) or mapped and not np.isfinite(r.anomaly_map).all():
-                    raise fp.ShapeError("its score or map is not a number")
+                r = judge(prior, image, bool(map_folder or mask_folder or as_json or page))
             except (fp.FastPriorError, MemoryError) as e:
                 refuse(str(e) if isinstance(e, fp.ImageError) else f"{path}: {str(e) or 'out of memory'}",
                        row)
                 continue
             anomalies += r.is_anomaly
-            product = getattr(r, "product", "")
-            scores.setdefault(product, []).append(r.score)
-            row |= {"score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
-            row |= {"product": product} if product else {}
+            scores.setdefault(r.product, []).append(r.score)
             unwritten = ""
             try:
+                row = as_row(path, r)
                 if page:
                     page.add(path, image, r)
-                if as_json:
-                    row |= {"threshold": round(r.threshold, 4),
-                            "regions": [region._replace(peak=round(region.peak, 3))._asdict()
-                                        for region in r.regions]}
                 if map_folder:
                     drawn = fp.overlay(image, r.anomaly_map, r.regions)
                     row["map"] = folders.write_png(map_folder, name, "map", drawn, path)
@@ -207,9 +231,8 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
             except (OSError, ValueError, MemoryError) as e:
                 unwritten = (f"{path}: scored, but its map or mask cannot be written "
                              f"({getattr(e, 'strerror', None) or e})")
-            cells = [str(path), f"{r.score:.2f}", f"{r.p_value:.4f}", r.verdict, *filter(None, [product])]
             if not as_json:
-                print("\t".join(map(fp._printable, cells)), flush=True)
+                print(as_line(path, r), flush=True)
             elif not unwritten:
                 print(strict_json(row), flush=True)
             if unwritten:

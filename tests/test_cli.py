@@ -30,10 +30,11 @@ def refused(done, *words):
 
 
 def test_help_has_examples():
-    for command in ("train", "score", "calibrate", "bench", "info"):
+    for command in ("train", "score", "watch", "calibrate", "bench", "info"):
         text = run(command, "--help")
         assert text.returncode == 0 and f"Example: fastprior {command}" in text.stdout
-    assert all(c in run("--help").stdout for c in ("train", "score", "calibrate", "bench", "info"))
+    overview = run("--help").stdout
+    assert all(c in overview for c in ("train", "score", "watch", "calibrate", "bench", "info"))
     assert run("--version").stdout.strip() == fp.__version__
 
 

@@ -1,4 +1,4 @@
-"""The page of `score --report`: what is in it, that it is harmless and whole, and what it does in a browser."""
+"""The page of `score --report`: what is in it, that it is harmless and whole, what it does in a browser."""
 import errno
 import json
 import os
@@ -14,8 +14,8 @@ import fastprior as fp
 from browser import CHROMIUM, Browser
 
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-NASTY = ("<img src=x onerror=\"document.title='owned'\">", "</script><script>document.title='owned'", "a&amp;b",
-         "\"'`${document.title='owned'}", "\u202egnp", "日本")
+NASTY = ("<img src=x onerror=\"document.title='owned'\">", "</script><script>document.title='owned'",
+         "a&amp;b", "\"'`${document.title='owned'}", "\u202egnp", "日本")
 console, report = fp._room("console"), fp._room("report")
 
 
@@ -64,7 +64,8 @@ def test_page_holds_every_row_and_names_as_text_only(images, model_file, trained
     assert product["threshold"] == trained.threshold.value and product["bound"] == trained.threshold.bound
     assert product["scores"] == pytest.approx(np.sort(trained.calibration["scores"]), abs=1e-6)
     text = page.read_text()
-    assert "owned" in text and "<img src=x" not in text and text.count("<script") == 3 == text.count("</script>")
+    assert "owned" in text and "<img src=x" not in text
+    assert text.count("<script") == 3 == text.count("</script>")
     head = text.partition('id="rows"')[0]
     assert not re.search(r"https?:|@import|<link|src=|url\((?!#)", head)  # nothing to fetch
     assert set(os.listdir(tmp_path)) == {"images", "report.html"}
@@ -160,7 +161,7 @@ def test_maps_show_on_hover_and_focus_in_light_and_dark(images, model_file, tmp_
     page = tmp_path / "report.html"
     score(images, model_file, page, capsys)
     browser.open(page.as_uri())
-    visible = "[...document.querySelectorAll('.card')].map(c => getComputedStyle(c.querySelector('.map')).visibility)"
+    visible = "[...document.querySelectorAll('.card .map')].map(map => getComputedStyle(map).visibility)"
     assert set(browser.js(visible)) == {"hidden"}
     x, y = browser.js("(r => [r.x + r.width / 2, r.y + 20])"
                       "(document.querySelectorAll('.card')[1].getBoundingClientRect())")
@@ -174,8 +175,8 @@ def test_maps_show_on_hover_and_focus_in_light_and_dark(images, model_file, tmp_
     browser.js("document.getElementById('maps').click()")
     assert set(browser.js(visible)) == {"visible"}
     # pictures keep their shape, and the map lies on its picture
-    for box in browser.js("[...document.querySelectorAll('.frame')].map(f => [...f.querySelectorAll('img')].map("
-                          "i => (r => [r.x, r.y, r.width, r.height])(i.getBoundingClientRect())))"):
+    for box in browser.js("[...document.querySelectorAll('.frame')].map(frame => [...frame.querySelectorAll("
+                          "'img')].map(i => Object.values(i.getBoundingClientRect().toJSON())))"):
         assert box[0] == box[1]
     ratios = browser.js("[...document.querySelectorAll('.photo')].map(i => (r => r.width / r.height)"
                         "(i.getBoundingClientRect()))")
@@ -202,19 +203,20 @@ def test_products_are_told_apart(washers, trained, tmp_path, capsys, browser):
         name = f"{file.parent.name}_{file.name}"
         shutil.copy(file, folder / name)
         Image.fromarray(255 - fp.load_image(file)).save(folder / f"negative_{name}")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)).save(folder / "noise.png")
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "noise.png")
     page = tmp_path / "report.html"
     _, table, _ = score(folder, tmp_path / "m.npz", page, capsys)
     browser.open(page.as_uri())
     assert browser.js("document.getElementById('slider').hidden") and browser.errors == []
     names = browser.js("[...document.getElementById('product').options].map(o => o.value)")
-    assert names == ["All products", *many.priors, *(["unknown"] if "unknown" in {c[4] for c in table} else [])]
+    assert names == ["All products", *many.priors, *["unknown"] * ("unknown" in {c[4] for c in table})]
     for i, name in enumerate(names[1:], 1):
         browser.js(f"(s => {{s.selectedIndex = {i}; s.dispatchEvent(new Event('change'))}})"
                    "(document.getElementById('product'))")
         own = [cells for cells in table if cells[4] == name]
-        assert own and browser.js("['total', 'flagged'].map(id => +document.getElementById(id).textContent)") == [
-            len(own), sum(cells[3] == "anomaly" for cells in own)]
+        counts = browser.js("['total', 'flagged'].map(id => +document.getElementById(id).textContent)")
+        assert own and counts == [len(own), sum(cells[3] == "anomaly" for cells in own)]
         shown = browser.js("[...document.querySelectorAll('.card')].filter(c => !c.hidden).map(c => c.title)")
         assert sorted(shown) == sorted(cells[0] for cells in own)
     assert browser.js("document.title") == "fastprior report"
