@@ -376,6 +376,28 @@ def test_a_video_drops_nothing(places, files, model_file, trained):
     assert done.stderr == f"error: {places / 'text.avi'}: no video that OpenCV can read\n"
 
 
+@pytest.mark.parametrize("where", ["judge", "as_line"])
+def test_an_interrupt_while_an_image_is_in_hand(places, files, model_file, monkeypatch, capsys, where):
+    """The signal comes within its scoring, or before its row is out: it is scored, printed and noted."""
+    put(places / "in", files[:5])
+    console, calls = fp._room("console"), []
+    real = getattr(console, where)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(console, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        watch.watch(str(places / "in"), None, model_file, False, None, places / "log", None, .02)
+    rows = [os.path.basename(line.split("\t")[0]) for line in capsys.readouterr().out.splitlines()]
+    journal = [json.loads(e)["path"] for e in watch.default_journal(places / "in").read_text().splitlines()]
+    logged = [os.path.basename(json.loads(r)["path"]) for r in (places / "log").read_text().splitlines()]
+    assert rows == journal == logged == ["000.png", "001.png", "002.png"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_control_c_loses_no_row(places, files, model_file):
     for i in range(300):
         os.link(files[i % 4], places / "in" / f"{i:03}.png")
