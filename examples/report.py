@@ -107,10 +107,10 @@ class Report:
 
 
 def _calibration(prior: fp.Prior) -> dict[str, Any]:
-    """What the page needs to count anew at another threshold."""
+    """What the page needs to count anew at another threshold. Not rounded: the threshold is one of them."""
     t = prior.threshold
-    return {"threshold": t.value, "bound": t.bound, "promise": fp._room("console").promise(prior),
-            "scores": [round(float(s), 6) for s in np.sort(prior.calibration["scores"])]}
+    return {"threshold": t.value, "bound": t.bound,
+            "scores": np.sort(prior.calibration["scores"]).astype(float).tolist()}
 
 
 def _smaller(image: np.ndarray, side: int):

@@ -62,7 +62,7 @@ def test_page_holds_every_row_and_names_as_text_only(images, model_file, trained
     assert len(facts["errors"]) == 1 and "broken <b>.png" in facts["errors"][0]
     product, = facts["products"].values()
     assert product["threshold"] == trained.threshold.value and product["bound"] == trained.threshold.bound
-    assert product["scores"] == pytest.approx(np.sort(trained.calibration["scores"]), abs=1e-6)
+    assert product["scores"] == np.sort(trained.calibration["scores"]).tolist()
     text = page.read_text()
     assert "owned" in text and "<img src=x" not in text
     assert text.count("<script") == 3 == text.count("</script>")
@@ -150,6 +150,10 @@ def test_the_slider_recounts(images, model_file, trained, tmp_path, capsys, brow
     browser.js("document.getElementById('reset').click()")
     browser.frames()
     assert browser.js(f"({text})('flagged')") == str((scores > trained.threshold.value).sum())
+    own = trained.threshold
+    assert browser.js(f"({text})('promise')") == (
+        f"{own.count} held-out good images promise false alarms of {100 * own.expected:.1f} % on average, at "
+        f"most {100 * own.bound:.1f} % with 95 % confidence.")
     t = (np.sort(scores)[-2] + np.sort(scores)[-1]) / 2
     browser.open(f"{page.as_uri()}#t={t}&show=anomaly")
     assert browser.js(f"({text})('flagged')") == "1"
