@@ -18,8 +18,12 @@ weights and the command. Pillow decodes files; torch trains; typer and rich make
 
 Conventions: images are uint8, HxWx3, RGB. Inside, arrays are channels-last and C-contiguous;
 float32 on the fast path, float64 in the references. Names are those of the papers: `x0`, `x_t`,
-`eps` (only ever predicted noise), `v`, `alpha_bar`, `timesteps` (ascending: inversion runs from
+`eps` (noise, drawn or predicted), `v`, `alpha_bar`, `timesteps` (ascending: inversion runs from
 data to noise), `log_prob` and `nll` in nats. N = G*G grid positions, C channels, S pixels a side.
+
+A score's way: `main` -> examples/console.py -> `Prior.load` -> `Prior.score` -> `_frames` -> `_engine` (which
+builds once: `_emit`, `_emit_inversion`, `_emit_denoiser`) -> `Engine.run` of kernels/ -> `Result`; without
+kernels/ `_reference_frames`.
 
 Limits: one product per model, seen from roughly one viewpoint; the density is per grid position,
 so a part that lies anywhere in the frame needs alignment or many good images.
@@ -407,7 +411,7 @@ def mix(x: np.ndarray, w: np.ndarray, act: int = NONE, residual: np.ndarray | No
 
 def rotate_density(h: np.ndarray, w: np.ndarray, b: np.ndarray, x: np.ndarray,
                    coef) -> tuple[np.ndarray, np.ndarray]:
-    """The denoiser's last product, the DDIM rotation and the log-density in one.
+    """The denoiser's last product, the DDIM rotation and the log-density in one: a step of `ddim_invert`.
 
     x' = a x + b_ F with F = h @ w + b, coef = (a, b_); h (N, D), w (D, C), x (N, C).
     Returns x' (N, C) and nll (N,) = |x'|^2 / 2 in nats, less the constant (C/2) log 2 pi.
@@ -419,6 +423,16 @@ def rotate_density(h: np.ndarray, w: np.ndarray, b: np.ndarray, x: np.ndarray,
 def anomaly_map(nll: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
     """Smooth and enlarge in one: rows (H, G) @ nll (G, G) @ cols (W, G).T -> (H, W)."""
     return rows @ nll @ cols.T
+
+
+def _worst_count(share: float, n: int) -> int:
+    return max(1, round(share * n))
+
+
+def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
+    """Mean of the highest `share` of the positions of z (..., N), at least one."""
+    k = _worst_count(share, z.shape[-1])
+    return np.partition(z, -k, -1)[..., -k:].mean(-1)
 
 
 @functools.lru_cache(16)
@@ -569,9 +583,9 @@ def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
 # ------------------------------------------------------------------------------------------------
 
 class Engine(Protocol):
-    """What kernels/cpu.py and kernels/cuda.py offer, each exactly this: a frame is built once, then run.
+    """What fastprior asks of kernels/cpu.py and kernels/cuda.py: a frame is built once, then run.
 
-    Building methods take arrays and return places: opaque values that name so many float32 of an image. C is
+    Building methods take arrays and return places: opaque values that name so many numbers of an image. C is
     padded to whole panels of 32 channels, the `columns`. `run` may be called from several threads.
     """
     device: str
@@ -591,24 +605,25 @@ class Engine(Protocol):
 
     def linear(self, x, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = 0, residual=None,
                lda: int | None = None, from_state: bool = False) -> tuple[Any, int]:
-        """`linear` of n rows, lda floats apart -> place, row length. from_state: x outlived a step."""
+        """`linear` of n rows, lda floats apart -> place, row length. from_state: x is a `state`, or what
+        `features`, `given`, `whiten` and `remove_factors` returned."""
 
     def mix(self, x, d: int, w: np.ndarray, act: int = 0, residual=None) -> Any:
-        """`mix`."""
+        """`mix`: x (n, d), w (m, n) of the places -> (m, d)."""
 
     def layer_norm(self, x, n: int, d: int, gain: np.ndarray, bias: np.ndarray) -> Any:
-        """`layer_norm`."""
+        """`layer_norm`: x (n, d); gain, bias (d,)."""
 
     def state(self, *shape: int) -> Any:
-        """Room for an output."""
+        """float32 of an image's own until the frame ends: what `keep` may hand out."""
 
     def rotate(self, h, d: int, w: np.ndarray, b: np.ndarray, x, n: int, c: int, coef, last: bool, z,
                gain: np.ndarray, offset: np.ndarray) -> None:
         """`rotate_density` in place; at the last step z (N,) = gain |x'|^2 / 2 + offset. d = 0: F = b."""
 
-    def score(self, z, grid: int, worst: int, location: float, scale: float, weight: np.ndarray,
+    def score(self, z, grid: int, worst: int, zero: float, unit: float, weight: np.ndarray,
               offset: np.ndarray, operator: Callable) -> None:
-        """(mean of the `worst` highest z - location) / scale, and the map of weight * z + offset (N,).
+        """(mean of the `worst` highest z - zero) / unit, and the map of weight * z + offset (N,).
 
         `operator(n)` is the map's (n, grid) matrix for a side of n pixels.
         """
@@ -713,6 +728,27 @@ def resolve_device(device: str) -> str:
     return "cpu"
 
 
+def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | None = None) -> Engine | None:
+    with _engine_errors():
+        if device == "cuda":
+            return _engines("cuda").Engine(precision)
+        engines = _cpu_engines()
+        return engines and engines.Engine(threads)
+
+
+def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
+                    threads: int | None = None) -> Engine | None:
+    """Pixels -> tokens, its only output."""
+    e = _new_engine(device, threads=threads)
+    if e is not None:
+        grid = settings.grid
+        with _engine_errors():
+            e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid,
+                   sum(backbone.channels))
+            e.finish()
+    return e
+
+
 # ------------------------------------------------------------------------------------------------
 # Denoiser: a small token network with a view over the positions (reference; torch twin in training)
 # ------------------------------------------------------------------------------------------------
@@ -753,6 +789,34 @@ def denoise(p: dict[str, np.ndarray], x: np.ndarray, t: int) -> np.ndarray:
 
 def _num_mixers(p: dict) -> int:
     return sum(name.endswith("_token1") for name in p)
+
+
+def _emit_inversion(e: Engine, x, n: int, c: int, denoiser: dict | None, timesteps, prediction: str,
+                    gain: np.ndarray, offset: np.ndarray):
+    """x0 (overwritten) -> z (n,), see `Prior.z`."""
+    z = e.state(n)
+    coefficients = rotation(timesteps, prediction)
+    for i, (t, coef) in enumerate(zip(timesteps, coefficients)):
+        h, d, w, b = _emit_denoiser(e, x, n, c, denoiser, int(t))
+        e.rotate(h, d, w, b, x, n, c, coef, i == len(coefficients) - 1, z, gain, offset)
+    return z
+
+
+def _emit_denoiser(e: Engine, x, n: int, c: int, denoiser: dict | None, t: int):
+    """Everything of F(x, t) up to its last product, which `rotate` fuses; F = 0 is a product of depth 0."""
+    if denoiser is None:
+        return 0, 0, np.zeros((0, c)), np.zeros(c)
+    p = _at_time(denoiser, t)
+    channels, d = p["in_w"].shape
+    h, _ = e.linear(x, n, channels, p["in_w"], p["pos"], lda=c, from_state=True)
+    for i in range(_num_mixers(p)):
+        u = e.layer_norm(h, n, d, p[f"mix{i}_norm1_gain"], p[f"mix{i}_norm1_bias"])
+        u = e.mix(u, d, p[f"mix{i}_token1"], SILU)
+        h = e.mix(u, d, p[f"mix{i}_token2"], NONE, h)
+        u = e.layer_norm(h, n, d, p[f"mix{i}_norm2_gain"], p[f"mix{i}_norm2_bias"])
+        u, m = e.linear(u, n, d, p[f"mix{i}_w1"], p[f"mix{i}_b1"], SILU)
+        h, _ = e.linear(u, n, m, p[f"mix{i}_w2"], p[f"mix{i}_b2"], NONE, h)
+    return e.layer_norm(h, n, d, p["norm_gain"], p["norm_bias"]), d, p["out_w"], p["out_b"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -950,31 +1014,6 @@ def conformal_threshold(calibration: np.ndarray, fpr: float, value: float | None
     beta = max(scores.std(ddof=1), 1e-12) * math.sqrt(6) / math.pi
     estimate = scores.mean() - beta * (np.euler_gamma + math.log(-math.log1p(-fpr)))
     return Threshold(float(value), fpr, k, n, float(estimate))
-
-
-def trade_off(good: np.ndarray, bad: np.ndarray) -> list[tuple[float, float, float, float, str]]:
-    """Thresholds, the false-alarm rate that good scores promise on average and at most, and bad missed.
-
-    One for each of a few rates, and the one with the smallest sum of both errors: the middle of the widest
-    gap between neighbouring scores that reaches it. That one was chosen by looking, so its rate is held by a
-    bound for all thresholds at once: Dvoretzky, Kiefer, Wolfowitz, with Massart's constant, 95 %.
-    """
-    good, bad = np.sort(good), np.sort(bad)
-    slack = math.sqrt(math.log(1 / .05) / 2 / len(good))
-    rows = []
-    for fpr in (.1, .05, .02, .01):
-        t = conformal_threshold(good, fpr)
-        rows.append((t.value, t.expected, t.bound, float(np.mean(bad <= t.value)), ""))
-    every = np.unique(np.r_[good, bad])
-    middles, gaps = (every[1:] + every[:-1]) / 2, np.diff(every)
-    wrong = (1 + len(good) - np.searchsorted(good, middles, side="right")) / (len(good) + 1)
-    missed = np.searchsorted(bad, middles, side="right") / len(bad)
-    total = wrong + missed
-    best = max(np.flatnonzero(total <= total.min() + 1e-12), key=lambda i: gaps[i])
-    rows.append((float(middles[best]), float(wrong[best]),
-                 min(1.0, float(np.mean(good > middles[best])) + slack),
-                 float(missed[best]), "proposed"))
-    return sorted(set(rows))
 
 
 def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) -> str:
@@ -1249,6 +1288,11 @@ def find_images(path: str | os.PathLike, without: str = "") -> list[Path]:
     return _room("folders").find_images(path, without)
 
 
+def image_key(image: np.ndarray) -> str:
+    """A short hash of the pixels of uint8 (H, W, 3): what tells images apart, whatever their names."""
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()[:16]
+
+
 def jitter(image: np.ndarray, rng: np.random.Generator, light: float = .15,
            shift: float = .03) -> tuple[np.ndarray, tuple[float, float]]:
     """Brightness and contrast within +-light; and a shift (rows, columns) within +-shift of a side.
@@ -1412,7 +1456,7 @@ def _check_arrays(given: dict, shapes: dict[str, str], **sizes: int) -> dict[str
     return sizes
 
 
-_CALIBRATION_SHAPES = dict(location="n", scale="n", moments="3", scores="s", peaks="s")
+_CALIBRATION_SHAPES = dict(gain="n", offset="n", moments="3", scores="s", peaks="s")
 _DENOISER_SHAPES = dict(in_w="cd", pos="nd", time_w="tk", time_b="k", shift_w="kd", gain_w="kc",
                         norm_gain="d", norm_bias="d", out_w="dc", out_b="c")
 _MIXER_SHAPES = dict(token1="mn", token2="nm", w1="de", b1="e", w2="ed", b2="d",
@@ -1436,7 +1480,7 @@ def _check_model(p: Prior) -> None:
     for steps, own in p.calibrations.items():
         select_timesteps(steps, settings.first, settings.last)
         rising = len(own["scores"]) > 1 and all((np.diff(own[k]) >= 0).all() for k in ("scores", "peaks"))
-        if not (rising and own["scale"].min() > 0 and own["moments"][1] > 0 and own["moments"][2] >= 0):
+        if not (rising and own["gain"].min() > 0 and own["moments"][1] > 0 and own["moments"][2] >= 0):
             raise ModelError(f"calibration/{steps}: scales are not above zero, or scores do not rise")
     d, hidden = sizes.get("d", 0), sum(size for k, size in sizes.items() if k.isupper())
     floats, side = settings.steps * (3 * (mixers + 1) * n * d + max(n, d) * hidden), settings.size // 2
@@ -1471,11 +1515,11 @@ def _largest_number(p: Prior) -> float:
         x += p.settings.steps * f * (1 + time * w["gain_w"])  # a rotation turns x and F
         q = max(max(a.shape) * max(most(a), 1) for a in p.denoiser.values())  # a mixer adds 6 q^3 at most
         h = x * w["in_w"] + w["pos"] + time * w["shift_w"] + 6 * _num_mixers(w) * q * q * q
-    z = c * x * x * max(1, most(own["scale"])) + most(own["location"])
-    mean, deviation, zero = map(float, own["moments"])
+    z = c * x * x * max(1, most(own["gain"])) + most(own["offset"])
+    middle, spread, zero = map(float, own["moments"])
     span = max(float(own["peaks"][0]), 1.001 * zero) - zero  # of a map at any false-alarm rate, at least
-    on_map = (z / float(own["scale"].min()) + zero) / span if span > 0 else math.inf
-    return max(z, h * h, on_map, (z + abs(mean)) / deviation)
+    on_map = (z / float(own["gain"].min()) + zero) / span if span > 0 else math.inf
+    return max(z, h * h, on_map, (z + abs(middle)) / spread)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1531,7 +1575,7 @@ class Settings:
                    "fpr": [1e-9, 1 - 1e-9], "threshold": [-1e9, 1e9]}
         for name, of in allowed.items():
             v, low, high = getattr(self, name), of[0], of[-1]
-            good, expected = type(v) in (int, str) and v in of, f"{low!r} or {high!r}"
+            good, expected = type(v) is type(low) and v in of, f"{low!r} or {high!r}"
             if isinstance(of, range):
                 kind = "an integer" if of.step == 1 else f"a multiple of {of.step}"
                 expected = f"{kind} from {low} to {high}"
@@ -1566,11 +1610,11 @@ class Frames(NamedTuple):
 class Result:
     """What one image got. On a GPU an attribute waits and copies when it is first read.
 
-    score : standard deviations above the mean of held-out good images (0 is an average good part).
+    score : how far above the median held-out good image, in units of their spread (IQR / 1.349).
     p_value : share of held-out good images that score as high, conformal.
     is_anomaly : unless the score is known to be at most the threshold.
-    anomaly_map : float32 (H, W) at the image's own size, the nll of each place: 0 is the average of
-        good images, 1 the map's threshold: at the false-alarm rate a good image's maximum exceeds it.
+    anomaly_map : float32 (H, W) at the image's own size, the nll of each place: 0 is the median
+        of good images, 1 the map's threshold: at the false-alarm rate a good image's maximum exceeds it.
         None if not asked for.
     device_map : the same as the engine has it; on a GPU a CuPy array, ordered on the call's stream.
     product : of a model of several products, the one this image was taken for.
@@ -1639,6 +1683,13 @@ def find_regions(anomaly_map: np.ndarray | None) -> list[Region]:
         peak = float(anomaly_map[y, x][inside].max())
         regions.append(Region(x.start, y.start, x.stop, y.stop, int(inside.sum()), peak))
     return sorted(regions, key=lambda r: -r.peak)
+
+
+def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings,
+                      shift=(0.0, 0.0)) -> np.ndarray:
+    """uint8 (H, W, 3) -> features (N, C) by the reference operations."""
+    x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift, np.float32)
+    return backbone.features(x, settings.grid)
 
 
 class Prior:
@@ -1762,8 +1813,8 @@ class Prior:
         calibrations = {}
         for steps, own in self.calibrations.items():
             rows = np.array(z[steps], np.float64)
-            nll = (rows - own["location"]) / own["scale"]
-            calibrations[steps] = {"location": own["location"], "scale": own["scale"],
+            nll = (rows - own["offset"]) / own["gain"]
+            calibrations[steps] = {"gain": own["gain"], "offset": own["offset"],
                                    **_read_scores(worst_mean(rows, self.settings.worst), nll, self.settings)}
         return self._with(dataclasses.replace(self.settings, **settings), calibrations,
                           self.summary | {"calibrated_on": count, "unreadable": unreadable[:20]})
@@ -1843,23 +1894,23 @@ class Prior:
         if self.factors is not None:
             x = e.remove_factors(x, n, columns, self.factors)
         z = _emit_inversion(e, x, n, columns, self.denoiser, self.timesteps, self.prediction,
-                            self.calibration["scale"], self.calibration["location"])
-        location, scale = self.calibration["moments"][:2]
-        e.score(z, self.grid, max(1, round(self.settings.worst * n)), location, scale, *self._map_weights(),
+                            self.calibration["gain"], self.calibration["offset"])
+        zero, unit = self.calibration["moments"][:2]
+        e.score(z, self.grid, _worst_count(self.settings.worst, n), zero, unit, *self._map_weights(),
                 self._map_operator)
         e.keep(z, n)
         e.finish()
 
     def _image_scores(self, z: np.ndarray) -> np.ndarray:
-        location, scale = self.calibration["moments"][:2]
-        return (worst_mean(z, self.settings.worst) - location) / scale
+        zero, unit = self.calibration["moments"][:2]
+        return (worst_mean(z, self.settings.worst) - zero) / unit
 
     def _map_weights(self) -> tuple[np.ndarray, np.ndarray]:
         """weight, offset (N,) that turn z back into nll, in the unit of the map (see `Result`)."""
         zero = self.calibration["moments"][2]
         one = max(conformal_threshold(self.calibration["peaks"], self.settings.fpr).value, zero * 1.001)
-        scale, location = self.calibration["scale"], self.calibration["location"]
-        return 1 / (scale * (one - zero)), -(location / scale + zero) / (one - zero)
+        gain, offset = self.calibration["gain"], self.calibration["offset"]
+        return 1 / (gain * (one - zero)), -(offset / gain + zero) / (one - zero)
 
     def _map_operator(self, n_out: int) -> np.ndarray:
         return map_operator(self.grid, n_out, self.settings.smooth)
@@ -1879,7 +1930,7 @@ class Prior:
 
     def log_likelihood(self, z: np.ndarray) -> np.ndarray:
         """What `z` returns (B, N) -> log-density of the features (B,) in nats, less a constant."""
-        nll = (z - self.calibration["location"]) / self.calibration["scale"]
+        nll = (z - self.calibration["offset"]) / self.calibration["gain"]
         return self._log_determinant - nll.sum(-1, dtype=np.float64)
 
     @functools.cached_property
@@ -1903,8 +1954,8 @@ class Prior:
         for i, image in enumerate(pixels):
             x0 = _reference_tokens(image, self.backbone, self.settings) if tokens is None else tokens[i]
             x_T = self.latent(x0)
-            rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["scale"]
-                        + self.calibration["location"])
+            rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["gain"]
+                        + self.calibration["offset"])
             if with_map:
                 weight, offset = self._map_weights()
                 cells = (weight * rows[-1] + offset).reshape(self.grid, self.grid).astype(np.float32)
@@ -1914,50 +1965,7 @@ class Prior:
         return Frames(self._image_scores(z), maps or [None] * len(rows), [z])
 
 
-def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings,
-                      shift=(0.0, 0.0)) -> np.ndarray:
-    """uint8 (H, W, 3) -> features (N, C) by the reference operations."""
-    x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift, np.float32)
-    return backbone.features(x, settings.grid)
-
-
-def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | None = None) -> Engine | None:
-    with _engine_errors():
-        if device == "cuda":
-            return _engines("cuda").Engine(precision)
-        engines = _cpu_engines()
-        return engines and engines.Engine(threads)
-
-
-def _emit_inversion(e: Engine, x, n: int, c: int, denoiser: dict | None, timesteps, prediction: str,
-                    scale: np.ndarray, location: np.ndarray):
-    """x0 (overwritten) -> z (n,), see `Prior.z`."""
-    z = e.state(n)
-    coefficients = rotation(timesteps, prediction)
-    for i, (t, coef) in enumerate(zip(timesteps, coefficients)):
-        h, d, w, b = _emit_denoiser(e, x, n, c, denoiser, int(t))
-        e.rotate(h, d, w, b, x, n, c, coef, i == len(coefficients) - 1, z, scale, location)
-    return z
-
-
-def _emit_denoiser(e: Engine, x, n: int, c: int, denoiser: dict | None, t: int):
-    """Everything of F(x, t) up to its last product, which `rotate` fuses; F = 0 is a product of depth 0."""
-    if denoiser is None:
-        return 0, 0, np.zeros((0, c)), np.zeros(c)
-    p = _at_time(denoiser, t)
-    channels, d = p["in_w"].shape
-    h, _ = e.linear(x, n, channels, p["in_w"], p["pos"], lda=c, from_state=True)
-    for i in range(_num_mixers(p)):
-        u = e.layer_norm(h, n, d, p[f"mix{i}_norm1_gain"], p[f"mix{i}_norm1_bias"])
-        u = e.mix(u, d, p[f"mix{i}_token1"], SILU)
-        h = e.mix(u, d, p[f"mix{i}_token2"], NONE, h)
-        u = e.layer_norm(h, n, d, p[f"mix{i}_norm2_gain"], p[f"mix{i}_norm2_bias"])
-        u, m = e.linear(u, n, d, p[f"mix{i}_w1"], p[f"mix{i}_b1"], SILU)
-        h, _ = e.linear(u, n, m, p[f"mix{i}_w2"], p[f"mix{i}_b2"], NONE, h)
-    return e.layer_norm(h, n, d, p["norm_gain"], p["norm_bias"]), d, p["out_w"], p["out_b"]
-
-
-_FOREIGN = 4.0
+_FOREIGN = 4.0  # deviations of half an image's places, see `MultiPrior`
 
 
 class MultiPrior:
@@ -1975,8 +1983,10 @@ class MultiPrior:
                              f"got {sorted(kinds)}")
         if len({p.settings.bits for p in priors.values()} - {None}) > 1:
             raise ModelError("products of one model need one depth of their 16-bit images (bits)")
-        if not all(isinstance(k, str) and 0 < len(k) < 256 and k.isprintable() for k in priors):
-            raise ModelError(f"products: expected printable names of 1 to 255 letters, got {[*priors]!r:.90}")
+        if not all(isinstance(k, str) and 0 < len(k) < 256 and k.isprintable() and k != "unknown"
+                   for k in priors):
+            raise ModelError(f"products: expected printable names of 1 to 255 letters, not 'unknown', got "
+                             f"{[*priors]!r:.90}")
         self.priors = priors
         first = next(iter(priors.values()))
         self.backbone, self.settings, self.grid = first.backbone, first.settings, first.grid
@@ -2021,19 +2031,6 @@ class MultiPrior:
             return self._built.run(pixels, outputs=True).outputs[0]
 
 
-def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
-                    threads: int | None = None) -> Engine | None:
-    """Pixels -> tokens, its only output."""
-    e = _new_engine(device, threads=threads)
-    if e is not None:
-        grid = settings.grid
-        with _engine_errors():
-            e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid,
-                   sum(backbone.channels))
-            e.finish()
-    return e
-
-
 def _bits(model: "Prior | MultiPrior") -> int | None:
     return next((prior.settings.bits for prior in _products(model).values() if prior.settings.bits), None)
 
@@ -2064,12 +2061,6 @@ def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, re
         yield places, arrays
 
 
-def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
-    """Mean of the highest `share` of the positions of z (..., N), at least one."""
-    k = max(1, round(share * z.shape[-1]))
-    return np.partition(z, -k, -1)[..., -k:].mean(-1)
-
-
 # ------------------------------------------------------------------------------------------------
 # Fitting: features -> Gaussians of every fold -> denoiser -> calibration
 # ------------------------------------------------------------------------------------------------
@@ -2084,12 +2075,6 @@ Progress = Callable[[str, int, int], None]  # (what, done, of how many)
 
 def _quiet(what: str, done: int, total: int) -> None:
     pass
-
-
-def image_key(image: np.ndarray) -> str:
-    """A short hash of the pixels of uint8 (H, W, 3): what tells images apart, whatever their names."""
-    import hashlib
-    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()[:16]
 
 
 class Extracted(NamedTuple):
@@ -2205,7 +2190,7 @@ def _nll_of(x0: np.ndarray, denoiser: dict | None, timesteps, prediction: str,
 
 
 def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
-    """From held-out good nll (n, N): per-position location and scale, and what scores and maps are read by.
+    """From held-out good nll (n, N): per-position gain and offset of z, and what scores and maps are read by.
 
     Each position's deviation is averaged (in variance) with the mean over positions: with few
     images it is noisy, and a position that never varies must not shout. An image's own score is
@@ -2219,8 +2204,8 @@ def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
     def deviation(v):
         return np.sqrt(.5 * v + .5 * v.mean(-1, keepdims=True)) + 1e-12
     z = away * (n / (n - 1)) / deviation(others)
-    scale = 1 / deviation(variance)
-    return {"location": (-mean * scale).astype(np.float32), "scale": scale.astype(np.float32),
+    gain = 1 / deviation(variance)
+    return {"gain": gain.astype(np.float32), "offset": (-mean * gain).astype(np.float32),
             **_read_scores(worst_mean(z, settings.worst), nll, settings)}
 
 
@@ -2350,7 +2335,7 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
         own = _calibrate(_nll_of(x0[w.clean], denoiser, grid, prediction, threads), config)
         if len(w.fresh):  # zero and unit of each place from all others: to these images it is all new
             nll = _nll_of(w.fresh, denoiser, grid, prediction, threads)
-            own |= _read_scores(worst_mean(nll * own["scale"] + own["location"], config.worst), nll, config)
+            own |= _read_scores(worst_mean(nll * own["gain"] + own["offset"], config.worst), nll, config)
         calibrations[steps] = own
         progress("calibration", len(calibrations), len({config.steps, *_CALIBRATED_STEPS}))
     whitener = pack_lower(whitener) if whitener.ndim == 3 else whitener
@@ -2546,47 +2531,12 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, ite
                     break
             progress("training", i, iterations)
     except KeyboardInterrupt:
-        print("interrupted: keeping the best weights so far", file=sys.stderr)
+        _log.warning("interrupted: keeping the best weights so far")
     if not math.isfinite(best_loss):
         raise FastPriorError("training diverged: the held-out loss is not finite; try another seed")
     report = {"iterations": best_at, "iterations_run": i, "loss_start": round(start, 5),
               "loss": round(best_loss, 5)}
     return {k: v.numpy().copy() for k, v in best.items()}, report
-
-
-# ------------------------------------------------------------------------------------------------
-# Heat maps
-# ------------------------------------------------------------------------------------------------
-
-# matplotlib's "inferno" at nine points, interpolated: dark for little, bright for much
-_INFERNO = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
-                     [249, 140, 10], [249, 201, 50], [252, 255, 164]], np.float64)
-
-
-def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions: "Iterable[Region]" = ()) -> np.ndarray:
-    """Blend an anomaly map into its image and frame regions: uint8 (H, W, 3), (H, W) -> uint8 (H, W, 3).
-
-    The scale is logarithmic and the same for every image: colour begins at 0.3 of the threshold,
-    about what a good image reaches somewhere, and is full at 10 times it.
-    """
-    out = np.empty_like(image)
-    rows = max(1, (1 << 20) // image.shape[1])  # strips: the steps between are many times larger
-    for part in (slice(y, y + rows) for y in range(0, len(image), rows)):
-        strength = np.clip(np.log(np.maximum(anomaly_map[part], 1e-6) / .3) / math.log(10 / .3), 0, 1)
-        at = strength * (len(_INFERNO) - 1)
-        colour = np.stack([np.interp(at, np.arange(len(_INFERNO)), _INFERNO[:, c]) for c in range(3)], -1)
-        alpha = np.clip(strength * 5, 0, .65)[..., None]
-        out[part] = np.rint(image[part] * (1 - alpha) + colour * alpha).astype(np.uint8)
-    line = max(1, min(image.shape[:2]) // 256)
-    for r in regions:
-        box = out[r.top:r.bottom, r.left:r.right]
-        for edge in (box[:line], box[-line:], box[:, :line], box[:, -line:]):
-            edge[...] = 255
-    return out
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2695,7 +2645,7 @@ def _build_app():
               device: str = device_option, threads: int = threads_option):
         """Score images: path, score, p-value, verdict. Exit code 0: all good, 1: anomalies, 2: errors.
 
-        The score counts standard deviations above the average held-out good image; the p-value is the
+        The score counts deviations above the median held-out good image; the p-value is the
         share of held-out good images that score as high. Regions are where the map is above its own
         threshold, set for the same false-alarm rate.
 
@@ -2755,6 +2705,21 @@ def _build_app():
         """
         _room("folders").check_output(output)
         console.calibrate(good, model, output, known_bad, fpr, threshold, device, threads)
+
+    @app.command()
+    def export(output: Path = typer.Argument(..., help="File to write (.onnx)."),
+               model: Path = typer.Option(..., "-m", "--model", help="Model file to export."),
+               product: str = typer.Option(None, help="Which one, of a model of several."),
+               steps: int = typer.Option(None, help="DDIM inversion steps (default: the model's)."),
+               fpr: float = typer.Option(None, help="False-alarm rate to judge at (default: the model's).")):
+        """Write a model as one ONNX graph (opset 17): pixels in, score and map out.
+
+        Pixels are uint8, N x H x W x 3, RGB, of any size: the graph resizes them, as fastprior does.
+        Threshold, verdict rule, promise and what to feed are in the file's metadata.
+
+        Example: fastprior export -m part.npz part.onnx
+        """
+        _room("export").export(model, output, product, steps=steps, fpr=fpr)
 
     @app.command()
     def bench(steps: str = typer.Option("2", help="DDIM inversion steps, several with commas: 1,2,3,5,10."),

@@ -277,6 +277,10 @@ def evaluate(prior, category: Category, progress: Callable = lambda *_: None) ->
 # The grid: backbones x numbers of images x variants x steps, over categories and seeds
 # ------------------------------------------------------------------------------------------------
 
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
+
+
 VARIANTS = {  # settings, and training steps (None: as many as asked for)
     "gaussian": ({"factors": 0}, 0),  # each place alone
     "joint": ({}, 0),  # and the factors that places share
@@ -300,7 +304,7 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
     def kept(kind: str, *key) -> Path:
         digest = common.copy()
         digest.update(json.dumps(key).encode())
-        return fp._cache_folder() / f"{category.name}-{kind}-{digest.hexdigest()[:24]}.npz"
+        return _cache_folder() / f"{category.name}-{kind}-{digest.hexdigest()[:24]}.npz"
 
     @functools.cache
     def features() -> fp.Extracted:
@@ -311,7 +315,7 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
             made = fp.extract_features(category.train, config, backbone, threads, progress)
             header, arrays = {"keys": made.keys}, {"features": made.features, "owner": made.owner,
                                                    "sources": np.array(made.sources)}
-            file.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(0o700, parents=True, exist_ok=True)
             fp._write_npz(file, header, arrays)
         return fp.Extracted(arrays["features"], arrays["owner"], header["keys"], arrays["sources"].tolist(),
                             0, [])
@@ -606,10 +610,10 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
     settings = fp.Settings(backbone=backbone, size=size)
     settings.check()
     net = fp.load_backbone(backbone)
-    n, c = (size // 16) ** 2, sum(net.channels)
+    n, c = settings.grid ** 2, sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // fp._PANEL)
     denoiser = fp.initial_denoiser(n, c, settings)
-    calibration = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32),
+    calibration = {"gain": np.ones(n, np.float32), "offset": np.zeros(n, np.float32),
                    "moments": np.array([0., 1., 0.]), "scores": np.arange(100.), "peaks": np.arange(1., 101.)}
     counts = panels * (panels + 1) // 2, panels * -(-settings.factors // fp._PANEL)
     whitener, factors = (
@@ -759,7 +763,7 @@ def onnxruntime(backbone, size: int, threads: int) -> Callable[[], list]:
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(to_onnx(backbone, size), options, ["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(_onnx(backbone, size), options, ["CPUExecutionProvider"])
     image = {"image": _noise(size)}
     return lambda: session.run(None, image)
 
@@ -767,7 +771,7 @@ def onnxruntime(backbone, size: int, threads: int) -> Callable[[], list]:
 def openvino(backbone, size: int, threads: int) -> Callable[[], list]:
     import openvino
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(to_onnx(backbone, size)), "CPU", {
+    compiled = core.compile_model(core.read_model(_onnx(backbone, size)), "CPU", {
         "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
     request, image = compiled.create_infer_request(), {"image": _noise(size)}
     return lambda: list(request.infer(image, share_inputs=True, share_outputs=True).values())
@@ -827,6 +831,10 @@ def torch(backbone, size: int, threads: int, device: str = "cpu", x: np.ndarray 
 RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino, "torch": torch}
 
 
+def _onnx(backbone, size: int) -> bytes:
+    return fp._room("export").backbone_model(backbone, size)
+
+
 def _noise(size: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
 
@@ -844,52 +852,6 @@ def torch_cuda(backbone, size: int) -> dict[str, Callable[[], Any]]:
         eager()
     return {"torch": lambda: (eager(), runtime.cuda.synchronize()),
             "torch_graph": lambda: (graph.replay(), runtime.cuda.synchronize())}
-
-
-def to_onnx(backbone, size: int) -> bytes:
-    """ONNX model: float32 (1, 3, size, size), normalised -> the stage outputs, (1, C, h, w) each."""
-    from onnx import TensorProto, helper, numpy_helper
-    nodes, weights = [], []
-
-    def tensor(a):
-        weights.append(numpy_helper.from_array(np.ascontiguousarray(a, np.float32), f"w{len(weights)}"))
-        return weights[-1].name
-
-    def node(kind, *inputs, **attributes):
-        nodes.append(helper.make_node(kind, inputs, [f"x{len(nodes)}"], **attributes))
-        return nodes[-1].output[0]
-
-    def conv(x, w, b, stride=1, group=1):
-        return node("Conv", x, tensor(w), tensor(b), strides=[stride] * 2, group=group, auto_pad="SAME_UPPER")
-
-    def activate(x, act):
-        if act == fp.RELU6:
-            return node("Clip", x, tensor(0.0), tensor(6.0))
-        return node("Mul", x, node("Sigmoid", x))
-
-    def pointwise(x, w, b):
-        return conv(x, w.T[:, :, None, None], b)
-
-    x = activate(conv("image", backbone.stem_w.transpose(3, 2, 0, 1), backbone.stem_b, 2), backbone.act)
-    outputs = []
-    for i, block in enumerate(backbone.blocks):
-        p, y = block.arrays, x
-        if "expand_w" in p:
-            y = activate(pointwise(y, p["expand_w"], p["expand_b"]), block.act)
-        y = conv(y, p["dw_w"].transpose(2, 0, 1)[:, None], p["dw_b"], block.stride, p["dw_b"].size)
-        y = activate(y, block.act)
-        if "se_reduce_w" in p:
-            s = activate(pointwise(node("GlobalAveragePool", y), p["se_reduce_w"], p["se_reduce_b"]), fp.SILU)
-            y = node("Mul", y, node("Sigmoid", pointwise(s, p["se_expand_w"], p["se_expand_b"])))
-        y = pointwise(y, p["project_w"], p["project_b"])
-        x = node("Add", y, x) if block.skip else y
-        if i in backbone.stages:
-            outputs.append(x)
-    graph = helper.make_graph(
-        nodes, backbone.name, [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, size, size])],
-        [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return model.SerializeToString()
 
 
 if __name__ == "__main__":

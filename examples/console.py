@@ -223,7 +223,7 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
                 if page:
                     page.add(path, image, r)
                 if map_folder:
-                    drawn = fp.overlay(image, r.anomaly_map, r.regions)
+                    drawn = overlay(image, r.anomaly_map, r.regions)
                     row["map"] = folders.write_png(map_folder, name, "map", drawn, path)
                 if mask_folder:
                     mask = (r.anomaly_map > 1).astype(np.uint8) * 255
@@ -279,11 +279,63 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
     say(promise(prior))
     if known_bad:
         print("threshold\tfalse alarms\tat most\tmissed")
-        for t, wrong, most, missed, note in fp.trade_off(prior.calibration["scores"], np.array(bad)):
+        for t, wrong, most, missed, note in trade_off(prior.calibration["scores"], np.array(bad)):
             print(f"{t:.2f}\t{wrong:.1%}\t{most:.1%}\t{missed:.1%}\t{note}".rstrip())
         say("to use one: fastprior score --threshold, or calibrate --threshold")
     else:
         print(output)
+
+
+# matplotlib's "inferno" at nine points, interpolated: dark for little, bright for much
+INFERNO = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
+                     [249, 140, 10], [249, 201, 50], [252, 255, 164]], np.float64)
+
+
+def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions=()) -> np.ndarray:
+    """Blend an anomaly map into its image and frame regions: uint8 (H, W, 3), (H, W) -> uint8 (H, W, 3).
+
+    The scale is logarithmic and the same for every image: colour begins at 0.3 of the threshold,
+    about what a good image reaches somewhere, and is full at 10 times it.
+    """
+    out = np.empty_like(image)
+    rows = max(1, (1 << 20) // image.shape[1])  # strips: the steps between are many times larger
+    for part in (slice(y, y + rows) for y in range(0, len(image), rows)):
+        strength = np.clip(np.log(np.maximum(anomaly_map[part], 1e-6) / .3) / math.log(10 / .3), 0, 1)
+        at = strength * (len(INFERNO) - 1)
+        colour = np.stack([np.interp(at, np.arange(len(INFERNO)), INFERNO[:, c]) for c in range(3)], -1)
+        alpha = np.clip(strength * 5, 0, .65)[..., None]
+        out[part] = np.rint(image[part] * (1 - alpha) + colour * alpha).astype(np.uint8)
+    line = max(1, min(image.shape[:2]) // 256)
+    for r in regions:
+        box = out[r.top:r.bottom, r.left:r.right]
+        for edge in (box[:line], box[-line:], box[:, :line], box[:, -line:]):
+            edge[...] = 255
+    return out
+
+
+def trade_off(good: np.ndarray, bad: np.ndarray) -> list[tuple[float, float, float, float, str]]:
+    """Thresholds, the false-alarm rate that good scores promise on average and at most, and bad missed.
+
+    One for each of a few rates, and the one with the smallest sum of both errors: the middle of the widest
+    gap between neighbouring scores that reaches it. That one was chosen by looking, so its rate is held by a
+    bound for all thresholds at once: Dvoretzky, Kiefer, Wolfowitz, with Massart's constant, 95 %.
+    """
+    good, bad = np.sort(good), np.sort(bad)
+    slack = math.sqrt(math.log(1 / .05) / 2 / len(good))
+    rows = []
+    for fpr in (.1, .05, .02, .01):
+        t = fp.conformal_threshold(good, fpr)
+        rows.append((t.value, t.expected, t.bound, float(np.mean(bad <= t.value)), ""))
+    every = np.unique(np.r_[good, bad])
+    middles, gaps = (every[1:] + every[:-1]) / 2, np.diff(every)
+    wrong = (1 + len(good) - np.searchsorted(good, middles, side="right")) / (len(good) + 1)
+    missed = np.searchsorted(bad, middles, side="right") / len(bad)
+    total = wrong + missed
+    best = max(np.flatnonzero(total <= total.min() + 1e-12), key=lambda i: gaps[i])
+    rows.append((float(middles[best]), float(wrong[best]),
+                 min(1.0, float(np.mean(good > middles[best])) + slack),
+                 float(missed[best]), "proposed"))
+    return sorted(set(rows))
 
 
 def info(model: Path | None, as_json: bool) -> None:

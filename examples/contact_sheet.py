@@ -28,7 +28,7 @@ for path in fp._room("folders").find_all(args.paths).images:
     image = fp.load_image(path)
     result = prior.score(image)
     pair = [Image.fromarray(a).resize((args.cell, args.cell), Image.LANCZOS)
-            for a in (image, fp.overlay(image, result.anomaly_map))]
+            for a in (image, fp._room("console").overlay(image, result.anomaly_map))]
     tile = Image.new("RGB", (args.cell, 2 * args.cell + 22), "white")
     tile.paste(pair[0], (0, 0))
     tile.paste(pair[1], (0, args.cell))

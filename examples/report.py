@@ -48,7 +48,7 @@ class Report:
                       "products": {name: _calibration(own) for name, own in fp._products(prior).items()}}
         script = PAGE.partition("<script>")[2].partition("</script>")[0]
         policy = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        tables = [" ".join(f"{v / 255:.3f}" for v in channel) for channel in fp._INFERNO.T]
+        tables = [" ".join(f"{v / 255:.3f}" for v in channel) for channel in fp._room("console").INFERNO.T]
         head, self.tail = PAGE.replace("@@HASH", policy).split("@@ROWS")
         for channel, table in zip("RGB", tables):
             head = head.replace(f"@@{channel}", table)
@@ -123,7 +123,7 @@ def _smaller(image: np.ndarray, side: int):
 
 
 def _strength(anomaly_map: np.ndarray):
-    """float32 (H, W) -> a small grey Pillow image, on the scale of `fp.overlay`."""
+    """float32 (H, W) -> a small grey Pillow image, on the scale of console.py's `overlay`."""
     from PIL import Image
     small = np.asarray(_smaller(anomaly_map, MAP_SIDE))
     strength = np.log(np.maximum(small, 1e-6) / .3) / math.log(10 / .3)

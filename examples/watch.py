@@ -161,7 +161,7 @@ class Watch:
         unwritten = []
         if r is not None and r.is_anomaly and self.keep is not None:
             try:
-                drawn = fp.overlay(frame.image, r.anomaly_map, r.regions)
+                drawn = console.overlay(frame.image, r.anomaly_map, r.regions)
                 for kind, pixels in (("ng", frame.image), ("map", drawn)):
                     row[kind] = fp._room("folders").write_png(self.keep, frame.name, kind, pixels,
                                                               Path(frame.owner))

@@ -1033,7 +1033,7 @@ _ROTATE = _fields("operation h d w bias x n c coef out z gain offset scratch")
 
 @_kernel(_ROTATE)
 def _rotate(row, band, bands, ws, own, state, image, batch, state_stride):
-    """The denoiser's last product, DDIM rotation and log-density; F never leaves the cache.
+    """The denoiser's last product, DDIM rotation and log-density (`rotate_density`); F never leaves the cache.
 
     out < 0: the last step, only z = gain |x'|^2 / 2 + offset leaves.
     """
@@ -1041,7 +1041,7 @@ def _rotate(row, band, bands, ws, own, state, image, batch, state_stride):
     d, n, c, out = p.d, p.n, p.c, p.out
     work = own + 4 * p.scratch
     ab = _floats(p.coef, 2)
-    keep, turn = ab[0], ab[1]
+    a, b = ab[0], ab[1]
     gain, offset, z = _floats(p.gain, n), _floats(p.offset, n), _floats(state + 4 * p.z, n)
     i, last = band * n // bands, (band + 1) * n // bands
     while i < last:
@@ -1049,17 +1049,16 @@ def _rotate(row, band, bands, ws, own, state, image, batch, state_stride):
         _matmul(ws + 4 * (p.h + i * d), d, count, d, p.w, 0, c, p.bias, 0, 0, 0, work, c, NONE)
         for r in range(count):
             f, x = _floats(work + 4 * r * c, c), _floats(state + 4 * (p.x + (i + r) * c), c)
-            square = np.float32(0)
             if out >= 0:
                 to = _floats(state + 4 * (out + (i + r) * c), c)
                 for j in range(c):
-                    to[j] = keep * x[j] + turn * f[j]
-                    square += to[j] * to[j]
+                    to[j] = a * x[j] + b * f[j]
             else:
+                square = np.float32(0)
                 for j in range(c):
-                    y = keep * x[j] + turn * f[j]
+                    y = a * x[j] + b * f[j]
                     square += y * y
-            z[i + r] = np.float32(.5) * square * gain[i + r] + offset[i + r]
+                z[i + r] = np.float32(.5) * square * gain[i + r] + offset[i + r]
         i += count
 
 
@@ -1138,6 +1137,7 @@ def _mix(row, band, bands, ws, own, state, image, batch, state_stride):
 # `left` (claims) and `done` lie on cache lines of their own; the job is written when no claim is open.
 _JOB = _fields("rows length whole_first whole_last workspace stride states table batch state_stride bands "
                "total left done taken quit give_way post wait")
+_ANY = _fields("operation")  # every row begins with it
 _ROW_BYTES = 8 * 24  # from one row of a program or of the image table to the next
 _SPINS = 4000  # pauses before a thread that waits gives its core away or sleeps, some 100 us
 
@@ -1179,7 +1179,7 @@ def _work(job, thread):
             b = index - first
             for k in range(start, stop):
                 row = rows + _ROW_BYTES * k
-                _call(_row(row, _RESIZE).operation, row, 0, 1, own, own, p.states + 4 * b * p.state_stride,
+                _call(_row(row, _ANY).operation, row, 0, 1, own, own, p.states + 4 * b * p.state_stride,
                       p.table + _ROW_BYTES * b, 1, p.state_stride)
         else:
             step, band = (index - first) // bands, thread
@@ -1187,7 +1187,7 @@ def _work(job, thread):
                 band = (band + 1) % bands
             b, k = step // (stop - start), step % (stop - start)
             row = rows + _ROW_BYTES * (start + k)
-            _call(_row(row, _RESIZE).operation, row, band, bands, p.workspace, own,
+            _call(_row(row, _ANY).operation, row, band, bands, p.workspace, own,
                   p.states + 4 * b * p.state_stride, p.table + _ROW_BYTES * b, batch if part == 1 else 1,
                   p.state_stride)
         _add(done, 1)
@@ -1290,7 +1290,7 @@ class Engine:
     """
 
     device = "cpu"
-    _TOGETHER = _whiten, _project_factors, _remove_factors  # operations that take all images of a batch
+    _TOGETHER = _whiten, _project_factors, _remove_factors  # take all images of a batch; emitted in a row
 
     def __init__(self, threads: int | None = None):
         load_kernels()
@@ -1431,10 +1431,10 @@ class Engine:
                   c=c, coef=self.constant(coef), out=-1 if last else x, z=z, gain=self.constant(gain),
                   offset=self.constant(offset), scratch=c * _TILE)
 
-    def score(self, z: int, grid: int, worst: int, location: float, scale: float, weight: np.ndarray,
+    def score(self, z: int, grid: int, worst: int, zero: float, unit: float, weight: np.ndarray,
               offset: np.ndarray, operator: Callable) -> None:
         self._stage = "map"
-        self._score, self._operator = (z, grid * grid, worst, location, scale), operator
+        self._score, self._operator = (z, grid * grid, worst, zero, unit), operator
         self.map(z, grid, weight, offset)
 
     def keep(self, x: int, n: int, c: int | None = None) -> None:
@@ -1524,9 +1524,9 @@ class Engine:
                 places[:, :, c:] = 0
             self._run(self._program(), self._image_table(images, shifts, maps), states)
             if self._score:
-                z, n, worst, location, scale = self._score
+                z, n, worst, zero, unit = self._score
                 worst_z = np.partition(states[:, z:z + n], -worst, -1)[:, -worst:]
-                scores = (worst_z.mean(-1) - location) / scale
+                scores = (worst_z.mean(-1) - zero) / unit
             for x, shape, c in self._kept if outputs else ():
                 places = states[:, x:x + shape[0] * shape[1]].reshape(batch, *shape)
                 kept.append(places[:, :, 0].copy() if c is None else places[:, :, :c].copy())
@@ -1550,6 +1550,8 @@ class Engine:
                                                for name in operation.fields.names]
             whole = [i for i, (operation, _) in enumerate(kept) if operation in self._TOGETHER]
             first, last = (whole[0], whole[-1] + 1) if whole else (len(kept), len(kept))
+            if len(whole) != last - first:
+                raise ValueError("operations that take all images of a batch must follow each other")
             self._programs[stages] = rows[:len(kept)], first, last
         return self._programs[stages]
 

@@ -259,18 +259,18 @@ class Engine:
         f = self.linear(h, n, d, padded_to(w, d, c), padded_to(b, c))[0] if d else None
         self._stage = "density"
         gain, offset = self.constant(gain), self.constant(offset)
-        a, b = map(float, coef)
+        keep, turn = map(float, coef)
         x_out, z = (None, z) if last else (x, None)
         self.emit(lambda batch: Launch(self.kernel("rotate_density"), (-(-n * batch // 4), 1, 1), (128,),
-                                       (x, f, a, b, x_out, gain, offset, z, n * batch, n, c)))
+                                       (x, f, keep, turn, x_out, gain, offset, z, n * batch, n, c)))
 
-    def score(self, z: Buffer, grid: int, worst: int, location: float, scale: float, weight: np.ndarray,
+    def score(self, z: Buffer, grid: int, worst: int, zero: float, unit: float, weight: np.ndarray,
               offset: np.ndarray, operator: Callable) -> None:
         self._stage, self._operator, self._scored = "map", operator, True
-        location, gain, n = float(location), float(1 / scale), grid * grid
+        zero, per_unit, n = float(zero), float(1 / unit), grid * grid
         weight, offset = self.constant(weight), self.constant(offset)
         self.emit(lambda batch: Launch(self.kernel("worst_mean"), (1, 1, batch), (256,),
-                                       (z, self.table, n, worst, location, gain)))
+                                       (z, self.table, n, worst, zero, per_unit)))
         self.emit(lambda batch: Launch(self.kernel("anomaly_map"), (256, 1, batch), (128,),
                                        (z, weight, offset, self.table, grid)))
 

@@ -1,14 +1,14 @@
 // worst_mean: the image's score, the standardised mean of the `count` highest positions.
-// Reference: worst_mean, then (raw - location) / scale.
+// Reference: worst_mean, then (raw - zero) / unit.
 //
-// z (B, N) float32, N <= 4096; images[b].score = (mean - location) * gain. A NaN ranks first and so comes out.
+// z (B, N) float32, N <= 4096; images[b].score = (mean - zero) * per_unit. A NaN ranks first and so comes out.
 // Launch: grid (1, 1, B), block a power of two up to 256, which sets the order of the sum.
 #include "common.cuh"
 
 #define MOST_POSITIONS 4096
 #define MOST_THREADS 256
 
-extern "C" __global__ void worst_mean(const float* z, const Image* images, int n, int count, float location, float gain) {
+extern "C" __global__ void worst_mean(const float* z, const Image* images, int n, int count, float zero, float per_unit) {
     __shared__ float value[MOST_POSITIONS];
     __shared__ float part[MOST_THREADS];
     for (int i = threadIdx.x; i < n; i += blockDim.x) value[i] = z[(long long)blockIdx.z * n + i];
@@ -25,5 +25,5 @@ extern "C" __global__ void worst_mean(const float* z, const Image* images, int n
         __syncthreads();
         if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
     }
-    if (threadIdx.x == 0) *images[blockIdx.z].score = (part[0] / (float)count - location) * gain;
+    if (threadIdx.x == 0) *images[blockIdx.z].score = (part[0] / (float)count - zero) * per_unit;
 }

@@ -59,8 +59,8 @@ def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whit
     weights = fp.initial_denoiser(n, c, settings) if denoiser else None
     if denoiser:
         weights["out_w"] += .05
-    calibrations = {steps: {"location": rng.standard_normal(n).astype("f4"),
-                            "scale": (.1 + rng.random(n)).astype("f4"),
+    calibrations = {steps: {"offset": rng.standard_normal(n).astype("f4"),
+                            "gain": (.1 + rng.random(n)).astype("f4"),
                             "moments": np.array([.5, 1.5, 20.]), "scores": np.sort(rng.standard_normal(12)),
                             "peaks": np.sort(30 + rng.random(12))} for steps in (1, 2, 3)}
     factors = fp.pack_factors(.05 * rng.standard_normal((3, n, c))) if settings.factors else None

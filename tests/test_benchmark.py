@@ -148,7 +148,7 @@ def backbone(tmp_path_factory):
 def bench(data, backbone, tmp_path, monkeypatch):
     """Runs `fastprior bench` with a cache of its own and hardly any timing."""
     (tmp_path / "cache" / "fastprior").mkdir(parents=True)
-    for kernels in fp._cache_folder().glob("kernels-*"):
+    for kernels in benchmark._cache_folder().glob("kernels-*"):
         shutil.copy(kernels, tmp_path / "cache" / "fastprior")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(benchmark, "measure_peaks", dict)
@@ -277,7 +277,7 @@ def test_an_interrupted_training_is_not_kept(bench, monkeypatch):
         return fit(*arguments)
     monkeypatch.setattr(fp, "_fit_whitened", interrupted)
     done = bench("--variants", "gaussian")
-    assert done.exit_code == 130 and not list(fp._cache_folder().glob("disc-model-*"))
+    assert done.exit_code == 130 and not list(benchmark._cache_folder().glob("disc-model-*"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -355,3 +355,9 @@ def test_as_a_script_its_errors_are_those_of_the_command(script, data):
     done = subprocess.run([*map(str, command), "--variants", "odd"], capture_output=True, text=True)
     assert done.returncode == 2, done
     assert done.stderr.splitlines()[-1].startswith("error: --variants: expected some of"), done
+
+
+@pytest.mark.parametrize("size", [64, fp.Settings.size])
+def test_untrained_models_have_the_shapes_of_the_settings(size):
+    prior = benchmark.untrained("lite0", size)
+    assert prior.grid == fp.Settings(size=size).grid and len(prior.mean) == prior.grid ** 2

@@ -101,7 +101,7 @@ def test_false_alarms_of_refitted_models_stay_below_the_promise(calibration, mon
         v = fp.unpack_factors(model.factors, model.settings.factors, *x0.shape[1:])
         x0 = np.stack([fp.remove_factors(x.astype(np.float32), v) for x in x0])
         nll = fp._nll_of(x0, None, model.timesteps, model.prediction)
-        scores = model._image_scores(nll * model.calibration["scale"] + model.calibration["location"])
+        scores = model._image_scores(nll * model.calibration["gain"] + model.calibration["offset"])
         alarms += int(np.sum(scores > model.threshold.value))
         count += len(scores)
     # thresholds vary between the models: three errors of the beta-binomial, not of the binomial
@@ -190,7 +190,7 @@ def test_a_region_lies_on_the_scratch(prior, good, tmp_path):
     assert result.is_anomaly
     region = result.regions[0]
     assert region.left <= 19 < region.right and region.top <= 31 < region.bottom
-    drawn = fp.overlay(fp.load_image(good[0]), np.zeros((64, 64), np.float32), [region])
+    drawn = fp._room("console").overlay(fp.load_image(good[0]), np.zeros((64, 64), np.float32), [region])
     assert (drawn[region.top, region.left:region.right] == 255).all()
     assert (drawn != fp.load_image(good[0])).any(-1).sum() <= 2 * (region.right - region.left + region.bottom
                                                                    - region.top)
@@ -212,7 +212,7 @@ def test_drift_is_seen_and_not_invented():
 
 def test_the_proposed_threshold_has_the_smallest_sum_of_errors():
     good, bad = np.arange(10.), np.array([8.5, 20., 30.])
-    rows = fp.trade_off(good, bad)
+    rows = fp._room("console").trade_off(good, bad)
     t, wrong, most, missed, note = next(r for r in rows if r[4])
     assert most == pytest.approx(np.mean(good > t) + np.sqrt(np.log(20) / 20)) and most > wrong
     assert note == "proposed" and 9 < t < 20 and missed == 1 / 3 or (8 <= t < 8.5 and missed == 0)

@@ -218,16 +218,16 @@ def layer_norm(b, block=64, rows=7, d=272):
 def rotate_density(b, block=64, c=288):
     n, batch, coef = 3, 3, (.8, .6)
     (x, x64), (f, f64) = b.random(batch * n, c), b.random(batch * n, c)
-    scale, scale64 = b.random(n, dtype=F)
-    location, location64 = b.random(n, dtype=F)
+    gain, gain64 = b.random(n, dtype=F)
+    offset, offset64 = b.random(n, dtype=F)
     grid = (-(-batch * n // (block // 32)),)
     y, nll = fp.rotate_density(f64, np.eye(c), 0.0, x64, coef)
-    rest, counts = (scale, location), (I(batch * n), I(n), I(c))
+    rest, counts = (gain, offset), (I(batch * n), I(n), I(c))
     z = b.empty(batch * n, dtype=F)
     b.launch("rotate_density", grid, (block,), x, f, F(.8), F(.6), NULL, *rest, z, *counts)
-    b.check(z, nll * np.tile(scale64, batch) + np.tile(location64, batch))
+    b.check(z, nll * np.tile(gain64, batch) + np.tile(offset64, batch))
     b.launch("rotate_density", grid, (block,), x, NULL, F(.8), F(.6), NULL, *rest, z, *counts)
-    b.check(z, .32 * (x64 ** 2).sum(-1) * np.tile(scale64, batch) + np.tile(location64, batch))
+    b.check(z, .32 * (x64 ** 2).sum(-1) * np.tile(gain64, batch) + np.tile(offset64, batch))
     b.launch("rotate_density", grid, (block,), x, f, F(.8), F(.6), x, *rest, NULL, *counts)
     b.check(x, y)
 
@@ -393,7 +393,7 @@ MUTANTS = [
     ("remove_factors", "sums += (long long)blockIdx.z * parts * k;", ""),
     ("layer_norm", "if (row >= rows) return;", "if (row > rows) return;"),
     ("layer_norm", "lane > 0; lane /= 2", "lane > 1; lane /= 2"),
-    ("rotate_density", "scale[row % n]", "scale[row / n]"),
+    ("rotate_density", "gain[row % n]", "gain[row / n]"),
     ("rotate_density", "a * get(value.at[v]) + b", "b * get(value.at[v]) + a"),
     ("worst_mean", "        __syncthreads();\n        if (threadIdx.x < half)",
      "        if (threadIdx.x < half)"),

@@ -74,7 +74,7 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
         weights["out_w"] = (rng.standard_normal(weights["out_w"].shape) / 20).astype(np.float32)
         weights["out_b"] = (rng.standard_normal(c) / 20).astype(np.float32)
         weights["gain_w"] = (rng.standard_normal(weights["gain_w"].shape) / 20).astype(np.float32)
-    flat = {"location": np.zeros(n, np.float32), "scale": np.ones(n, np.float32),
+    flat = {"gain": np.ones(n, np.float32), "offset": np.zeros(n, np.float32),
             "moments": np.array([0, 1, 0.0]), "scores": np.sort(rng.standard_normal(50)),
             "peaks": np.linspace(90, 100, 50)}
 
@@ -83,7 +83,7 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
                         factors=factors, **where)
     raw = make(flat).z(images(seed=9))
     unit = np.float32(1 / raw.std())
-    calibration = flat | {"location": -raw.mean(0) * unit, "scale": np.full(n, unit)}
+    calibration = flat | {"gain": np.full(n, unit), "offset": -raw.mean(0) * unit}
     return make(calibration, **where), make(calibration)
 
 

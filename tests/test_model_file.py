@@ -148,7 +148,7 @@ def test_zip_tricks(tiny, tmp_path):
                         (("mean", entries[1][1]), "twice"),
                         (("denoiser/mix1_token1.npy", entries[1][1]), "missing"),
                         (("calibration/x.npy", entries[1][1]), "not a"),
-                        (("calibration/02/scale.npy", entries[1][1]), "calibration|unknown"),
+                        (("calibration/02/gain.npy", entries[1][1]), "calibration|unknown"),
                         (("x.npy", b"text"), "not a plain array")):
         dm.assemble(bad, entries + [more])
         refused(bad, match)
@@ -307,15 +307,15 @@ def put(value, at=0, field=None):
     ("denoiser/gain_w", put(1e15), "overflow"),
     ("denoiser/mix0_token1", lambda a: a[1:], "mix0_token2: shape"),
     ("denoiser/mix0_w1", put(1e14), "overflow"), ("calibration/2/peaks", lambda a: None, "peaks"),
-    ("calibration/2/scale", put(0), "above zero"), ("calibration/2/scale", put(-1), "above zero"),
-    ("calibration/2/scale", put(np.nan), "finite"),
-    ("calibration/1/scale", put(np.nan), "finite"), ("calibration/3/moments", put(0, 1), "above zero"),
+    ("calibration/2/gain", put(0), "above zero"), ("calibration/2/gain", put(-1), "above zero"),
+    ("calibration/2/gain", put(np.nan), "finite"),
+    ("calibration/1/gain", put(np.nan), "finite"), ("calibration/3/moments", put(0, 1), "above zero"),
     ("calibration/2/moments", put(1e-300, 1), "overflow"),
     ("calibration/2/moments", put(-5, 2), "above zero"),
     ("calibration/2/moments", put(np.nan, 0), "finite"),
     ("calibration/2/moments", lambda a: a[:2], "does not fit"),
-    ("calibration/2/scale", put(1e-37), "overflow"),
-    ("calibration/2/location", put(1e15), "^(?!.*overflow)|"),
+    ("calibration/2/gain", put(1e-37), "overflow"),
+    ("calibration/2/offset", put(1e15), "^(?!.*overflow)|"),
     ("calibration/2/scores", put(np.nan, 11), "finite"), ("calibration/2/scores", lambda a: a[::-1].copy(),
                                                           "rise"),
     ("calibration/1/peaks", lambda a: a[::-1].copy(), "rise"),
@@ -330,7 +330,7 @@ def put(value, at=0, field=None):
     ("backbone/block0_dw_w", lambda a: None, "dw_w"),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_arrays_are_checked(tiny, tmp_path, name, change, match):
-    if name == "calibration/2/location":  # far off, and finite all the same
+    if name == "calibration/2/offset":  # far off, and finite all the same
         assert dm.verdict(array_changed(tiny, tmp_path / "m.npz", name, change)) == "scored"
     else:
         refused(array_changed(tiny, tmp_path / "m.npz", name, change), match)
@@ -491,8 +491,9 @@ def test_every_setting_has_a_range():
     fp.Settings(threshold=2, shrink=0, worst=1, smooth=np.float64(.5)).check()
     for name in fp.Settings.__dataclass_fields__:
         if name != "backbone":
-            with pytest.raises(fp.ShapeError, match=name):
-                fp.Settings(**{name: object()}).check()
+            for wrong in (object(), "x", "1" * 400, b"1", [1], {}, 1j, 10 ** 400, -1e300):  # at once, too
+                with pytest.raises(fp.ShapeError, match=name):
+                    fp.Settings(**{name: wrong}).check()
 
 
 # -- writing -------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
         mean, whitener, denoiser, calibrations = fp._fit_whitened(w, own, small_backbone(), iterations)
         x0 = fp._apply_whitener(everything.features[50:], mean, whitener)
         nll, c = fp._nll_of(x0, denoiser, timesteps, "v"), calibrations[1]
-        z = fp.worst_mean(nll * c["scale"] + c["location"], own.worst)
+        z = fp.worst_mean(nll * c["gain"] + c["offset"], own.worst)
         threshold = fp.conformal_threshold(c["scores"], .1)
         alarms.append(np.sum((z - c["moments"][0]) / c["moments"][1] > threshold.value))
     promised = threshold.expected  # 10 held out: 1 of 11
@@ -196,7 +196,7 @@ def test_the_likelihood_decides_and_a_stranger_fits_none(good, tmp_path):
         v = v.reshape(len(v), -1)
         dense = sum(np.log(np.diagonal(own)).sum() for own in w)
         dense += np.linalg.slogdet(np.eye(len(v)) - v @ v.T)[1]
-        nll = (z - prior.calibration["location"]) / prior.calibration["scale"]
+        nll = (z - prior.calibration["offset"]) / prior.calibration["gain"]
         np.testing.assert_allclose(prior.log_likelihood(z), dense - nll.sum(1), rtol=1e-3)
     new = washers(tmp_path / "new", 4, seed=11)
     assert [both.score(p).product for p in new] == ["washer"] * 4

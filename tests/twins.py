@@ -197,18 +197,19 @@ def rotate_density(h, w, b, x, coef, *, threads=None):
     sizes = check(h=(h, "n d"), w=(w, "d c"), b=(b, "c"), x=(x, "n c"), coef=(coef, "2"))
     n, d = sizes["n"], sizes["d"]
     expect(x.size > 0, f"x: expected places, got {x.shape}")
+    gain, offset = np.random.default_rng(0).uniform(.5, 2, (2, n)).astype(np.float32)  # a place's own
 
     def build(e):
         planted = widened(x, PANEL)
         hidden, outputs, inputs = e.workspace(n, d), [], []
         for last in (False, True):
             place, z = e.state(*planted.shape), e.state(n)
-            e.rotate(hidden, d, w, b, place, *planted.shape, coef, last, z, np.ones(n), np.zeros(n))
+            e.rotate(hidden, d, w, b, place, *planted.shape, coef, last, z, gain, offset)
             inputs.append(("state", place, planted))
             outputs.append(("state", z, (n,)) if last else ("state", place, planted.shape))
         return [("workspace", hidden, h), *inputs], outputs
     (y, z), _ = run_alone(build, threads)
-    return y[:, :x.shape[1]], z
+    return y[:, :x.shape[1]], (z - offset) / gain
 
 
 def anomaly_map(nll, rows, cols, *, threads=None):

@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+"""A whole model, or a bare backbone, as one ONNX graph: what `fastprior export` writes.
+
+The graph is fastprior.py's reference operations once more, in ONNX's own (opset 17) and in their order:
+resize, backbone, cells, whitening, factors, DDIM inversion, density, score and map. It shares weights and
+calibration with the engines in kernels/ and no code, so onnxruntime also checks them (tests/test_export.py).
+
+fastprior loads this file by its path and hands itself in as `fp`.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+if "fp" not in globals():
+    import sys
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import fastprior as fp
+
+try:
+    from onnx import TensorProto, checker, helper, numpy_helper
+except ImportError as e:
+    raise fp.BackendUnavailable("export needs onnx: pip install 'fastprior[export]'") from e
+
+OPSET, IR_VERSION = 17, 8
+MOST_BYTES = (2 << 30) - (1 << 20)  # of weights: a protobuf ends at 2 GiB
+
+
+class Graph:
+    """Nodes and constants of a graph, written front to back. A value is known by its name, a string."""
+
+    def __init__(self):
+        self.nodes, self.constants, self.bytes = [], {}, 0
+
+    def __call__(self, kind: str, *inputs: str, **attributes) -> str:
+        """Append a node -> the name of its output."""
+        output = f"{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], output, **attributes))
+        return output
+
+    def constant(self, name: str, value, dtype=np.float32) -> str:
+        """A constant called `name`; the same name again is the same constant."""
+        if name not in self.constants:
+            value = np.asarray(value, dtype, order="C")
+            self.bytes += value.nbytes
+            if self.bytes > MOST_BYTES:
+                raise fp.FastPriorError(f"more than {MOST_BYTES / 1e9:.1f} GB of weights, and an ONNX file "
+                                        "ends at 2 GiB: train with a larger --cell, or a smaller --size")
+            self.constants[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def integers(self, *values: int) -> str:
+        return self.constant(str(list(values)), values, np.int64)
+
+    def model(self, name: str, inputs: dict[str, tuple], outputs: dict[str, list],
+              metadata: dict[str, str]) -> bytes:
+        """The file, checked. inputs: type and shape by name; outputs: shapes of float32 by name."""
+        made = helper.make_graph(
+            self.nodes, name, [helper.make_tensor_value_info(k, *v) for k, v in inputs.items()],
+            [helper.make_tensor_value_info(k, TensorProto.FLOAT, v) for k, v in outputs.items()],
+            list(self.constants.values()))
+        model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
+                                  producer_name="fastprior", producer_version=fp.__version__)
+        helper.set_model_props(model, metadata)
+        checker.check_model(model, full_check=True)
+        return model.SerializeToString()
+
+
+# ------------------------------------------------------------------------------------------------
+# The operations, named as in fastprior.py; N images, n = G G places, C channels
+# ------------------------------------------------------------------------------------------------
+
+def activate(g: Graph, x: str, act: int) -> str:
+    if act == fp.RELU6:
+        return g("Clip", x, g.constant("0", 0), g.constant("6", 6))
+    return g("Mul", x, g("Sigmoid", x)) if act == fp.SILU else x
+
+
+def resize_taps(g: Graph, n_in: str, n_out: str) -> str:
+    """The rule of `fastprior.resize_taps` as a matrix (n_out, n_in), for sizes known only as the graph runs.
+
+    Output i lies at (i + 1/2) n_in / n_out, input j at j + 1/2. In units of 1 / (2 n_out) they are
+    |(2j + 1) n_out - (2i + 1) n_in| apart and the filter reaches 2 max(n_in, n_out): integers, so exact.
+    """
+    def odd(n):
+        return g("Range", g.constant("one", 1, np.int64), g("Mul", two, n), two)
+    two = g.constant("two", 2, np.int64)
+    centres = g("Mul", g("Unsqueeze", odd(n_out), g.integers(1)), n_in)
+    distance = g("Abs", g("Cast", g("Sub", g("Mul", odd(n_in), n_out), centres), to=TensorProto.FLOAT))
+    reach = g("Cast", g("Mul", two, g("Max", n_in, n_out)), to=TensorProto.FLOAT)
+    weight = g("Relu", g("Sub", reach, distance))
+    return g("Div", weight, g("ReduceSum", weight, g.integers(1), keepdims=1))
+
+
+def resample(g: Graph, x: str, rows: str, columns: str) -> str:
+    """rows (h, H) @ x (..., H, W) @ columns (w, W).T -> (..., h, w)."""
+    return g("MatMul", g("MatMul", rows, x), g("Transpose", columns, perm=[1, 0]))
+
+
+def sides(g: Graph, pixels: str) -> list[str]:
+    """H and W of (N, H, W, 3), int64 scalars."""
+    return [g("Squeeze", g("Shape", pixels, start=axis, end=axis + 1), g.integers(0)) for axis in (1, 2)]
+
+
+def resize_normalize(g: Graph, pixels: str, size: int, mean, std) -> str:
+    """uint8 (N, H, W, 3) -> float32 (N, 3, size, size): resized, then (x/255 - mean)/std."""
+    x = g("Transpose", g("Cast", pixels, to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+    out = g.constant("size", size, np.int64)
+    x = resample(g, x, *(resize_taps(g, side, out) for side in sides(g, pixels)))
+    x = g("Reshape", x, g.integers(0, 3, size, size))  # runtimes plan ahead with sizes that they know
+    x = g("Mul", x, g.constant("1/(255 std)", np.reshape(1 / (255 * np.asarray(std)), (3, 1, 1))))
+    return g("Sub", x, g.constant("mean/std", np.reshape(np.divide(mean, std), (3, 1, 1))))
+
+
+def backbone_stages(g: Graph, x: str, net) -> list[tuple[str, int]]:
+    """Normalised (N, 3, S, S) -> the stages' outputs, (N, C, S/stride, S/stride) each, and their strides."""
+    def conv(x, name, w, b, stride=1, group=1):  # w (out, in, k, k)
+        return g("Conv", x, g.constant(f"backbone/{name}_w", w), g.constant(f"backbone/{name}_b", b),
+                 strides=[stride] * 2, group=group, auto_pad="SAME_UPPER")
+
+    def pointwise(x, i, name):  # w (in, out)
+        p = net.blocks[i].arrays
+        return conv(x, f"block{i}_{name}", p[f"{name}_w"].T[:, :, None, None], p[f"{name}_b"])
+    x = activate(g, conv(x, "stem", net.stem_w.transpose(3, 2, 0, 1), net.stem_b, 2), net.act)
+    stages, stride = [], 2
+    for i, block in enumerate(net.blocks):
+        p, y, stride = block.arrays, x, stride * block.stride
+        if "expand_w" in p:
+            y = activate(g, pointwise(y, i, "expand"), block.act)
+        w = p["dw_w"].transpose(2, 0, 1)[:, None]
+        y = activate(g, conv(y, f"block{i}_dw", w, p["dw_b"], block.stride, len(w)), block.act)
+        if "se_reduce_w" in p:
+            s = activate(g, pointwise(g("GlobalAveragePool", y), i, "se_reduce"), fp.SILU)
+            y = g("Mul", y, g("Sigmoid", pointwise(s, i, "se_expand")))
+        y = pointwise(y, i, "project")
+        x = g("Add", y, x) if block.skip else y
+        if i in net.stages:
+            stages.append((x, stride))
+    return stages
+
+
+def features(g: Graph, x: str, net, cell: int, grid: int) -> str:
+    """Normalised (N, 3, S, S) -> (n, N, C), places first: the stages averaged over cells, side by side."""
+    pooled = [g("AveragePool", y, kernel_shape=[cell // stride] * 2, strides=[cell // stride] * 2)
+              for y, stride in backbone_stages(g, x, net)]
+    x = g("Reshape", g("Concat", *pooled, axis=1), g.integers(0, sum(net.channels), grid * grid))
+    return g("Transpose", x, perm=[2, 0, 1])
+
+
+def whiten(g: Graph, f: str, mean: np.ndarray, w: np.ndarray) -> str:
+    """W_n (f_n - mean_n): f (n, N, C) -> (N, n, C); mean (n, C), w (n, C, C), or (n, C) diagonal."""
+    d = g("Sub", f, g.constant("mean", mean[:, None]))
+    if w.ndim == 2:
+        x = g("Mul", d, g.constant("whitener", w[:, None]))
+    else:
+        x = g("MatMul", d, g.constant("whitener", w.swapaxes(1, 2)))
+    return g("Transpose", x, perm=[1, 0, 2])
+
+
+def remove_factors(g: Graph, x: str, v: np.ndarray) -> str:
+    """x - V^T V x: x (N, n, C), v (K, n, C)."""
+    k, n, c = v.shape
+    factors = g.constant("factors", v.reshape(k, n * c))
+    along = g("Gemm", g("Reshape", x, g.integers(0, n * c)), factors, transB=1)
+    return g("Sub", x, g("Reshape", g("Gemm", along, factors), g.integers(0, n, c)))
+
+
+def denoise(g: Graph, denoiser: dict[str, np.ndarray], x: str, t: int) -> str:
+    """F(x_t, t): (N, n, C) -> (N, n, C). Constants that depend on t are there once a step, the rest once."""
+    p = fp._at_time(denoiser, t)
+
+    def w(name):
+        return g.constant(f"denoiser/{name}" + f"/t{t}" * (p[name] is not denoiser[name]), p[name])
+
+    def norm(x, name):
+        return g("LayerNormalization", x, w(f"{name}_gain"), w(f"{name}_bias"), axis=-1, epsilon=1e-5)
+
+    def linear(x, weight, bias):
+        return g("Add", g("MatMul", x, w(weight)), w(bias))
+    h = linear(x, "in_w", "pos")
+    for i in range(fp._num_mixers(p)):
+        u = activate(g, g("MatMul", w(f"mix{i}_token1"), norm(h, f"mix{i}_norm1")), fp.SILU)
+        h = g("Add", g("MatMul", w(f"mix{i}_token2"), u), h)
+        u = activate(g, linear(norm(h, f"mix{i}_norm2"), f"mix{i}_w1", f"mix{i}_b1"), fp.SILU)
+        h = g("Add", linear(u, f"mix{i}_w2", f"mix{i}_b2"), h)
+    return linear(norm(h, "norm"), "out_w", "out_b")
+
+
+def ddim_invert(g: Graph, x: str, denoiser: dict[str, np.ndarray] | None, timesteps, prediction: str) -> str:
+    """x0 -> x_T, (N, n, C); without a denoiser F = 0."""
+    for t, (a, b) in zip(timesteps.tolist(), fp.rotation(timesteps, prediction)):
+        y = g("Mul", x, g.constant(f"a/t{t}", a))
+        if denoiser:
+            y = g("Add", y, g("Mul", denoise(g, denoiser, x, t), g.constant(f"b/t{t}", b)))
+        x = y
+    return x
+
+
+def standardise(g: Graph, x: str, gain: np.ndarray, offset: np.ndarray) -> str:
+    """z_i = gain_i |x_i|^2 / 2 + offset_i of each place i: (N, n, C) -> (N, n), see `Prior.z`."""
+    # The Reshape between is for OpenVINO's CPU plugin (2026.4): it would fuse a product by place into the
+    # reduction, and get it wrong from the second image of a batch on.
+    squares = g("ReduceSumSquare", x, axes=[2], keepdims=1)
+    nll = g("Mul", g("Reshape", squares, g.integers(0, len(gain))), g.constant("1/2", .5))
+    return g("Add", g("Mul", nll, g.constant("gain", gain)), g.constant("offset", offset))
+
+
+def worst_mean(g: Graph, z: str, count: int) -> str:
+    """Mean of the `count` highest of the places, (N, n) -> (N,)."""
+    g.nodes.append(helper.make_node("TopK", [z, g.integers(count)], ["worst", "worst_places"], axis=1))
+    return g("ReduceMean", "worst", axes=[1], keepdims=0)
+
+
+def anomaly_map(g: Graph, cells: str, pixels: str, grid: int, sigma: float) -> str:
+    """Smoothed on the grid and enlarged to the image: (N, n) -> (N, H, W)."""
+    x = g("Reshape", cells, g.integers(0, grid, grid))
+    if sigma:
+        smooth = g.constant("smooth", fp.map_operator(grid, grid, sigma))
+        x = resample(g, x, smooth, smooth)
+    n = g.constant("grid", grid, np.int64)
+    return resample(g, x, *(resize_taps(g, n, side) for side in sides(g, pixels)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+def backbone_model(net, size: int) -> bytes:
+    """float32 (1, 3, size, size), normalised -> the stages, (1, C, h, w) each: for `bench --against`."""
+    g = Graph()
+    outputs = {x: [1, c, size // stride, size // stride]
+               for (x, stride), c in zip(backbone_stages(g, "image", net), net.channels)}
+    return g.model(net.name, {"image": (TensorProto.FLOAT, [1, 3, size, size])}, outputs, {})
+
+
+def prior_model(prior, name: str, metadata: dict[str, str]) -> bytes:
+    """`pixels`, uint8 (N, H, W, 3), N, H, W free -> `score` (N,) and `map` (N, H, W) as in `Result`."""
+    s, net, calibration = prior.settings, prior.backbone, prior.calibration
+    zero, unit = calibration["moments"][:2]
+    whitener, factors = prior._preconditioning
+    g = Graph()
+    x = resize_normalize(g, "pixels", s.size, net.mean, net.std)
+    x = whiten(g, features(g, x, net, s.cell, s.grid), prior.mean, whitener)
+    x = x if factors is None else remove_factors(g, x, factors)
+    x = ddim_invert(g, x, prior.denoiser, prior.timesteps, prior.prediction)
+    z = standardise(g, x, calibration["gain"], calibration["offset"])
+    worst = worst_mean(g, z, fp._worst_count(s.worst, s.grid ** 2))
+    score = g("Div", g("Sub", worst, g.constant("score/zero", zero)), g.constant("score/unit", unit))
+    weight, offset = prior._map_weights()
+    cells = g("Add", g("Mul", z, g.constant("map/weight", weight)), g.constant("map/offset", offset))
+    for value, output in ((score, "score"), (anomaly_map(g, cells, "pixels", s.grid, s.smooth), "map")):
+        g.nodes.append(helper.make_node("Identity", [value], [output]))
+    return g.model(name, {"pixels": (TensorProto.UINT8, ["N", "H", "W", 3])},
+                   {"score": ["N"], "map": ["N", "H", "W"]}, metadata)
+
+
+def describe(prior, name: str, product: str) -> dict[str, str]:
+    """What travels with the graph as its metadata_props: text by name."""
+    bits = prior.settings.bits
+    deep = "" if bits is None else (f"; of images with 16 bits a value, {bits} of them used: "
+                                    f"min(value, {(1 << bits) - 1}) >> {bits - 8}")
+    return {
+        "fastprior": fp.__version__, "model": name, **({"product": product} if product else {}),
+        "backbone": prior.backbone.name, "steps": str(prior.settings.steps),
+        "input": "pixels: uint8 (N, H, W, 3), RGB, upright (EXIF), of any size, the N of one call of the "
+                 "same; grey repeated, no alpha, neither resized nor normalised" + deep,
+        "threshold": repr(prior.threshold.value),
+        "verdict": "good if score <= threshold, else anomaly (also where the score is no number)",
+        "map_threshold": "1.0",
+        "promise": fp._room("console").promise(prior)}
+
+
+def export(model: Path, output: Path, product: str | None, **changes) -> None:
+    """`model` (.npz) to `output` (.onnx), atomically. FastPriorError where that cannot be."""
+    if output.suffix.lower() != ".onnx":
+        raise fp.ShapeError(f"{output}: expected the name of a file to write that ends in .onnx")
+    fp._room("folders").check_output(output)
+    made = fp.Prior.load(model, **changes)
+    products = fp._products(made)
+    if "" in products and product:
+        raise fp.FastPriorError(f"{model}: holds one product without a name: leave --product out")
+    if (product or "") not in products:
+        got = f"; got {product!r:.80}" if product else ""
+        raise fp.FastPriorError(f"{model}: a graph is of one product: give --product, one of "
+                                f"{', '.join(products)}{got}")
+    told = describe(products[product or ""], fp._printable(model.name), product or "")
+    data = prior_model(products[product or ""], fp._printable(model.stem), told)
+    target = Path(os.path.realpath(output))  # a link stays a link
+    temporary = target.with_name(f".{os.urandom(8).hex()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, target)
+    except OSError as e:
+        raise fp.FastPriorError(f"{output}: cannot be written ({e.strerror})") from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    for line in (f"{len(data) / 1e6:.1f} MB, opset {OPSET}; {told['input']}", told["promise"]):
+        fp._room("console").say(line)
+    print(output)
