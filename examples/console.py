@@ -288,7 +288,7 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
 
 # matplotlib's "inferno" at nine points, interpolated: dark for little, bright for much
 INFERNO = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
-                     [249, 140, 10], [249, 201, 50], [252, 255, 164]], np.float64)
+                    [249, 140, 10], [249, 201, 50], [252, 255, 164]], np.float64)
 
 
 def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions=()) -> np.ndarray:
