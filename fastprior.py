@@ -2731,6 +2731,7 @@ def _build_app():
                                               help="Folder for heat maps over the images, regions framed."),
               mask_folder: Path = typer.Option(None, "--mask",
                                                help="Folder for masks (PNG, 255 inside a region)."),
+              report: Path = typer.Option(None, help="Web page to write: images, maps, threshold to move."),
               as_json: bool = typer.Option(False, "--json", help="One JSON object a line, with regions."),
               device: str = device_option, threads: int = threads_option):
         """Score images: path, score, p-value, verdict. Exit code 0: all good, 1: anomalies, 2: errors.
@@ -2742,9 +2743,37 @@ def _build_app():
         Example: fastprior score examples/washers --map maps/
 
         Example: fastprior score -m part.npz --fpr 0.05 --json 'photos/*.png'
+
+        Example: fastprior score -m part.npz photos/new --report report.html
         """
-        raise typer.Exit(console.score(paths, model, map_folder, mask_folder, as_json, threads=threads,
-                                       steps=steps, fpr=fpr, threshold=threshold, device=device))
+        raise typer.Exit(console.score(paths, model, map_folder, mask_folder, as_json, report, steps=steps,
+                                       threads=threads, fpr=fpr, threshold=threshold, device=device))
+
+    @app.command()
+    def watch(source: str = typer.Argument(None, help="Folder that a camera writes into, or a video file."),
+              camera: int = typer.Option(None, help="Number of a camera, in place of SOURCE."),
+              model: Path = typer.Option(..., "-m", "--model", help="Model file."),
+              as_json: bool = typer.Option(False, "--json", help="One JSON object a line, with regions."),
+              keep: Path = typer.Option(None, help="Folder for anomalies and their maps."),
+              log: Path = typer.Option(None, help="File of JSON lines; at 10 MB it becomes LOG.1."),
+              journal: Path = typer.Option(None, help="Remembers a folder's scored images (default: a file "
+                                                      "in ~/.local/state/fastprior)."),
+              every: float = typer.Option(.5, min=.01, help="Seconds between two looks at a folder."),
+              threshold: float = typer.Option(None, help="A score to judge at (default: the model's)."),
+              device: str = device_option, threads: int = threads_option):
+        """Score images as they come: from a folder, a camera or a video. Rows as `score` prints them.
+
+        A folder: whole images only, each once, also after a restart; none is dropped. A camera drops the
+        frames that come while one is scored, and counts them. Ctrl-C or SIGTERM finishes the image in hand:
+        exit code 130, no row lost. A video's end: 0 all good, 1 anomalies, 2 errors. Cameras and videos
+        need OpenCV: pip install 'fastprior[camera]'.
+
+        Example: fastprior watch incoming -m part.npz --keep ng --log results.jsonl
+
+        Example: fastprior watch --camera 0 -m part.npz --json
+        """
+        raise typer.Exit(_room("watch").watch(source, camera, model, as_json, keep, log, journal, every,
+                                              threshold=threshold, device=device, threads=threads))
 
     @app.command()
     def calibrate(good: str = typer.Argument(..., help="Folder of new good images, not those of training."),

@@ -151,8 +151,45 @@ def tell_training(made) -> None:
         say(promise(prior))
 
 
+def load(path: str | os.PathLike, bits: int | None, told: set[str]) -> np.ndarray:
+    """fp.load_image; what it warns of is said once and kept in `told`."""
+    with silence(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        image = fp.load_image(path, bits)
+    for text in {str(warning.message) for warning in said if issubclass(warning.category, fp.ImageWarning)}:
+        if text not in told:
+            told.add(text)
+            say(f"warning: {text}")
+    return image
+
+
+def judge(prior: fp.Prior | fp.MultiPrior, image: np.ndarray, with_map: bool) -> fp.Result:
+    """Its result; ShapeError where it is not a number."""
+    r = prior.score(image, with_map=with_map)
+    if not math.isfinite(r.score) or r.device_map is not None and not np.isfinite(r.anomaly_map).all():
+        raise fp.ShapeError("its score or map is not a number")
+    return r
+
+
+def as_row(path: str | os.PathLike, r: fp.Result) -> dict:
+    """What --json prints of a result; regions where there is a map."""
+    row = {"path": str(path), "score": round(r.score, 4), "p_value": round(r.p_value, 5),
+           "verdict": r.verdict}
+    row |= {"product": r.product} if r.product else {}
+    if r.device_map is not None:
+        row |= {"threshold": round(r.threshold, 4),
+                "regions": [region._replace(peak=round(region.peak, 3))._asdict() for region in r.regions]}
+    return row
+
+
+def as_line(path: str | os.PathLike, r: fp.Result) -> str:
+    """Path, score, p-value, verdict, and the product where there are several; tabs between."""
+    cells = [str(path), f"{r.score:.2f}", f"{r.p_value:.4f}", r.verdict, *filter(None, [r.product])]
+    return "\t".join(map(fp._printable, cells))
+
+
 def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_folder: Path | None,
-          as_json: bool, **options) -> int:
+          as_json: bool, report: Path | None = None, **options) -> int:
     """A row an image; returns the exit code. What cannot be scored or written is said; the rest goes on."""
     if model is None:
         model = fp.demo_model()
@@ -161,11 +198,10 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
     found = folders.find_all(paths)
     if str(found):
         say(found)
-    failed, anomalies, seen, scores, told = 0, 0, 0, {}, set()
+    anomalies, seen, scores, told, failed = 0, 0, {}, set(), []
 
     def refuse(text: str, row: dict) -> None:
-        nonlocal failed
-        failed += 1
+        failed.append(text)
         say(f"error: {text}")
         if as_json:
             print(strict_json(row | {"error": text}), flush=True)
@@ -175,35 +211,25 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
         return 2
     prior = fp.Prior.load(model, **options)
     known_images = {key for own in fp._products(prior).values() for key in own.summary.get("trained_on", ())}
-    with Bars() as bars:
+    page = fp._room("report").Report(report, prior, model) if report else None
+    with page or contextlib.nullcontext(), Bars() as bars:
         for i, (path, name) in enumerate(found.images.items()):
             row = {"path": str(path)}
             try:
-                with silence(), warnings.catch_warnings(record=True) as said:
-                    image = fp.load_image(path, fp._bits(prior))
-                for text in {str(warning.message) for warning in said} - told:
-                    told.add(text)
-                    say(f"warning: {text}")
+                image = load(path, fp._bits(prior), told)
                 seen += fp.image_key(image) in known_images
-                r = prior.score(image, with_map=bool(map_folder or mask_folder or as_json))
-                mapped = r.device_map is not None
-                if not math.isfinite(r.score) or mapped and not np.isfinite(r.anomaly_map).all():
-                    raise fp.ShapeError("its score or map is not a number")
+                r = judge(prior, image, bool(map_folder or mask_folder or as_json or page))
             except (fp.FastPriorError, MemoryError) as e:
                 refuse(str(e) if isinstance(e, fp.ImageError) else f"{path}: {str(e) or 'out of memory'}",
                        row)
                 continue
             anomalies += r.is_anomaly
-            product = getattr(r, "product", "")
-            scores.setdefault(product, []).append(r.score)
-            row |= {"score": round(r.score, 4), "p_value": round(r.p_value, 5), "verdict": r.verdict}
-            row |= {"product": product} if product else {}
+            scores.setdefault(r.product, []).append(r.score)
             unwritten = ""
             try:
-                if as_json:
-                    row |= {"threshold": round(r.threshold, 4),
-                            "regions": [region._replace(peak=round(region.peak, 3))._asdict()
-                                        for region in r.regions]}
+                row = as_row(path, r)
+                if page:
+                    page.add(path, image, r)
                 if map_folder:
                     drawn = overlay(image, r.anomaly_map, r.regions)
                     row["map"] = folders.write_png(map_folder, name, "map", drawn, path)
@@ -213,28 +239,30 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
             except (OSError, ValueError, MemoryError) as e:
                 unwritten = (f"{path}: scored, but its map or mask cannot be written "
                              f"({getattr(e, 'strerror', None) or e})")
-            cells = [str(path), f"{r.score:.2f}", f"{r.p_value:.4f}", r.verdict, *filter(None, [product])]
             if not as_json:
-                print("\t".join(map(fp._printable, cells)), flush=True)
+                print(as_line(path, r), flush=True)
             elif not unwritten:
                 print(strict_json(row), flush=True)
             if unwritten:
                 refuse(unwritten, row)
             if len(found.images) > 1:
                 bars("scoring", i + 1, len(found.images))
+        notes = [f"warning: {text}" for text in told]
+        if 2 * seen > len(found.images) > 1:
+            notes.append(f"warning: {seen} of {len(found.images)} images were trained on: their scores say "
+                         "nothing of new ones")
+        for product, own in scores.items():
+            known = fp._products(prior).get(product)
+            moved = known and fp.drift(own, known.calibration["scores"], known.threshold.value)
+            if moved:
+                notes.append("warning: " + f"{product}: " * bool(product) + moved)
+        for note in notes[len(told):]:
+            say(note)
+        if page:
+            page.finish(failed, notes)
     if failed and len(found.images) + len(found.errors) > 1:
-        say(f"{failed} of {len(found.images) + len(found.errors)} could not be scored, or their maps "
+        say(f"{len(failed)} of {len(found.images) + len(found.errors)} could not be scored, or their maps "
             "not written")
-    if 2 * seen > len(found.images) > 1:
-        say(f"warning: {seen} of {len(found.images)} images were trained on: their scores say nothing "
-            "of new ones")
-    for product, own in scores.items():
-        if product not in fp._products(prior):
-            continue
-        known = fp._products(prior)[product]
-        moved = fp.drift(own, known.calibration["scores"], known.threshold.value)
-        if moved:
-            say("warning: " + f"{product}: " * bool(product) + moved)
     return 2 if failed else int(anomalies > 0)
 
 
@@ -269,8 +297,8 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
 
 
 # matplotlib's "inferno" at nine points, interpolated: dark for little, bright for much
-_INFERNO = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
-                     [249, 140, 10], [249, 201, 50], [252, 255, 164]], np.float64)
+INFERNO = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
+                    [249, 140, 10], [249, 201, 50], [252, 255, 164]], np.float64)
 
 
 def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions=()) -> np.ndarray:
@@ -283,8 +311,8 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions=()) -> np.ndarra
     rows = max(1, (1 << 20) // image.shape[1])  # strips: the steps between are many times larger
     for part in (slice(y, y + rows) for y in range(0, len(image), rows)):
         strength = np.clip(np.log(np.maximum(anomaly_map[part], 1e-6) / .3) / math.log(10 / .3), 0, 1)
-        at = strength * (len(_INFERNO) - 1)
-        colour = np.stack([np.interp(at, np.arange(len(_INFERNO)), _INFERNO[:, c]) for c in range(3)], -1)
+        at = strength * (len(INFERNO) - 1)
+        colour = np.stack([np.interp(at, np.arange(len(INFERNO)), INFERNO[:, c]) for c in range(3)], -1)
         alpha = np.clip(strength * 5, 0, .65)[..., None]
         out[part] = np.rint(image[part] * (1 - alpha) + colour * alpha).astype(np.uint8)
     line = max(1, min(image.shape[:2]) // 256)

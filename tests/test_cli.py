@@ -30,10 +30,12 @@ def refused(done, *words):
 
 
 def test_help_has_examples():
-    for command in ("train", "score", "calibrate", "export", "bench", "info"):
+    commands = ("train", "score", "watch", "calibrate", "export", "bench", "info")
+    for command in commands:
         text = run(command, "--help")
         assert text.returncode == 0 and f"Example: fastprior {command}" in text.stdout
-    assert all(c in run("--help").stdout for c in ("train", "score", "calibrate", "export", "bench", "info"))
+    overview = run("--help").stdout
+    assert all(command in overview for command in commands)
     assert run("--version").stdout.strip() == fp.__version__
 
 
