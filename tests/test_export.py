@@ -113,7 +113,7 @@ def test_the_resize_rule(n_in, n_out):
 @pytest.fixture
 def command():
     """`fastprior export` with these arguments; errors are in its `exception`."""
-    app = fp._build_app()
+    app = fp._room("commands").build_app()
     return lambda *options: CliRunner().invoke(app, ["export", *map(str, options)])
 
 
