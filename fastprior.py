@@ -1789,7 +1789,7 @@ class Prior:
         """
         images, unreadable, _ = _good_images(images)
         e = extract_features(images, dataclasses.replace(self.settings, copies=2), self.backbone,
-                             self.threads, progress)
+                             self.threads, progress, np.float32)
         unreadable += e.unreadable
         if seen := len(set(e.keys) & set(self.summary.get("trained_on", ()))):
             raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
@@ -2089,9 +2089,9 @@ def seen_again(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 class Extracted(NamedTuple):
     """Features of different images, ordered by their keys, so that names and order decide nothing."""
-    features: np.ndarray  # float16 (M, N, C), a row an image or a jittered copy, an image's own row first
+    features: np.ndarray  # (M, N, C), a row an image or a jittered copy, an image's own row first
     owner: np.ndarray  # (M,), ascending: the image of each row
-    again: np.ndarray  # float16 (I, N, C), each image once more, see `seen_again`
+    again: np.ndarray  # (I, N, C), each image once more, see `seen_again`
     keys: list[str]  # of each image
     sources: list[int]  # of each image, its place in the sequence that was given
     repeated: int  # images left out since their pixels were there already
@@ -2118,7 +2118,7 @@ def _readable(images: Iterable, bits: int | None) -> Iterator[np.ndarray]:
 
 
 def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
-                     progress: Progress = _quiet) -> Extracted:
+                     progress: Progress = _quiet, dtype=np.float16) -> Extracted:
     """Features of every different image and of its jittered copies (whose jitter its pixels decide)."""
     kept, repeated, unreadable = {}, 0, []
     n, c = settings.grid ** 2, sum(backbone.channels)
@@ -2143,11 +2143,11 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
                 f = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs[0]
             else:
                 f = np.stack([_reference_tokens(a, backbone, settings, s) for a, s in batch])
-            kept[key] = f.astype(np.float16), i
+            kept[key] = f.astype(dtype), i
         progress("features", i + 1, len(images))
     keys = sorted(kept)
     rows = [kept[key][0] for key in keys]
-    none = [np.empty((0, n, c), np.float16)]
+    none = [np.empty((0, n, c), dtype)]
     return Extracted(np.concatenate([f[:-1] for f in rows] or none),
                      np.repeat(np.arange(len(keys)), [len(f) - 1 for f in rows]),
                      np.concatenate([f[-1:] for f in rows] or none), keys,
