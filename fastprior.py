@@ -1544,7 +1544,7 @@ class Settings:
     floor: float = .01  # of the average variance, added to every variance
     factors: int = 64  # directions in which places vary together (at most half as many as images)
     copies: int = 4  # jittered copies of a training image
-    worst: float = .02  # share of the grid whose mean is the image's score
+    worst: float = .03  # share of the grid whose mean is the image's score
     smooth: float = 0.0  # Gaussian smoothing of the map, in grid cells
     width: int = 96  # of the denoiser
     mixers: int = 1
@@ -2069,7 +2069,7 @@ def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, re
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 5  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 6  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
