@@ -354,6 +354,8 @@ def score(images: list[str], model: Path, output: str, workers: int | None = Non
     files, errors, left_out = find(images)
     if left_out:
         console.say(left_out)
+    for path, text in errors.items():
+        console.say(f"error: {path or repr(path)}: {text}")
     digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()[:16]
     scores = Scores(output, digest, files | {path: {} for path in errors})
     to_do = {path: file for path, file in files.items() if path not in scores.verdicts}
@@ -383,8 +385,8 @@ def score(images: list[str], model: Path, output: str, workers: int | None = Non
         scores.flush()
     verdicts = [scores.verdicts[path] for path in files | errors]
     console.say(f"{len(verdicts)} images, {len(files) - count} of them scored before: "
-                f"{verdicts.count('anomaly')} anomalies, {verdicts.count('error')} could not be scored; "
-                f"{count} in {time.perf_counter() - began:.1f} s")
+                f"{verdicts.count('anomaly')} anomalies, {verdicts.count('error')} could not be scored "
+                f"(column error); {count} in {time.perf_counter() - began:.1f} s")
     print(output)
     return 2 if "error" in verdicts else int("anomaly" in verdicts)
 
@@ -424,6 +426,8 @@ def connected():
         if ours:
             ray.init(log_to_driver=False, logging_level="critical")
         yield
+    except SystemExit as e:  # what Ray makes of SIGTERM
+        raise fp.FastPriorError("terminated; what had been scored is kept, and the next run goes on") from e
     finally:
         if ours:
             ray.shutdown()
