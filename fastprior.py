@@ -1807,7 +1807,7 @@ class Prior:
             z = np.concatenate([f.to_host(f.outputs[0]) for f in frames]).astype(np.float64)
             nll[steps] = (z - own["offset"]) / own["gain"]
             progress("calibration", len(nll), len(self.calibrations))
-        kept = ~outliers(nll[self.settings.steps], self.settings.worst) | keep_all
+        kept = ~outliers(nll[self.settings.steps], self.settings.worst)[0] | keep_all
         calibrations = {}
         for steps, own in self.calibrations.items():
             raw = worst_mean(nll[steps][kept] * own["gain"] + own["offset"], self.settings.worst)
@@ -2069,7 +2069,7 @@ def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, re
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 6  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 7  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2299,26 +2299,27 @@ def _read_scores(raw: np.ndarray, nll: np.ndarray, settings: Settings) -> dict[s
 _MOST_ASIDE = .1  # of the images may be set aside
 
 
-def outliers(nll: np.ndarray, worst: float) -> np.ndarray:
-    """Which images are unlike the others? Held-out nll (n, N) -> bool (n,).
+def outliers(nll: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which images are unlike the others, and which of them by far? Held-out nll (n, N) -> bool (n,), twice.
 
-    None of fewer than MIN_HELD_OUT. Each place is standardised by median and quartiles, an image judged by
-    the mean of its worst places. The tail of good images is taken as exponential beyond the median, its rate
-    from the 90 % quantile; of those p-values the false-discovery rate is held at 1 % (Benjamini, Hochberg
-    1995).
+    None of fewer than MIN_HELD_OUT, a tenth at most. Each place is standardised by median and quartiles, an
+    image judged by the mean of its worst places. The tail of good images is taken as exponential beyond the
+    median, its rate from the 90 % quantile; of those p-values the false-discovery rate is held at 5 %
+    (Benjamini, Hochberg 1995). By far: twice as far from the median as the farthest of the rest.
     """
-    found = np.zeros(len(nll), bool)
+    unlike, far = np.zeros((2, len(nll)), bool)
     if len(nll) < MIN_HELD_OUT:
-        return found
+        return unlike, far
     low, middle, high = np.quantile(nll, [.25, .5, .75], 0)
     variance = ((high - low) / 1.349) ** 2
     raw = worst_mean((nll - middle) / (np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12), worst)
     centre, top = np.quantile(raw, [.5, .9])
     p = .5 * np.exp(-(raw - centre) * math.log(5) / max(top - centre, 1e-12))
-    order = np.argsort(p)
-    passed = np.flatnonzero(p[order] <= .01 * np.arange(1, len(p) + 1) / len(p))
-    found[order[:passed[-1] + 1 if len(passed) else 0]] = True
-    return found
+    order = np.argsort(p, kind="stable")
+    passed = np.flatnonzero(p[order] <= .05 * np.arange(1, len(p) + 1) / len(p))
+    unlike[order[:min(passed[-1] + 1, int(_MOST_ASIDE * len(nll))) if len(passed) else 0]] = True
+    far[unlike] = raw[unlike] - centre > 2 * (raw[~unlike].max() - centre)
+    return unlike, far
 
 
 def _to_unit_variance(x0: np.ndarray, whitener: np.ndarray, fresh: np.ndarray) -> None:
@@ -2344,9 +2345,10 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
                      progress: Progress = _quiet) -> _Whitened:
     """The Gaussian of each place, cross-fitted: each fold is whitened by the Gaussian of the others.
 
-    Images that are unlike the others are set aside (`outliers`), and the Gaussians fitted again, until none
-    is found. Near-duplicates share a fold, and one of them calibrates. With "holdout" a fifth of the images
-    takes no part in any of this.
+    Images that are unlike the others (`outliers`) do not calibrate; those that are so by far do not train
+    either, and the Gaussians are fitted again until there are none: a rare good one left out costs more
+    than a bad one left in. Near-duplicates share a fold, and one of them calibrates. With "holdout" a fifth
+    of the images takes no part in any of this.
     """
     count, first_problem = len(e.keys), f" (first problem: {e.unreadable[0]})" if e.unreadable else ""
     alike = f", and {e.repeated} with the same pixels" if e.repeated else ""
@@ -2376,25 +2378,25 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
         for k in range(_FOLDS):
             x0[rows == k] = _apply_whitener(part.features[rows == k], *gaussians.without(k, config))
             progress("whitening", k + 1, _FOLDS)
-        room = int(_MOST_ASIDE * count) - aside.sum()
         nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[part.clean]])
-        found = np.flatnonzero(outliers(nll, config.worst))
-        if keep_all or not len(found) or room <= 0:
+        unlike, far = outliers(nll, config.worst) if not keep_all else np.zeros((2, len(nll)), bool)
+        if not far.any() or aside.sum() + far.sum() > _MOST_ASIDE * count:
             break
-        worst = found[np.argsort(-nll[found].max(1), kind="stable")[:room]]
-        aside[np.flatnonzero(used)[worst]] = True
+        aside[np.flatnonzero(used)[far]] = True
     mean, whitener = gaussians.without(None, config)
     clean, held_out, fresh = part.clean, np.flatnonzero(away & lone), e.of(away & lone)
-    clean[clean] = _first_of(kind)
+    trained_on = e.of(~aside).keys
+    clean[clean] = _first_of(kind) & ~unlike
     fresh = _apply_whitener(fresh.features[fresh.clean], mean, whitener)
-    if holdout and not keep_all:  # what lies among them is judged by them alone, after all fits
-        strange = outliers(.5 * np.square(fresh, dtype=np.float32).sum(-1), config.worst)
-        aside[held_out[strange]], fresh = True, fresh[~strange]
-    summary = {"images": int((~aside).sum()), "held_out": len(fresh) or int(clean.sum()),
+    if not holdout:
+        aside[np.flatnonzero(used)[unlike]] = True
+    elif not keep_all:  # what lies among them is judged by them alone, after all fits
+        unlike, _ = outliers(.5 * np.square(fresh, dtype=np.float32).sum(-1), config.worst)
+        aside[held_out[unlike]], fresh = True, fresh[~unlike]
+    summary = {"images": len(trained_on), "held_out": len(fresh) or int(clean.sum()),
                "held_out_aside": int(aside[away].sum() if holdout else aside.sum()),
                "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
-               "near_duplicates": count - groups,
-               "unreadable": e.unreadable[:20], "trained_on": e.of(~aside).keys}
+               "near_duplicates": count - groups, "unreadable": e.unreadable[:20], "trained_on": trained_on}
     return _Whitened(x0, rows, clean, mean, whitener, fresh, summary)
 
 
@@ -2443,8 +2445,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     iterations : at most this many training steps (default 900; the held-out loss may stop it earlier).
         0: no denoiser and no torch, the density is that of the joint Gaussian (places and shared factors).
     minutes : at most this long in the denoiser's training.
-    keep_all : train on images that are unlike the others too. Else they are set aside (at most a tenth),
-        and named in `summary["set_aside"]`.
+    keep_all : images that are unlike the others calibrate too. Else they are set aside (at most a tenth),
+        and named in `summary["set_aside"]`; those that are so by far do not train either.
 
     Raises
     ------

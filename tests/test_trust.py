@@ -58,9 +58,22 @@ def grained(tmp_path_factory):
 def test_bad_images_among_the_good_are_named_and_set_aside(good, bad, count):
     clean, mixed = fit(good), fit([*good, *bad[:count]])
     assert mixed.summary["set_aside"] == sorted(map(str, bad[:count])) and mixed.summary["images"] == 40
-    assert mixed.threshold.value == clean.threshold.value  # as if they had never been there
+    assert mixed.threshold == clean.threshold  # as if they had never been there
     kept = fit([*good, *bad[:count]], keep_all=True)
     assert kept.summary["set_aside"] == [] and kept.threshold.value > mixed.threshold.value
+    told = fp._room("console").promise
+    assert f"40 held-out good images and {count} set aside promise" in told(mixed)
+    assert f"{(1 + count) / (41 + count):.1%} on average" in told(mixed)  # if those set aside are good
+    assert f"({1 / 41:.1%} on average if the {count} are bad)" in told(mixed)
+
+
+def test_what_is_a_little_unlike_does_not_calibrate_but_trains():
+    e = extracted(np.random.default_rng(0), 100)
+    e.features[[0, 1, 3]] *= 1.6
+    made, kept = (fp._whiten_features(e, fp.Settings(size=96, cell=32, factors=4), k) for k in (False, True))
+    assert made.summary["set_aside"] == [0, 1, 3] and made.summary["held_out"] == 97 == made.clean.sum()
+    assert made.summary["images"] == len(made.x0) == 99  # one of them by far
+    assert kept.clean.all() and len(kept.x0) == 100
 
 
 @pytest.mark.skipif(not BOTTLE.is_dir(), reason=f"no real images at {BOTTLE}")
@@ -76,7 +89,7 @@ def test_one_broken_bottle_among_forty_does_not_switch_detection_off():
 
 def test_hardly_any_clean_image_is_set_aside():
     rng = np.random.default_rng(0)  # places of 16 correlated channels: |x|^2 / 2, skewed as real ones are
-    share = [fp.outliers(.5 * rng.chisquare(16, (n, 64)), .02).mean()
+    share = [fp.outliers(.5 * rng.chisquare(16, (n, 64)), .03)[0].mean()
              for n in (40, 100, 300) for _ in range(60)]
     assert np.mean(share) < .02
 
@@ -136,14 +149,14 @@ def near(images, folder, count, how="frames"):
 @pytest.mark.parametrize("how, count", [("frames", 2), ("jpeg", 1), ("smaller", 1), ("crop", 1)])
 def test_near_duplicates_share_a_fold_and_count_once(grained, tmp_path, how, count):
     images = [*grained[:20], *near(grained[:20], tmp_path / how, count, how)]
-    made = fit(images, copies=4, size=128)
+    made = fit(images, copies=4, size=128, keep_all=True)
     assert made.summary["near_duplicates"] == 20 * count and made.summary["held_out"] == 20
     assert made.threshold.count == 20 and made.summary["images"] == len(images)
     e = fp.extract_features(images, fp.Settings(size=128), fp.load_backbone("lite0"))
     group, owner = fp.near_duplicates(e), np.array(e.sources)
     for i in range(20):  # the image and its likes, and nothing else
         assert set(owner[group == group[owner == i]]) == {i, *range(20 + i * count, 20 + (i + 1) * count)}
-    fold = fp._whiten_features(e, fp.Settings(size=128)).fold
+    fold = fp._whiten_features(e, fp.Settings(size=128), keep_all=True).fold
     assert all(len(set(fold[np.isin(e.owner, np.flatnonzero(group == g))])) == 1 for g in set(group))
 
 
@@ -155,7 +168,7 @@ def test_different_images_are_no_near_duplicates(good, grained):
 
 def test_near_duplicates_calibrate_once(good, grained, tmp_path):
     prior, today = fit(good), grained[:12]
-    again = prior.calibrate([*today, *near(today, tmp_path / "again", 2)])
+    again = prior.calibrate([*today, *near(today, tmp_path / "again", 2)], keep_all=True)
     assert again.threshold.count == 12 and again.summary["near_duplicates_today"] == 24
     with pytest.raises(fp.ImageError, match="9 readable.*near-duplicates count once"):
         prior.calibrate([*today[:9], *near(today[:9], tmp_path / "again", 2)])
