@@ -2069,7 +2069,7 @@ def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, re
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 7  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 8  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2079,19 +2079,11 @@ def _quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def seen_again(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same thing as another frame or file would have it: half the resolution, noise of 5 grey levels."""
-    a, (h, w, _) = image, image.shape
-    if min(h, w) > 1:
-        a = a[:h // 2 * 2, :w // 2 * 2].reshape(h // 2, 2, w // 2, 2, 3).mean((1, 3), dtype=np.float32)
-    return np.clip(np.rint(a + 5 * rng.standard_normal(a.shape, np.float32)), 0, 255).astype(np.uint8)
-
-
 class Extracted(NamedTuple):
     """Features of different images, ordered by their keys, so that names and order decide nothing."""
     features: np.ndarray  # (M, N, C), a row an image or a jittered copy, an image's own row first
     owner: np.ndarray  # (M,), ascending: the image of each row
-    again: np.ndarray  # (I, N, C), each image once more, see `seen_again`
+    looks: np.ndarray  # complex64 (I, 128, 65), see `look`
     keys: list[str]  # of each image
     sources: list[int]  # of each image, its place in the sequence that was given
     repeated: int  # images left out since their pixels were there already
@@ -2107,7 +2099,7 @@ class Extracted(NamedTuple):
         chosen = np.arange(len(self.keys))[images]
         rows = np.isin(self.owner, chosen)
         return self._replace(features=self.features[rows], owner=np.searchsorted(chosen, self.owner[rows]),
-                             again=self.again[chosen],
+                             looks=self.looks[chosen],
                              keys=[self.keys[i] for i in chosen], sources=[self.sources[i] for i in chosen])
 
 
@@ -2138,57 +2130,80 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
         if key not in kept:
             rng = np.random.default_rng([settings.seed, int(key, 16)])
             batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
-            batch.append((seen_again(image, rng), (0.0, 0.0)))
             if engine:
                 f = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs[0]
             else:
                 f = np.stack([_reference_tokens(a, backbone, settings, s) for a, s in batch])
-            kept[key] = f.astype(dtype), i
+            kept[key] = f.astype(dtype), i, look(image)
         progress("features", i + 1, len(images))
     keys = sorted(kept)
     rows = [kept[key][0] for key in keys]
-    none = [np.empty((0, n, c), dtype)]
-    return Extracted(np.concatenate([f[:-1] for f in rows] or none),
-                     np.repeat(np.arange(len(keys)), [len(f) - 1 for f in rows]),
-                     np.concatenate([f[-1:] for f in rows] or none), keys,
+    return Extracted(np.concatenate(rows) if rows else np.empty((0, n, c), dtype),
+                     np.repeat(np.arange(len(keys)), [len(f) for f in rows]),
+                     np.array([kept[key][2] for key in keys]), keys,
                      [kept[key][1] for key in keys], repeated, unreadable)
 
 
 def near_duplicates(e: Extracted) -> np.ndarray:
     """(I,) a number for each image, 0, 1, 2 ...: frames of a video, crops, re-compressed copies share one.
 
-    Images are compared where they differ more than an image from itself seen otherwise (jittered,
-    `seen_again`): in the generalised eigenvectors of that difference's covariance W in the images'
-    covariance T, both pooled over the places, W v = lambda T v, each weighted by sqrt(1 - lambda). Two are
-    linked if their cosine is one that most such views (85 %) have with their own image; linked ones share a
-    group.
+    Two are linked if they look the same (`look_alike`), or if their features are as close as an image's to
+    those of its own jittered copy (the median): by cosine, where images differ more than such copies, in the
+    generalised eigenvectors of the copies' covariance W about their image in the images' covariance T, both
+    pooled over the places, W v = lambda T v, each weighted by sqrt(1 - lambda). Linked ones share a group.
     """
     from scipy import linalg, sparse
-    first, (_, n, c) = np.flatnonzero(e.clean), e.features.shape
-    if len(first) < 2:
-        return np.arange(len(first))
-    copies = np.flatnonzero(~e.clean)
-    mean = e.features[first].mean(0, dtype=np.float32)
-    total, within = np.zeros((2, c, c))
-    for i in range(n):
-        x = e.features[first, i].astype(np.float32)
-        d = np.concatenate([e.features[copies, i] - x[e.owner[copies]], e.again[:, i] - x])
-        x -= mean[i]
-        total += x.T @ x / len(x)
-        within += d.T @ d / len(d)
-    total += 1e-3 * max(np.trace(total) / c, 1e-12) * np.eye(c)
-    ratio, v = linalg.eigh(within, total)
-    v = (v * np.sqrt(np.maximum(1 - ratio, 0)))[:, ratio < .95].astype(np.float32)
+    first, copies, (_, n, c) = np.flatnonzero(e.clean), np.flatnonzero(~e.clean), e.features.shape
+    linked = look_alike(e.looks)
+    if len(first) > 1 and len(copies):
+        mean = e.features[first].mean(0, dtype=np.float32)
+        total, within = np.zeros((2, c, c))
+        for i in range(n):
+            x = e.features[first, i].astype(np.float32)
+            d = e.features[copies, i] - x[e.owner[copies]]
+            x -= mean[i]
+            total += x.T @ x / len(x)
+            within += d.T @ d / len(d)
+        total += 1e-3 * max(np.trace(total) / c, 1e-12) * np.eye(c)
+        ratio, v = linalg.eigh(within, total)
+        v = (v * np.sqrt(np.maximum(1 - ratio, 0)))[:, ratio < .95].astype(np.float32)
 
-    def directions(features):
-        x = ((features.astype(np.float32) - mean) @ v).reshape(len(features), -1)
-        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    own = np.concatenate([directions(e.features[first[i:i + 64]]) for i in range(0, len(first), 64)])
-    alike = [(directions(e.features[rows]) * own[e.owner[rows]]).sum(1)
-             for rows in np.array_split(copies, -(-len(copies) // 64))] if len(copies) else []
-    alike += [(directions(e.again[i:i + 64]) * own[i:i + 64]).sum(1) for i in range(0, len(own), 64)]
-    linked = own @ own.T >= max(np.quantile(np.concatenate(alike), .15), .3)  # below, nothing is alike
+        def directions(rows):
+            x = ((e.features[rows].astype(np.float32) - mean) @ v).reshape(len(rows), -1)
+            return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        own = np.concatenate([directions(first[i:i + 64]) for i in range(0, len(first), 64)])
+        alike = [(directions(rows) * own[e.owner[rows]]).sum(1)
+                 for rows in np.array_split(copies, -(-len(copies) // 64))]
+        linked |= own @ own.T >= max(np.median(np.concatenate(alike)), .3)  # below, nothing is alike
     return sparse.csgraph.connected_components(linked, directed=False)[1]
+
+
+_LOOK = 128  # side, pixels
+
+
+def look(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> complex64 spectrum (128, 65) of its grey middle band, of unit energy."""
+    x = resize_normalize(image, _LOOK, (0, 0, 0), (1, 1, 1), dtype=np.float32).mean(-1)
+    f = np.fft.rfft2((x - x.mean()) * np.sqrt(np.outer(np.hanning(_LOOK), np.hanning(_LOOK))))
+    square = (2 * np.pi * np.hypot(np.fft.fftfreq(_LOOK)[:, None], np.fft.rfftfreq(_LOOK))) ** 2
+    f *= np.exp(-square * .7 ** 2 / 2) - np.exp(-square * 4 ** 2 / 2)  # Gaussians of 0.7 and 4 pixels
+    energy = np.linalg.norm(np.fft.irfft2(f, (_LOOK, _LOOK)))
+    return (f / max(energy, 1e-6)).astype(np.complex64)
+
+
+def look_alike(looks: np.ndarray) -> np.ndarray:
+    """bool (I, I): correlation of at least 0.965 where it is highest within a shift of 5 % of a side."""
+    reach = np.arange(-_LOOK // 20, _LOOK // 20 + 1)
+    weight = np.full(looks.shape[-1], 2 / _LOOK ** 2, np.float32)  # a real image's other half
+    weight[[0, -1]] /= 2
+    size = (np.abs(looks) * np.sqrt(weight)).reshape(len(looks), -1)
+    linked = np.eye(len(looks), dtype=bool)
+    for i, row in enumerate(size):
+        at = i + 1 + np.flatnonzero(size[i + 1:] @ row >= .965)  # no shift can give more than that
+        for j in np.array_split(at, -(-len(at) // 64)) if len(at) else ():
+            c = np.fft.irfft2(looks[j] * looks[i].conj(), (_LOOK, _LOOK))
+            linked[i, j] = c[:, reach][:, :, reach].max((1, 2)) >= .965
+    return linked | linked.T
 
 
 def _first_of(group: np.ndarray) -> np.ndarray:
