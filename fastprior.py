@@ -2069,7 +2069,7 @@ def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, re
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 8  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 9  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 5
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2182,27 +2182,36 @@ _LOOK = 128  # side, pixels
 
 
 def look(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) -> complex64 spectrum (128, 65) of its grey middle band, of unit energy."""
+    """uint8 (H, W, 3) -> complex64 spectrum (128, 65) of its grey middle band, see `look_alike`."""
     x = resize_normalize(image, _LOOK, (0, 0, 0), (1, 1, 1), dtype=np.float32).mean(-1)
     f = np.fft.rfft2((x - x.mean()) * np.sqrt(np.outer(np.hanning(_LOOK), np.hanning(_LOOK))))
     square = (2 * np.pi * np.hypot(np.fft.fftfreq(_LOOK)[:, None], np.fft.rfftfreq(_LOOK))) ** 2
     f *= np.exp(-square * .7 ** 2 / 2) - np.exp(-square * 4 ** 2 / 2)  # Gaussians of 0.7 and 4 pixels
-    energy = np.linalg.norm(np.fft.irfft2(f, (_LOOK, _LOOK)))
-    return (f / max(energy, 1e-6)).astype(np.complex64)
+    return f.astype(np.complex64)
 
 
 def look_alike(looks: np.ndarray) -> np.ndarray:
-    """bool (I, I): correlation of at least 0.965 where it is highest within a shift of 5 % of a side."""
+    """bool (I, I): which correlate by 0.965, and by 0.9 in what they do not have in common with all others.
+
+    Each where it is highest within a shift of 5 % of a side.
+    """
     reach = np.arange(-_LOOK // 20, _LOOK // 20 + 1)
-    weight = np.full(looks.shape[-1], 2 / _LOOK ** 2, np.float32)  # a real image's other half
-    weight[[0, -1]] /= 2
-    size = (np.abs(looks) * np.sqrt(weight)).reshape(len(looks), -1)
+    root = np.full(looks.shape[-1], 2 ** .5 / _LOOK, np.float32)  # energy: a real image's other half counts
+    root[[0, -1]] = 1 / _LOOK
+
+    def unit(f):
+        energy = np.linalg.norm((np.abs(f) * root).reshape(len(f), -1), axis=1)
+        return f / np.maximum(energy, 1e-3)[:, None, None]
+
+    def correlation(f, i, j):
+        return np.fft.irfft2(f[j] * f[i].conj(), (_LOOK, _LOOK))[:, reach][:, :, reach].max((1, 2))
+    whole, own = unit(looks), unit(looks - looks.mean(0))
+    size = (np.abs(whole) * root).reshape(len(looks), -1)
     linked = np.eye(len(looks), dtype=bool)
     for i, row in enumerate(size):
         at = i + 1 + np.flatnonzero(size[i + 1:] @ row >= .965)  # no shift can give more than that
         for j in np.array_split(at, -(-len(at) // 64)) if len(at) else ():
-            c = np.fft.irfft2(looks[j] * looks[i].conj(), (_LOOK, _LOOK))
-            linked[i, j] = c[:, reach][:, :, reach].max((1, 2)) >= .965
+            linked[i, j] = (correlation(whole, i, j) >= .965) & (correlation(own, i, j) >= .9)
     return linked | linked.T
 
 

@@ -478,19 +478,22 @@ def write_report(points: list[dict], folder: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------------
 
 def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backbones: Sequence[str],
-          size: int, input_size: int | None, batch: int, against: Sequence[str], processes: bool,
-          data: Sequence[Path], as_json: bool, device: str, threads: int | None, report: Path | None,
-          **accuracy) -> None:
+          size: int, cell: int, input_size: int | None, batch: int, precision: str, against: Sequence[str],
+          processes: bool, data: Sequence[Path], as_json: bool, device: str, threads: int | None,
+          report: Path | None, **accuracy) -> None:
     """What `fastprior bench` does with its options; a line or a JSON object for each thing that is timed."""
     if report and not data:
         raise fp.FastPriorError("--report shows speed against accuracy: give --data too")
     if model and data:
         raise fp.FastPriorError("--model times that model alone: leave out --data, which trains its own")
     device = fp.resolve_device(device)
+    if precision != "float32" and device != "cuda":
+        raise fp.ShapeError("--precision: expected float32 on the CPU (float16 with --device cuda), got "
+                            f"{precision!r:.20}")
     if against:
         check_runtimes(against, device)
     peaks = measure_peaks() if device == "cpu" else {}
-    facts = fp._room("console").machine() | {"fastprior": fp.__version__, "dtype": "float32"}
+    facts = fp._room("console").machine() | {"fastprior": fp.__version__, "dtype": precision}
     fp._room("console").say(*(f"{k}={v}" for k, v in facts.items()),
                             *(f"{k}={v:.0f}" for k, v in peaks.items()))
 
@@ -505,12 +508,12 @@ def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backb
         print(json.dumps(facts | speed) if as_json else _speed_text(dict(facts), speed), flush=True)
         return facts | speed
     if data:
-        run(data, measure, progress, backbones=backbones, steps=steps, size=size, report=report,
+        run(data, measure, progress, backbones=backbones, steps=steps, size=size, cell=cell, report=report,
             as_json=as_json, threads=threads, device=device, **accuracy)
         return
     for name in [model] if model else backbones:
-        prior = (fp.Prior.load(model, threads=threads, device=device) if model
-                 else untrained(name, size, threads, device))
+        prior = (fp.Prior.load(model, threads=threads, device=device, precision=precision) if model
+                 else untrained(name, size, threads, device, precision, cell))
         for count in steps:
             measure(prior.with_steps(count), backbone=Path(name).stem, steps=count,
                     variant="as trained" if model else "untrained")
@@ -606,9 +609,9 @@ def measure_peaks(seconds: float = .5) -> dict[str, float]:
 
 
 def untrained(backbone: str, size: int, threads: int | None = None, device: str = "cpu",
-              precision: str = "float32") -> "fp.Prior":
+              precision: str = "float32", cell: int = 0) -> "fp.Prior":
     """A prior of random numbers with the shapes of a trained one: for timing, its scores mean nothing."""
-    settings = fp.Settings(backbone=backbone, size=size)
+    settings = fp.Settings(backbone=backbone, size=size, cell=cell)
     settings.check()
     net = fp.load_backbone(backbone)
     n, c = settings.grid ** 2, sum(net.channels)

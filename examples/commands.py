@@ -34,6 +34,11 @@ def build_app() -> "typer.Typer":
 
     keep_all_option = typer.Option(False, "--keep-all", help="Also use images unlike the others.")
 
+    def preset(tier: str) -> dict:
+        if tier not in fp.TIERS:
+            raise fp.ShapeError(f"--tier: expected {', '.join(fp.TIERS)}, got {tier!r}")
+        return fp.TIERS[tier]
+
     @app.command()
     def train(good: str = typer.Argument(...,
                                          help="Folder of good images, or one with good/ (ok, normal, "
@@ -69,14 +74,13 @@ def build_app() -> "typer.Typer":
         Example: fastprior train --multi products -o all.npz
         """
         fp._room("folders").check_output(output)
-        if tier not in fp.TIERS:
-            raise fp.ShapeError(f"--tier: expected {', '.join(fp.TIERS)}, got {tier!r}")
+        chosen = preset(tier)
         own = {k: v for k, v in {"backbone": backbone, "size": size, "cell": cell}.items() if v is not None}
         with console.Bars() as bars:
             made = (fp.fit_many if multi else fp.fit)(
                 good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
                 variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits, keep_all=keep_all,
-                **fp.TIERS[tier] | own)
+                **chosen | own)
         made.save(output)
         console.tell_training(made)
         print(output)
@@ -178,8 +182,10 @@ def build_app() -> "typer.Typer":
     def bench(steps: str = typer.Option("2", help="DDIM inversion steps, several with commas: 1,2,3,5,10."),
               model: Path = typer.Option(None, "-m", "--model",
                                          help="Time this model instead of untrained ones."),
-              backbone: list[str] = typer.Option(["lite0"], help="May be given several times."),
-              size: int = typer.Option(fp.Settings.size, help="Side the image is resized to."),
+              tier: str = typer.Option("default", help="fast, default or accurate: backbone and size."),
+              backbone: list[str] = typer.Option([], help="May be given several times."),
+              size: int = typer.Option(None, help="Side the image is resized to."),
+              cell: int = typer.Option(fp.Settings.cell, help="Side of a place; 0: 32 from 384 pixels on."),
               input_size: int = typer.Option(None, help="Side of the image that is timed (default: --size)."),
               batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),
               against: str = typer.Option("", help="Also the bare backbone in onnxruntime, openvino, torch."),
@@ -192,6 +198,7 @@ def build_app() -> "typer.Typer":
               calibration: str = typer.Option(fp.Settings.calibration, help="--data: cross or holdout."),
               multi: bool = typer.Option(False, "--multi", help="--data: also one model for all categories."),
               report: Path = typer.Option(None, help="--data: folder for a table and a picture."),
+              precision: str = typer.Option("float32", help="float32, or float16 on a GPU."),
               as_json: bool = typer.Option(False, "--json", help="One JSON object a row."),
               device: str = typer.Option("cpu", help="cpu or cuda."), threads: int = threads_option):
         """Measure speed on this machine and, with --data, accuracy. Trained models are cached.
@@ -202,9 +209,12 @@ def build_app() -> "typer.Typer":
 
         Example: fastprior bench --data mvtec --variants gaussian,joint,full --steps 2,3,5 --report results
         """
+        chosen = preset(tier)
         with console.Bars() as bars:
             fp._room("benchmark").bench(
-                bars, steps=console.numbers(steps, "steps"), model=model, backbones=backbone, size=size,
+                bars, steps=console.numbers(steps, "steps"), model=model,
+                backbones=backbone or [chosen["backbone"]],
+                size=chosen["size"] if size is None else size, cell=cell, precision=precision,
                 input_size=input_size, batch=batch, against=against.split(",") if against else [],
                 processes=processes, data=data, variants=variants.split(","),
                 seeds=console.numbers(seeds, "seeds"), iterations=iterations, multi=multi,

@@ -134,6 +134,8 @@ def test_control_c_leaves_no_half_file(washers, tmp_path):
 
 
 def test_bench_without_data_says_untrained():
-    done = run("bench", "--size", 64, "--batch", 2)
+    done = run("bench", "--size", 64, "--cell", 32, "--batch", 2)
     assert done.returncode == 0 and "untrained" in done.stdout and "frames/s" in done.stdout
+    refused(run("bench", "--tier", "best"), "--tier: expected fast, default, accurate")
+    refused(run("bench", "--device", "cpu", "--precision", "float16"), "--precision: expected float32")
     assert "cpu=" in done.stderr and "matmul_gflop_per_s" in done.stderr
