@@ -314,11 +314,12 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
         except fp.ModelError:  # not there yet, or spoilt
             made = fp.extract_features(category.train, config, backbone, threads, progress)
             header, arrays = {"keys": made.keys}, {"features": made.features, "owner": made.owner,
-                                                   "again": made.again, "sources": np.array(made.sources)}
+                                                   "again": made.again, "sources": np.array(made.sources),
+                                                   "fine": np.array(made.fine)}
             file.parent.mkdir(0o700, parents=True, exist_ok=True)
             fp._write_npz(file, header, arrays)
         return fp.Extracted(arrays["features"], arrays["owner"], arrays["again"], header["keys"],
-                            arrays["sources"].tolist(), 0, [])
+                            arrays["sources"].tolist(), 0, [], arrays["fine"])
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):
@@ -621,7 +622,9 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
         for scale, count in zip((.01, .001), counts))
     return fp.Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
                  {k: calibration for k in range(1, 51)}, {}, threads, device, precision,
-                 factors=factors.reshape(n * panels, -1))
+                 factors=factors.reshape(n * panels, -1),
+                 fine=(np.zeros((settings.fine ** 2, net.fine_channels), np.float16),
+                       np.eye(net.fine_channels, dtype=np.float32)))
 
 
 def _speed_text(facts: dict, speed: dict) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fastprior as fp
+from damaged_models import fine_of
 from emulated_cuda import DeviceArray, FakeCupy, LaunchError, gxx
 
 engines = fp._engines("cuda")
@@ -74,13 +75,14 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
         weights["out_w"] = (rng.standard_normal(weights["out_w"].shape) / 20).astype(np.float32)
         weights["out_b"] = (rng.standard_normal(c) / 20).astype(np.float32)
         weights["gain_w"] = (rng.standard_normal(weights["gain_w"].shape) / 20).astype(np.float32)
+    fine = fine_of(rng, backbone, settings)
     flat = {"gain": np.ones(n, np.float32), "offset": np.zeros(n, np.float32),
             "moments": np.array([0, 1, 0.0]), "scores": np.sort(rng.standard_normal(50)),
             "peaks": np.linspace(90, 100, 50)}
 
     def make(calibration, **where):
         return fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {},
-                        factors=factors, **where)
+                        factors=factors, fine=fine, **where)
     raw = make(flat).z(images(seed=9))
     unit = np.float32(1 / raw.std())
     calibration = flat | {"gain": np.full(n, unit), "offset": -raw.mean(0) * unit}
@@ -253,7 +255,8 @@ def test_several_products_on_the_gpu_are_those_of_the_cpu(cuda, precision):
     def products(prior, **where):
         """Two that differ by little: each takes some of the images."""
         shifted = fp.Prior(prior.settings, prior.backbone, prior.mean - np.float32(.03), prior.whitener,
-                           prior.denoiser, prior.calibrations, {}, factors=prior.factors, **where)
+                           prior.denoiser, prior.calibrations, {}, factors=prior.factors, fine=prior.fine,
+                           **where)
         return fp.MultiPrior({"one": prior, "two": shifted})
     gpu, cpu = model(device="cuda", precision=precision)
     gpu, cpu = products(gpu, device="cuda", precision=precision), products(cpu)
