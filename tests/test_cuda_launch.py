@@ -171,14 +171,14 @@ def test_a_frame_is_launched_as_the_kernels_expect(cuda):
     names = [name for name, *_ in cuda.launches[:len(gpu._engine().steps)]]
     blocks = [["depthwise_31", "squeeze_excite", "product", "pool"],
               ["product", "depthwise_52", "squeeze_excite", "product"],
-              ["product", "depthwise_31", "product", "pool"],
-              ["product", "depthwise_32", "squeeze_excite", "product", "pool"],
+              ["product", "depthwise_31", "product", "pool", "pool"],  # to the coarse and to the fine grid
+              ["product", "depthwise_32", "squeeze_excite", "product", "pool", "pool"],
               ["product", "depthwise_52", "squeeze_excite", "product"],
               *[["product", "depthwise_51", "squeeze_excite", "product", "pool"]] * 2]
     step = ["product", "layer_norm", "product", "product", "layer_norm", "product", "product", "layer_norm",
             "product", "rotate_density"]
     assert names == ["resize_normalize", "stem", *sum(blocks, []), "whiten", "project_factors",
-                     "remove_factors", *step, *step, "worst_mean", "anomaly_map"]
+                     "remove_factors", *step, *step, "worst_mean", "fine_density", "sharpen", "anomaly_map"]
     rotations = [args for name, _, _, args in cuda.launches if name == "rotate_density"][:2]
     assert (rotations[0][4] != 0, rotations[1][4] != 0) == (True, False)  # at the last step x' goes nowhere
     assert (rotations[0][7] != 0, rotations[1][7] != 0) == (False, True)  # and z only there
@@ -281,7 +281,8 @@ def test_only_some_stages_run_again(cuda):
     want.score
     cuda.launches.clear()
     gpu._engine().run_only(["map", "density"], images()[:1])
-    assert [name for name, *_ in cuda.launches] == ["rotate_density"] * 2 + ["worst_mean", "anomaly_map"]
+    assert [name for name, *_ in cuda.launches] == ["rotate_density"] * 2 + ["worst_mean", "fine_density", "sharpen",
+                                                                              "anomaly_map"]
     assert gpu.score(images()[0]).score == want.score
 
 
@@ -291,7 +292,7 @@ def test_the_image_table_is_copied_only_when_it_changes(cuda):
     results.append(gpu.score(frame, with_map=False))
     before = len(cuda.copies)
     results.append(gpu.score(frame, with_map=False))  # the first is kept, so this one has its own memory
-    assert len(cuda.copies) == before + 1 and cuda.copies[-1] == 13 * 8
+    assert len(cuda.copies) == before + 1 and cuda.copies[-1] == 15 * 8
     engine = gpu._engine()
     monkey = engine.written.copy()
     engine.write_table(monkey, cuda.cuda.get_current_stream())
