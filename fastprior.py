@@ -428,17 +428,14 @@ def fine_density(x: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 def detail(f: np.ndarray) -> np.ndarray:
     """What `sharpen` multiplies by: f (F, F) >= 0 -> sqrt(f / its maximum over 5 x 5 places), in [0, 1]."""
-    most = f
-    for axis in (0, 1):
-        edged = np.pad(most, [(2, 2) if a == axis else (0, 0) for a in (0, 1)], "edge")
-        most = np.lib.stride_tricks.sliding_window_view(edged, 5, axis).max(-1)
+    most = np.lib.stride_tricks.sliding_window_view(np.pad(f, 2, "edge"), (5, 5)).max((2, 3))
     return np.sqrt(f / np.maximum(most, np.finfo(np.float32).tiny))
 
 
 def sharpen(cells: np.ndarray, f: np.ndarray, operator: np.ndarray) -> np.ndarray:
     """The coarse map finer: cells (G, G) enlarged by operator (F, G), times `detail` of f (F, F).
 
-    Cells say how unlikely a place is, f where in it; where f is highest nothing changes, so maxima nearly stay.
+    Cells say how unlikely a place is, f where in it; where f is highest nothing changes: maxima nearly stay.
     """
     return operator @ cells @ operator.T * detail(f)
 
@@ -1490,6 +1487,8 @@ def _unpack_model(header: dict, arrays: dict[str, np.ndarray], threads: int | No
     backbone, priors = Backbone.from_arrays(header["backbone"], group("backbone/", arrays)), {}
     for i, (name, part) in enumerate(header["products"] if header["kind"] == "priors" else [("", header)]):
         settings, own = Settings(**part["settings"]), group(f"{i}/", arrays) if name else arrays
+        if missing := {"mean", "whitener", "fine/mean", "fine/whitener"} - own.keys():
+            raise ModelError(f"missing arrays: {', '.join(sorted(missing))} (train again)")
         steps = sorted({k.split("/")[1] for k in own if k.startswith("calibration/")})
         calibrations = {int(k): group(f"calibration/{k}/", own) for k in steps}
         denoiser = group("denoiser/", own) or None
@@ -1773,7 +1772,7 @@ class Prior:
     mean : float32 (N, C), of the features of good images at each place
     whitener : tiles of `pack_lower`; float32 (N, C) for the plain variant
     denoiser : weights of `denoise`; None: F = 0, the joint Gaussian
-    calibrations : by number of steps, what `_calibrate` returns
+    calibrations : by number of steps, what `_calibrate` and `_read_scores` return
     summary : what training has to say
     threads, device, precision : see `load`
     factors : tiles of `pack_factors`, or None
@@ -2394,7 +2393,7 @@ def _read_scores(raw: np.ndarray, nll: np.ndarray, details: np.ndarray,
     """raw (n,): worst means of good images; nll (n, N): moments, sorted scores and peaks of maps.
 
     details (m, F, F), of the first m images: those whose maps are read. Zero and unit of the score are the
-    median and the spread of the middle half, those of the map a median too: one wild image hardly moves them.
+    median and the spread of the middle half, zero of the map a median too: one wild image hardly moves them.
     """
     grid, fine = math.isqrt(nll.shape[1]), details.shape[1]
     enlarge = map_operator(grid, fine, settings.smooth)

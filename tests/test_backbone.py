@@ -205,7 +205,8 @@ def check_features(backbone, size):
     engine = fp._feature_engine(backbone, fp.Settings(size=size))
     wide = fp.resize_normalize(image, size, backbone.mean, backbone.std)
     views = (grid, backbone.stages), (size // 8, backbone.fine)
-    for got, want in zip(engine.run([image], outputs=True).outputs, backbone.features(wide, *views), strict=True):
+    outputs = engine.run([image], outputs=True).outputs
+    for got, want in zip(outputs, backbone.features(wide, *views), strict=True):
         np.testing.assert_allclose(got[0], want, rtol=1e-3, atol=2e-5 * np.abs(want).max())
 
 

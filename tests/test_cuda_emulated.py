@@ -292,7 +292,8 @@ def anomaly_map(b, block=32, blocks=5):
         rows.append({"height": size[0], "width": size[1], "map": b.empty(*size, dtype=F)})
         for side, n in zip(("map_row", "map_col"), size):
             start, share = fp.linear_taps(fine, n)
-            rows[-1] |= {side: b.cuda.asarray(start.astype(I)), f"{side}_share": b.cuda.asarray(share.astype(F))}
+            rows[-1] |= {side: b.cuda.asarray(start.astype(I)),
+                         f"{side}_share": b.cuda.asarray(share.astype(F))}
         want.append(fp.anomaly_map(m64[i], *size))
     b.launch("anomaly_map", (blocks, 1, 4), (block,), m, image_table(b, rows), I(fine))
     for row, w in zip([row for row in rows if "map" in row], want):
@@ -321,7 +322,8 @@ OPERATIONS = {
     "layer_norm": (layer_norm, [{}, {"block": 32, "d": 16}, {"block": 128, "rows": 1}]),
     "rotate_density": (rotate_density, [{}, {"block": 128}, {"c": 32, "block": 32}]),
     "worst_mean": (worst_mean, [{}, {"block": 256}, {"n": 1, "count": 1}, {"count": 100}]),
-    "fine_density": (fine_density, [{}, {"block": 32}, {"n": 3, "c": 96, "block": 96}, {"c": 160, "block": 64}]),
+    "fine_density": (fine_density, [{}, {"block": 32}, {"n": 3, "c": 96, "block": 96},
+                                    {"c": 160, "block": 64}]),
     "sharpen": (sharpen, [{}, {"block": 128, "fine": 24}, {"grid": 1, "block": 1, "fine": 8}]),
     "anomaly_map": (anomaly_map, [{}, {"blocks": 64, "block": 64}, {"blocks": 1, "block": 1}]),
 }

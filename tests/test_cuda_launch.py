@@ -281,8 +281,8 @@ def test_only_some_stages_run_again(cuda):
     want.score
     cuda.launches.clear()
     gpu._engine().run_only(["map", "density"], images()[:1])
-    assert [name for name, *_ in cuda.launches] == ["rotate_density"] * 2 + ["worst_mean", "fine_density", "sharpen",
-                                                                              "anomaly_map"]
+    assert [name for name, *_ in cuda.launches] == [
+        *["rotate_density"] * 2, "worst_mean", "fine_density", "sharpen", "anomaly_map"]
     assert gpu.score(images()[0]).score == want.score
 
 

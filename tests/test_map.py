@@ -16,7 +16,8 @@ def fine_map(prior, image):
     coarse, fine = fp._reference_tokens(image, prior.backbone, prior.settings)
     z = .5 * np.square(prior.latent(coarse)).sum(-1) * prior.calibration["gain"] + prior.calibration["offset"]
     weight, offset = prior._map_weights()
-    f = fp.fine_density(fine, prior.fine[0].astype(np.float32), prior.fine[1]).reshape([prior.settings.fine] * 2)
+    f = fp.fine_density(fine, prior.fine[0].astype(np.float32), prior.fine[1])
+    f = f.reshape(prior.settings.fine, -1)
     return fp.sharpen((weight * z + offset).reshape(prior.grid, prior.grid), f, prior._map_operator)
 
 
