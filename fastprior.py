@@ -1878,7 +1878,7 @@ class Prior:
             z = np.concatenate([f.to_host(f.outputs[0]) for f in frames]).astype(np.float64)
             nll[steps] = (z - own["offset"]) / own["gain"]
             progress("calibration", len(nll), len(self.calibrations))
-        kept = ~outliers(nll[self.settings.steps], self.settings.worst) | keep_all
+        kept = ~outliers(nll[self.settings.steps], self.settings.worst)[0] | keep_all
         details = _details(itertools.compress(lone.fine, kept), *self.fine)
         calibrations = {}
         for steps, own in self.calibrations.items():
@@ -2148,7 +2148,7 @@ def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, re
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 7  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 9  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 5
 _MOST_FINE = 1200  # images whose fine features are held, 0.4 MB each at 448 pixels
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
@@ -2159,19 +2159,11 @@ def _quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def seen_again(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same thing as another frame or file would have it: half the resolution, noise of 5 grey levels."""
-    a, (h, w, _) = image, image.shape
-    if min(h, w) > 1:
-        a = a[:h // 2 * 2, :w // 2 * 2].reshape(h // 2, 2, w // 2, 2, 3).mean((1, 3), dtype=np.float32)
-    return np.clip(np.rint(a + 5 * rng.standard_normal(a.shape, np.float32)), 0, 255).astype(np.uint8)
-
-
 class Extracted(NamedTuple):
     """Features of different images, ordered by their keys, so that names and order decide nothing."""
     features: np.ndarray  # (M, N, C), a row an image or a jittered copy, an image's own row first
     owner: np.ndarray  # (M,), ascending: the image of each row
-    again: np.ndarray  # (I, N, C), each image once more, see `seen_again`
+    looks: np.ndarray  # complex64 (I, 128, 65), see `look`
     keys: list[str]  # of each image
     sources: list[int]  # of each image, its place in the sequence that was given
     repeated: int  # images left out since their pixels were there already
@@ -2188,7 +2180,7 @@ class Extracted(NamedTuple):
         chosen = np.arange(len(self.keys))[images]
         rows = np.isin(self.owner, chosen)
         return self._replace(features=self.features[rows], owner=np.searchsorted(chosen, self.owner[rows]),
-                             again=self.again[chosen],
+                             looks=self.looks[chosen],
                              keys=[self.keys[i] for i in chosen], sources=[self.sources[i] for i in chosen],
                              fine=[self.fine[i] for i in chosen[chosen < len(self.fine)]])
 
@@ -2220,21 +2212,19 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
         if key not in kept:
             rng = np.random.default_rng([settings.seed, int(key, 16)])
             batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
-            batch.append((seen_again(image, rng), (0.0, 0.0)))
             if engine:
                 f, own = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs
             else:
                 f, own = map(np.stack, zip(*(_reference_tokens(a, backbone, settings, s) for a, s in batch)))
-            kept[key], fine[key] = (f.astype(dtype), i), own[0].astype(np.float16)
+            kept[key], fine[key] = (f.astype(dtype), i, look(image)), own[0].astype(np.float16)
             if len(fine) > _MOST_FINE:
                 del fine[max(fine)]
         progress("features", i + 1, len(images))
     keys = sorted(kept)
     rows = [kept[key][0] for key in keys]
-    none = [np.empty((0, n, c), dtype)]
-    return Extracted(np.concatenate([f[:-1] for f in rows] or none),
-                     np.repeat(np.arange(len(keys)), [len(f) - 1 for f in rows]),
-                     np.concatenate([f[-1:] for f in rows] or none), keys,
+    return Extracted(np.concatenate(rows) if rows else np.empty((0, n, c), dtype),
+                     np.repeat(np.arange(len(keys)), [len(f) for f in rows]),
+                     np.array([kept[key][2] for key in keys]), keys,
                      [kept[key][1] for key in keys], repeated, unreadable,
                      [fine[key] for key in sorted(fine)])
 
@@ -2242,38 +2232,63 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
 def near_duplicates(e: Extracted) -> np.ndarray:
     """(I,) a number for each image, 0, 1, 2 ...: frames of a video, crops, re-compressed copies share one.
 
-    Images are compared where they differ more than an image from itself seen otherwise (jittered,
-    `seen_again`): in the generalised eigenvectors of that difference's covariance W in the images'
-    covariance T, both pooled over the places, W v = lambda T v, each weighted by sqrt(1 - lambda). Two are
-    linked if their cosine is one that most such views (85 %) have with their own image; linked ones share a
-    group.
+    Two are linked if they look the same (`look_alike`), or if their features are as close as an image's to
+    those of its own jittered copy (the median): by cosine, where images differ more than such copies, in the
+    generalised eigenvectors of the copies' covariance W about their image in the images' covariance T, both
+    pooled over the places, W v = lambda T v, each weighted by sqrt(1 - lambda). Linked ones share a group.
     """
     from scipy import linalg, sparse
-    first, (_, n, c) = np.flatnonzero(e.clean), e.features.shape
-    if len(first) < 2:
-        return np.arange(len(first))
-    copies = np.flatnonzero(~e.clean)
-    mean = e.features[first].mean(0, dtype=np.float32)
-    total, within = np.zeros((2, c, c))
-    for i in range(n):
-        x = e.features[first, i].astype(np.float32)
-        d = np.concatenate([e.features[copies, i] - x[e.owner[copies]], e.again[:, i] - x])
-        x -= mean[i]
-        total += x.T @ x / len(x)
-        within += d.T @ d / len(d)
-    total += 1e-3 * max(np.trace(total) / c, 1e-12) * np.eye(c)
-    ratio, v = linalg.eigh(within, total)
-    v = (v * np.sqrt(np.maximum(1 - ratio, 0)))[:, ratio < .95].astype(np.float32)
+    first, copies, (_, n, c) = np.flatnonzero(e.clean), np.flatnonzero(~e.clean), e.features.shape
+    linked = look_alike(e.looks)
+    if len(first) > 1 and len(copies):
+        mean = e.features[first].mean(0, dtype=np.float32)
+        total, within = np.zeros((2, c, c))
+        for i in range(n):
+            x = e.features[first, i].astype(np.float32)
+            d = e.features[copies, i] - x[e.owner[copies]]
+            x -= mean[i]
+            total += x.T @ x / len(x)
+            within += d.T @ d / len(d)
+        total += 1e-3 * max(np.trace(total) / c, 1e-12) * np.eye(c)
+        ratio, v = linalg.eigh(within, total)
+        v = (v * np.sqrt(np.maximum(1 - ratio, 0)))[:, ratio < .95].astype(np.float32)
 
-    def directions(features):
-        x = ((features.astype(np.float32) - mean) @ v).reshape(len(features), -1)
-        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    own = np.concatenate([directions(e.features[first[i:i + 64]]) for i in range(0, len(first), 64)])
-    alike = [(directions(e.features[rows]) * own[e.owner[rows]]).sum(1)
-             for rows in np.array_split(copies, -(-len(copies) // 64))] if len(copies) else []
-    alike += [(directions(e.again[i:i + 64]) * own[i:i + 64]).sum(1) for i in range(0, len(own), 64)]
-    linked = own @ own.T >= max(np.quantile(np.concatenate(alike), .15), .3)  # below, nothing is alike
+        def directions(rows):
+            x = ((e.features[rows].astype(np.float32) - mean) @ v).reshape(len(rows), -1)
+            return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        own = np.concatenate([directions(first[i:i + 64]) for i in range(0, len(first), 64)])
+        alike = [(directions(rows) * own[e.owner[rows]]).sum(1)
+                 for rows in np.array_split(copies, -(-len(copies) // 64))]
+        linked |= own @ own.T >= max(np.median(np.concatenate(alike)), .3)  # below, nothing is alike
     return sparse.csgraph.connected_components(linked, directed=False)[1]
+
+
+_LOOK = 128  # side, pixels
+
+
+def look(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> complex64 spectrum (128, 65) of its grey middle band, of unit energy."""
+    x = resize_normalize(image, _LOOK, (0, 0, 0), (1, 1, 1), dtype=np.float32).mean(-1)
+    f = np.fft.rfft2((x - x.mean()) * np.sqrt(np.outer(np.hanning(_LOOK), np.hanning(_LOOK))))
+    square = (2 * np.pi * np.hypot(np.fft.fftfreq(_LOOK)[:, None], np.fft.rfftfreq(_LOOK))) ** 2
+    f *= np.exp(-square * .7 ** 2 / 2) - np.exp(-square * 4 ** 2 / 2)  # Gaussians of 0.7 and 4 pixels
+    energy = np.linalg.norm(np.fft.irfft2(f, (_LOOK, _LOOK)))
+    return (f / max(energy, 1e-6)).astype(np.complex64)
+
+
+def look_alike(looks: np.ndarray) -> np.ndarray:
+    """bool (I, I): correlation of at least 0.965 where it is highest within a shift of 5 % of a side."""
+    reach = np.arange(-_LOOK // 20, _LOOK // 20 + 1)
+    weight = np.full(looks.shape[-1], 2 / _LOOK ** 2, np.float32)  # a real image's other half
+    weight[[0, -1]] /= 2
+    size = (np.abs(looks) * np.sqrt(weight)).reshape(len(looks), -1)
+    linked = np.eye(len(looks), dtype=bool)
+    for i, row in enumerate(size):
+        at = i + 1 + np.flatnonzero(size[i + 1:] @ row >= .965)  # no shift can give more than that
+        for j in np.array_split(at, -(-len(at) // 64)) if len(at) else ():
+            c = np.fft.irfft2(looks[j] * looks[i].conj(), (_LOOK, _LOOK))
+            linked[i, j] = c[:, reach][:, :, reach].max((1, 2)) >= .965
+    return linked | linked.T
 
 
 def _first_of(group: np.ndarray) -> np.ndarray:
@@ -2407,26 +2422,27 @@ def _read_scores(raw: np.ndarray, nll: np.ndarray, details: np.ndarray,
 _MOST_ASIDE = .1  # of the images may be set aside
 
 
-def outliers(nll: np.ndarray, worst: float) -> np.ndarray:
-    """Which images are unlike the others? Held-out nll (n, N) -> bool (n,).
+def outliers(nll: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which images are unlike the others, and which of them by far? Held-out nll (n, N) -> bool (n,), twice.
 
-    None of fewer than MIN_HELD_OUT. Each place is standardised by median and quartiles, an image judged by
-    the mean of its worst places. The tail of good images is taken as exponential beyond the median, its rate
-    from the 90 % quantile; of those p-values the false-discovery rate is held at 1 % (Benjamini, Hochberg
-    1995).
+    None of fewer than MIN_HELD_OUT, a tenth at most. Each place is standardised by median and quartiles, an
+    image judged by the mean of its worst places. The tail of good images is taken as exponential beyond the
+    median, its rate from the 90 % quantile; of those p-values the false-discovery rate is held at 5 %
+    (Benjamini, Hochberg 1995). By far: twice as far from the median as the farthest of the rest.
     """
-    found = np.zeros(len(nll), bool)
+    unlike, far = np.zeros((2, len(nll)), bool)
     if len(nll) < MIN_HELD_OUT:
-        return found
+        return unlike, far
     low, middle, high = np.quantile(nll, [.25, .5, .75], 0)
     variance = ((high - low) / 1.349) ** 2
     raw = worst_mean((nll - middle) / (np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12), worst)
     centre, top = np.quantile(raw, [.5, .9])
     p = .5 * np.exp(-(raw - centre) * math.log(5) / max(top - centre, 1e-12))
-    order = np.argsort(p)
-    passed = np.flatnonzero(p[order] <= .01 * np.arange(1, len(p) + 1) / len(p))
-    found[order[:passed[-1] + 1 if len(passed) else 0]] = True
-    return found
+    order = np.argsort(p, kind="stable")
+    passed = np.flatnonzero(p[order] <= .05 * np.arange(1, len(p) + 1) / len(p))
+    unlike[order[:min(passed[-1] + 1, int(_MOST_ASIDE * len(nll))) if len(passed) else 0]] = True
+    far[unlike] = raw[unlike] - centre > 2 * (raw[~unlike].max() - centre)
+    return unlike, far
 
 
 def _to_unit_variance(x0: np.ndarray, whitener: np.ndarray, fresh: np.ndarray) -> None:
@@ -2454,9 +2470,10 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
                      progress: Progress = _quiet) -> _Whitened:
     """The Gaussian of each place, cross-fitted: each fold is whitened by the Gaussian of the others.
 
-    Images that are unlike the others are set aside (`outliers`), and the Gaussians fitted again, until none
-    is found. Near-duplicates share a fold, and one of them calibrates. With "holdout" a fifth of the images
-    takes no part in any of this.
+    Images that are unlike the others (`outliers`) do not calibrate; those that are so by far do not train
+    either, and the Gaussians are fitted again until there are none: a rare good one left out costs more
+    than a bad one left in. Near-duplicates share a fold, and one of them calibrates. With "holdout" a fifth
+    of the images takes no part in any of this.
     """
     count, first_problem = len(e.keys), f" (first problem: {e.unreadable[0]})" if e.unreadable else ""
     alike = f", and {e.repeated} with the same pixels" if e.repeated else ""
@@ -2486,28 +2503,28 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
         for k in range(_FOLDS):
             x0[rows == k] = _apply_whitener(part.features[rows == k], *gaussians.without(k, config))
             progress("whitening", k + 1, _FOLDS)
-        room = int(_MOST_ASIDE * count) - aside.sum()
         nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[part.clean]])
-        found = np.flatnonzero(outliers(nll, config.worst))
-        if keep_all or not len(found) or room <= 0:
+        unlike, far = outliers(nll, config.worst) if not keep_all else np.zeros((2, len(nll)), bool)
+        if not far.any() or aside.sum() + far.sum() > _MOST_ASIDE * count:
             break
-        worst = found[np.argsort(-nll[found].max(1), kind="stable")[:room]]
-        aside[np.flatnonzero(used)[worst]] = True
+        aside[np.flatnonzero(used)[far]] = True
     mean, whitener = gaussians.without(None, config)
     clean, held_out, fresh = part.clean, np.flatnonzero(away & lone), e.of(away & lone)
-    clean[clean] = first = _first_of(kind)
-    fine, judged = _fit_fine(part.fine, config), fresh if len(held_out) else part.of(first)
-    details = _details(judged.fine, *fine)
+    trained_on, calibrates = e.of(~aside).keys, _first_of(kind) & ~unlike
+    clean[clean] = calibrates
+    fine = _fit_fine(part.fine, config)
+    details = _details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine)
     fresh = _apply_whitener(fresh.features[fresh.clean], mean, whitener)
-    if holdout and not keep_all:  # what lies among them is judged by them alone, after all fits
-        strange = outliers(.5 * np.square(fresh, dtype=np.float32).sum(-1), config.worst)
-        aside[held_out[strange]], fresh = True, fresh[~strange]
-        details = details[~strange[:len(details)]]
-    summary = {"images": int((~aside).sum()), "held_out": len(fresh) or int(clean.sum()),
+    if not holdout:
+        aside[np.flatnonzero(used)[unlike]] = True
+    elif not keep_all:  # what lies among them is judged by them alone, after all fits
+        unlike, _ = outliers(.5 * np.square(fresh, dtype=np.float32).sum(-1), config.worst)
+        aside[held_out[unlike]], fresh = True, fresh[~unlike]
+        details = details[~unlike[:len(details)]]
+    summary = {"images": len(trained_on), "held_out": len(fresh) or int(clean.sum()),
                "held_out_aside": int(aside[away].sum() if holdout else aside.sum()),
                "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
-               "near_duplicates": count - groups,
-               "unreadable": e.unreadable[:20], "trained_on": e.of(~aside).keys}
+               "near_duplicates": count - groups, "unreadable": e.unreadable[:20], "trained_on": trained_on}
     return _Whitened(x0, rows, clean, mean, whitener, fresh, fine, details, summary)
 
 
@@ -2557,8 +2574,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     iterations : at most this many training steps (default 900; the held-out loss may stop it earlier).
         0: no denoiser and no torch, the density is that of the joint Gaussian (places and shared factors).
     minutes : at most this long in the denoiser's training.
-    keep_all : train on images that are unlike the others too. Else they are set aside (at most a tenth),
-        and named in `summary["set_aside"]`.
+    keep_all : images that are unlike the others calibrate too. Else they are set aside (at most a tenth),
+        and named in `summary["set_aside"]`; those that are so by far do not train either.
 
     Raises
     ------

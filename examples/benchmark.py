@@ -313,13 +313,13 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
             header, arrays = fp._read_npz(file)
         except fp.ModelError:  # not there yet, or spoilt
             made = fp.extract_features(category.train, config, backbone, threads, progress)
-            header, arrays = {"keys": made.keys}, {"features": made.features, "owner": made.owner,
-                                                   "again": made.again, "sources": np.array(made.sources),
-                                                   "fine": np.array(made.fine)}
+            header, arrays = {"keys": made.keys}, {
+                "features": made.features, "owner": made.owner, "looks": made.looks.view(np.float32),
+                "sources": np.array(made.sources), "fine": np.array(made.fine)}
             file.parent.mkdir(0o700, parents=True, exist_ok=True)
             fp._write_npz(file, header, arrays)
-        return fp.Extracted(arrays["features"], arrays["owner"], arrays["again"], header["keys"],
-                            arrays["sources"].tolist(), 0, [], arrays["fine"])
+        return fp.Extracted(arrays["features"], arrays["owner"], arrays["looks"].view(np.complex64),
+                            header["keys"], arrays["sources"].tolist(), 0, [], arrays["fine"])
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):

@@ -1,5 +1,6 @@
-"""The command line: every command, its options and their help. What a command does is in console.py and the rooms
-beside it. fastprior loads this file by its path and hands itself in as `fp`.
+"""The command line: every command, its options and their help. What it does is in console.py and other rooms.
+
+fastprior loads this file by its path and hands itself in as `fp`.
 """
 from __future__ import annotations
 

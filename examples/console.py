@@ -100,15 +100,15 @@ def strict_json(value) -> str:
 
 
 def promise(prior) -> str:
-    """What its threshold promises, in words."""
-    t, n, summary = prior.threshold, len(prior.calibration["scores"]), prior.summary
-    aside = summary.get("held_out_aside", 0)
-    text = (f"threshold {t.value:.2f}: {n} held-out good images promise false alarms of {t.expected:.1%} on "
-            f"average, at most {t.bound:.1%} with 95 % confidence")
+    """What its threshold promises, in words. Images set aside count as good ones above it, to be safe."""
+    t, aside = prior.threshold, prior.summary.get("held_out_aside", 0)
+    safe = dataclasses.replace(t, count=t.count + aside)
+    more = f" and {aside} set aside" if aside else ""
+    text = (f"threshold {t.value:.2f}: {t.count} held-out good images{more} promise false alarms of "
+            f"{safe.expected:.1%} on average, at most {safe.bound:.1%} with 95 % confidence")
     if aside:
-        more = n + aside + 1
-        text += f" ({(more - t.rank) / more:.1%} on average if the {aside} set aside are good)"
-    if t.bound > t.fpr:
+        text += f" ({t.expected:.1%} on average if the {aside} are bad)"
+    if safe.bound > t.fpr:
         text += f"; for {t.fpr:.1%} you need {t.needed} (an estimate, no promise: threshold {t.estimate:.2f})"
     return text
 

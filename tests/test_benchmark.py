@@ -158,7 +158,8 @@ def bench(data, backbone, tmp_path, monkeypatch):
     def run(*arguments, data=(data / "disc",)):
         options = [x for path in data for x in ("--data", str(path))]
         options += [] if "--backbone" in arguments else ["--backbone", str(backbone)]
-        return CliRunner().invoke(fp._room("commands").build_app(), ["bench", *options, "--size", "64", *map(str, arguments)])
+        command = ["bench", *options, "--size", "64", *map(str, arguments)]
+        return CliRunner().invoke(fp._room("commands").build_app(), command)
     return run
 
 

@@ -91,24 +91,36 @@ def test_peaks_are_those_of_the_maps_of_images_that_are_held_out(prior, washers)
     assert np.mean(maxima > 1.005) <= again.settings.fpr
 
 
+def extracted(rng):
+    looks = np.stack([fp.look(image) for image in rng.integers(0, 256, (60, 64, 64, 3), np.uint8)])
+    return fp.Extracted(rng.standard_normal((60, 9, 16)).astype(np.float16), np.arange(60), looks,
+                        [f"{i:016x}" for i in range(60)], list(range(60)), 0, [],
+                        rng.standard_normal((60, 144, 4)).astype(np.float16))
+
+
+def test_what_does_not_calibrate_has_no_peak():
+    e = extracted(np.random.default_rng(0))
+    e.features[7] *= 20
+    w = fp._whiten_features(e, fp.Settings(size=96, cell=32, factors=0))
+    assert w.summary["set_aside"] == [7]
+    kept = np.delete(np.arange(60), 7)
+    np.testing.assert_array_equal(w.details, fp._details([e.fine[i] for i in kept], *w.fine))
+    assert len(w.details) == w.clean.sum()
+
+
 def test_holdout_reads_peaks_from_what_took_no_part():
     """Other fine features of the held-out fifth: another threshold of the map, and nothing else."""
     rng = np.random.default_rng(0)
-    features = rng.standard_normal((60, 9, 16)).astype(np.float16)
-    fine = rng.standard_normal((60, 144, 4)).astype(np.float16)
-    config = fp.Settings(size=96, cell=32, calibration="holdout", factors=0)
-    e = fp.Extracted(features, np.arange(60), features[::-1].copy(), [f"{i:016x}" for i in range(60)],
-                     list(range(60)), 0, [], fine)
+    config, e = fp.Settings(size=96, cell=32, calibration="holdout", factors=0), extracted(rng)
     away = np.random.default_rng(config.seed).permutation(60) < 12
-    other = fine.copy()
-    other[away] = rng.standard_normal((12, 144, 4))
-    a, b = (fp._whiten_features(e._replace(fine=x), config) for x in (fine, other))
+    changed, inside = e.fine.copy(), e.fine.copy()
+    changed[away] = rng.standard_normal((12, 144, 4))
+    inside[~away] *= 2
+    a, b, c = (fp._whiten_features(e._replace(fine=x), config) for x in (e.fine, changed, inside))
     assert len(a.details) == len(a.fresh) and not np.array_equal(a.details, b.details)
     for x, y in zip(a.fine, b.fine):
         np.testing.assert_array_equal(x, y)
-    other = fine.copy()
-    other[~away] *= 2
-    assert not np.array_equal(fp._whiten_features(e._replace(fine=other), config).fine[0], a.fine[0])
+    assert not np.array_equal(a.fine[0], c.fine[0])
 
 
 def test_of_many_images_only_some_fine_features_are_held(washers, prior, monkeypatch):

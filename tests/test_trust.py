@@ -24,7 +24,7 @@ def fit(images, **settings):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    return discs(tmp_path_factory.mktemp("good"), 40)
+    return discs(tmp_path_factory.mktemp("good"), 40, grain=4)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,24 @@ def grained(tmp_path_factory):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_bad_images_among_the_good_are_named_and_set_aside(good, bad, count):
-    clean, mixed = fit(good), fit([*good, *bad[:count]])
-    assert mixed.summary["set_aside"] == sorted(map(str, bad[:count])) and mixed.summary["images"] == 40
-    assert mixed.threshold.value == clean.threshold.value  # as if they had never been there
-    kept = fit([*good, *bad[:count]], keep_all=True)
+    clean, mixed = fit(good), fit([*good, *bad[1:count + 1]])
+    assert mixed.summary["set_aside"] == sorted(map(str, bad[1:count + 1])) and mixed.summary["images"] == 40
+    assert mixed.threshold == clean.threshold  # as if they had never been there
+    kept = fit([*good, *bad[1:count + 1]], keep_all=True)
     assert kept.summary["set_aside"] == [] and kept.threshold.value > mixed.threshold.value
+    told = fp._room("console").promise
+    assert f"40 held-out good images and {count} set aside promise" in told(mixed)
+    assert f"{(1 + count) / (41 + count):.1%} on average" in told(mixed)  # if those set aside are good
+    assert f"({1 / 41:.1%} on average if the {count} are bad)" in told(mixed)
+
+
+def test_what_is_a_little_unlike_does_not_calibrate_but_trains():
+    e = extracted(np.random.default_rng(0), 100)
+    e.features[[0, 1, 3]] *= 1.6
+    made, kept = (fp._whiten_features(e, fp.Settings(size=96, cell=32, factors=4), k) for k in (False, True))
+    assert made.summary["set_aside"] == [0, 1, 3] and made.summary["held_out"] == 97 == made.clean.sum()
+    assert made.summary["images"] == len(made.x0) == 99  # one of them by far
+    assert kept.clean.all() and len(kept.x0) == 100
 
 
 @pytest.mark.skipif(not BOTTLE.is_dir(), reason=f"no real images at {BOTTLE}")
@@ -76,7 +89,7 @@ def test_one_broken_bottle_among_forty_does_not_switch_detection_off():
 
 def test_hardly_any_clean_image_is_set_aside():
     rng = np.random.default_rng(0)  # places of 16 correlated channels: |x|^2 / 2, skewed as real ones are
-    share = [fp.outliers(.5 * rng.chisquare(16, (n, 64)), .02).mean()
+    share = [fp.outliers(.5 * rng.chisquare(16, (n, 64)), .03)[0].mean()
              for n in (40, 100, 300) for _ in range(60)]
     assert np.mean(share) < .02
 
@@ -137,14 +150,14 @@ def near(images, folder, count, how="frames"):
 @pytest.mark.parametrize("how, count", [("frames", 2), ("jpeg", 1), ("smaller", 1), ("crop", 1)])
 def test_near_duplicates_share_a_fold_and_count_once(grained, tmp_path, how, count):
     images = [*grained[:20], *near(grained[:20], tmp_path / how, count, how)]
-    made = fit(images, copies=4, size=128)
+    made = fit(images, copies=4, size=128, keep_all=True)
     assert made.summary["near_duplicates"] == 20 * count and made.summary["held_out"] == 20
     assert made.threshold.count == 20 and made.summary["images"] == len(images)
     e = fp.extract_features(images, fp.Settings(size=128), fp.load_backbone("lite0"))
     group, owner = fp.near_duplicates(e), np.array(e.sources)
     for i in range(20):  # the image and its likes, and nothing else
         assert set(owner[group == group[owner == i]]) == {i, *range(20 + i * count, 20 + (i + 1) * count)}
-    fold = fp._whiten_features(e, fp.Settings(size=128)).fold
+    fold = fp._whiten_features(e, fp.Settings(size=128), keep_all=True).fold
     assert all(len(set(fold[np.isin(e.owner, np.flatnonzero(group == g))])) == 1 for g in set(group))
 
 
@@ -156,14 +169,14 @@ def test_different_images_are_no_near_duplicates(good, grained):
 
 def test_near_duplicates_calibrate_once(good, grained, tmp_path):
     prior, today = fit(good), grained[:12]
-    again = prior.calibrate([*today, *near(today, tmp_path / "again", 2)])
+    again = prior.calibrate([*today, *near(today, tmp_path / "again", 2)], keep_all=True)
     assert again.threshold.count == 12 and again.summary["near_duplicates_today"] == 24
     with pytest.raises(fp.ImageError, match="9 readable.*near-duplicates count once"):
         prior.calibrate([*today[:9], *near(today[:9], tmp_path / "again", 2)])
 
 
 def test_bad_images_among_those_of_today(good, bad, tmp_path):
-    prior, today = fit(good), discs(tmp_path / "today", 30, seed=9)
+    prior, today = fit(good), discs(tmp_path / "today", 30, seed=9, grain=4)
     clean, mixed, kept = (prior.calibrate(x, keep_all=k) for x, k in
                           ((today, False), ([*today, bad[0]], False), ([*today, bad[0]], True)))
     assert mixed.summary["set_aside_today"] == [str(bad[0])] and mixed.summary["held_out_aside"] == 1
@@ -172,7 +185,7 @@ def test_bad_images_among_those_of_today(good, bad, tmp_path):
 
 @pytest.mark.parametrize("calibration", ["cross", "holdout"])
 def test_names_and_order_do_not_matter(good, tmp_path, calibration):
-    images = [*good, *discs(tmp_path / "more", 12, seed=3)]
+    images = [*good, *discs(tmp_path / "more", 12, seed=3, grain=4)]
     other = [shutil.copy(p, tmp_path / f"{len(images) - i:03}.png") for i, p in enumerate(images)]
     a, b = (fit(x, calibration=calibration) for x in (images, other[::-1]))
     assert a.threshold == b.threshold
@@ -197,8 +210,8 @@ def test_what_was_trained_on_is_known(good, tmp_path):
 def extracted(rng, n, places=9, channels=16):
     mix = rng.standard_normal((channels, channels)) / 4
     f = (rng.standard_normal((n, places, channels)) @ mix).astype(np.float16)
-    again = rng.standard_normal(f.shape).astype(np.float16)  # nothing alike
-    return fp.Extracted(f, np.arange(n), again, [f"{i:016x}" for i in range(n)], list(range(n)), 0, [],
+    looks = np.stack([fp.look(image) for image in rng.integers(0, 256, (n, 64, 64, 3), np.uint8)])
+    return fp.Extracted(f, np.arange(n), looks, [f"{i:016x}" for i in range(n)], list(range(n)), 0, [],
                         rng.standard_normal((n, 36, 4)).astype(np.float16))
 
 
