@@ -443,8 +443,8 @@ def sharpen(cells: np.ndarray, f: np.ndarray, operator: np.ndarray) -> np.ndarra
 def linear_taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
     """Linear interpolation at the centres of n_out pixels, edges repeated.
 
-    Output i is (1 - share_i) x[start_i] + share_i x[start_i + 1]: start int64, share float64 (n_out,). Of
-    n_in = 1 sample start is -1, which Python takes for the same.
+    Output i is (1 - share_i) x[start_i] + share_i x[start_i + 1]: start int64, share float64 (n_out,). One
+    sample is its own neighbour: x[-1] is x[0].
     """
     at = np.clip((np.arange(n_out) + .5) * n_in / n_out - .5, 0, n_in - 1)
     start = np.minimum(at.astype(np.int64), n_in - 2)
@@ -642,10 +642,7 @@ class Engine(Protocol):
 
     def features(self, backbone: "Backbone", size: int, views: Sequence[tuple[int, Sequence[int]]],
                  taps: Callable) -> list[tuple[Any, int]]:
-        """Pixels -> for each view (see `Backbone.features`) tokens (grid*grid, columns), and columns.
-
-        `taps` is `resize_taps`.
-        """
+        """Pixels -> for each view tokens (grid*grid, columns), and columns; `taps` is `resize_taps`."""
 
     def given(self, n: int, c: int) -> tuple[Any, int]:
         """In place of a view of `features`: rows (N, C) that `run` is handed, and columns."""
@@ -1961,11 +1958,11 @@ class Prior:
     def _emit(self, e: Engine, from_pixels: bool) -> None:
         (n, c), fine = self.mean.shape, self.fine[0].shape
         if from_pixels:
-            views = self.backbone.views(self.settings)
-            (f, columns), (fine_f, fine_columns) = e.features(self.backbone, self.settings.size, views,
-                                                              resize_taps)
+            views = e.features(self.backbone, self.settings.size, self.backbone.views(self.settings),
+                               resize_taps)
         else:
-            (f, columns), (fine_f, fine_columns) = e.given(n, c), e.given(*fine)
+            views = e.given(n, c), e.given(*fine)
+        (f, columns), (fine_f, fine_columns) = views
         x = e.whiten(f, n, columns, self.mean, self.whitener)
         if self.factors is not None:
             x = e.remove_factors(x, n, columns, self.factors)
