@@ -41,6 +41,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -420,9 +421,43 @@ def rotate_density(h: np.ndarray, w: np.ndarray, b: np.ndarray, x: np.ndarray,
     return y, 0.5 * np.sum(y * y, -1)
 
 
-def anomaly_map(nll: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
-    """Smooth and enlarge in one: rows (H, G) @ nll (G, G) @ cols (W, G).T -> (H, W)."""
-    return rows @ nll @ cols.T
+def fine_density(x: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """|W (x_n - mean_n)|^2 / 2 of each fine place: x, mean (N, C), w (C, C), one for all -> (N,)."""
+    return 0.5 * np.square((x - mean) @ w.T).sum(-1)
+
+
+def detail(f: np.ndarray) -> np.ndarray:
+    """What `sharpen` multiplies by: f (F, F) >= 0 -> sqrt(f / its maximum over 5 x 5 places), in [0, 1]."""
+    most = np.lib.stride_tricks.sliding_window_view(np.pad(f, 2, "edge"), (5, 5)).max((2, 3))
+    return np.sqrt(f / np.maximum(most, np.finfo(np.float32).tiny))
+
+
+def sharpen(cells: np.ndarray, f: np.ndarray, operator: np.ndarray) -> np.ndarray:
+    """The coarse map finer: cells (G, G) enlarged by operator (F, G), times `detail` of f (F, F).
+
+    Cells say how unlikely a place is, f where in it; where f is highest nothing changes: maxima nearly stay.
+    """
+    return operator @ cells @ operator.T * detail(f)
+
+
+def linear_taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Linear interpolation at the centres of n_out pixels, edges repeated.
+
+    Output i is (1 - share_i) x[start_i] + share_i x[start_i + 1]: start int64, share float64 (n_out,). One
+    sample is its own neighbour: x[-1] is x[0].
+    """
+    at = np.clip((np.arange(n_out) + .5) * n_in / n_out - .5, 0, n_in - 1)
+    start = np.minimum(at.astype(np.int64), n_in - 2)
+    return start, at - start
+
+
+def anomaly_map(m: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The fine map (F, F) at an image's own size, (height, width), see `linear_taps`."""
+    for n in (height, width):
+        start, share = linear_taps(len(m), n)
+        share = share[:, None].astype(m.dtype)
+        m = ((1 - share) * m[start] + share * m[start + 1]).T
+    return np.ascontiguousarray(m)
 
 
 def _worst_count(share: float, n: int) -> int:
@@ -439,8 +474,8 @@ def worst_mean(z: np.ndarray, share: float) -> np.ndarray:
 def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
     """Gaussian smoothing on the grid (sigma in cells, edges reflected), then linear enlargement.
 
-    Both are linear and separable, so one (n_out, grid) matrix a side does the work; n_out = grid
-    smooths only. Rows sum to 1; float64, read-only, kept.
+    Both are linear and separable, so one (n_out, grid) matrix a side does the work. Rows sum to 1;
+    float64, read-only, kept.
     """
     smooth = np.eye(grid)
     if sigma > 0:
@@ -450,7 +485,8 @@ def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
         source = (cell + reach) % (2 * grid)  # ... c b a | a b c ... | c b a ...
         smooth[:] = 0
         np.add.at(smooth, (cell, np.minimum(source, 2 * grid - 1 - source)), weight / weight.sum())
-    operator = _resample(smooth, n_out) if n_out != grid else smooth
+    start, share = linear_taps(grid, n_out)
+    operator = (1 - share[:, None]) * smooth[start] + share[:, None] * smooth[start + 1]
     operator.setflags(write=False)
     return operator
 
@@ -494,15 +530,28 @@ class Backbone:
     def channels(self) -> tuple[int, ...]:
         return tuple(self.blocks[i].channels[2] for i in self.stages)
 
-    def features(self, x: np.ndarray, grid: int) -> np.ndarray:
-        """Reference: normalised (S, S, 3) -> (grid*grid, C), the pooled stage outputs side by side."""
-        x = stem(x, self.stem_w, self.stem_b, self.act)
-        maps = []
+    @property
+    def fine(self) -> tuple[int, int]:
+        """The last blocks of stride 4 and of stride 8: what a map is sharpened by."""
+        stride = 2 * np.cumprod([block.stride for block in self.blocks])
+        return tuple(int(np.flatnonzero(stride == s)[-1]) for s in (4, 8))
+
+    @property
+    def fine_channels(self) -> int:
+        return sum(self.blocks[i].channels[2] for i in self.fine)
+
+    def views(self, settings: "Settings") -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The two that models see, each a grid and the blocks whose outputs are pooled to it."""
+        return (settings.grid, self.stages), (settings.fine, self.fine)
+
+    def features(self, x: np.ndarray, *views: tuple[int, tuple[int, ...]]) -> list[np.ndarray]:
+        """Reference: normalised (S, S, 3) -> for each view (grid*grid, C), pooled outputs side by side."""
+        x, maps = stem(x, self.stem_w, self.stem_b, self.act), {}
         for i, block in enumerate(self.blocks):
             x = mbconv(x, block)
-            if i in self.stages:
-                maps.append(pool(x, grid))
-        return np.concatenate(maps, -1).reshape(grid * grid, -1)
+            maps |= {(i, grid): pool(x, grid) for grid, blocks in views if i in blocks}
+        return [np.concatenate([maps[i, grid] for i in blocks], -1).reshape(grid * grid, -1)
+                for grid, blocks in views]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         arrays = {"stem_w": self.stem_w, "stem_b": self.stem_b}
@@ -591,11 +640,15 @@ class Engine(Protocol):
     device: str
     threads: int
 
-    def features(self, backbone: "Backbone", size: int, grid: int, taps: Callable) -> tuple[Any, int]:
-        """Pixels -> tokens (grid*grid, columns), and columns; `taps` is `resize_taps`."""
+    def features(self, backbone: "Backbone", size: int, views: Sequence[tuple[int, Sequence[int]]],
+                 taps: Callable) -> list[tuple[Any, int]]:
+        """Pixels -> for each view tokens (grid*grid, columns), and columns; `taps` is `resize_taps`."""
 
     def given(self, n: int, c: int) -> tuple[Any, int]:
-        """In place of `features`: rows (N, C) that `run` is handed, and columns."""
+        """In place of a view of `features`: rows (N, C) that `run` is handed, and columns."""
+
+    def fine_density(self, x, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> Any:
+        """`fine_density` of x (n, c columns), for images whose map is wanted."""
 
     def whiten(self, f, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> Any:
         """`whiten`: w is (N, C), diagonal, or the tiles of `pack_lower`. What f holds is lost."""
@@ -621,12 +674,14 @@ class Engine(Protocol):
                gain: np.ndarray, offset: np.ndarray) -> None:
         """`rotate_density` in place; at the last step z (N,) = gain |x'|^2 / 2 + offset. d = 0: F = b."""
 
-    def score(self, z, grid: int, worst: int, zero: float, unit: float, weight: np.ndarray,
-              offset: np.ndarray, operator: Callable) -> None:
-        """(mean of the `worst` highest z - zero) / unit, and the map of weight * z + offset (N,).
+    def score(self, z, n: int, worst: int, zero: float, unit: float) -> None:
+        """(mean of the `worst` highest z - zero) / unit, z (n,)."""
 
-        `operator(n)` is the map's (n, grid) matrix for a side of n pixels.
-        """
+    def sharpen(self, z, weight: np.ndarray, offset: np.ndarray, f, operator: np.ndarray) -> Any:
+        """`sharpen` of the cells weight * z + offset (G*G,) by f (F*F,), for images whose map is wanted."""
+
+    def map(self, m, fine: int, taps: Callable) -> None:
+        """`anomaly_map` of m (fine, fine) is an image's map; `taps` is `linear_taps`."""
 
     def keep(self, x, n: int, c: int | None = None) -> None:
         """`run` shall hand this out: (N,), or (N, C) of a place with padded columns."""
@@ -637,8 +692,8 @@ class Engine(Protocol):
     def run(self, images, *, with_map: bool = False, outputs: bool = False, shifts=None, given=None) -> Any:
         """A batch -> frames: `scores` (B,), `maps`, `outputs` (what was kept), and `to_host` for each.
 
-        images: uint8 (H, W, 3), contiguous, or None where everything is `given` (B, N, C). shifts: of each
-        image, see `resize_taps`.
+        images: uint8 (H, W, 3), contiguous, or None where everything is `given`: (B, N, C) for each view, of
+        which the fine one may lack if no map is wanted. shifts: of each image, see `resize_taps`.
         """
 
     def run_only(self, stages: Sequence[str], images, with_map: bool = True) -> None:
@@ -738,13 +793,13 @@ def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | 
 
 def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
                     threads: int | None = None) -> Engine | None:
-    """Pixels -> tokens, its only output."""
+    """Pixels -> tokens of both views, its outputs."""
     e = _new_engine(device, threads=threads)
     if e is not None:
-        grid = settings.grid
         with _engine_errors():
-            e.keep(e.features(backbone, settings.size, grid, resize_taps)[0], grid * grid,
-                   sum(backbone.channels))
+            views = backbone.views(settings)
+            for (x, _), (grid, blocks) in zip(e.features(backbone, settings.size, views, resize_taps), views):
+                e.keep(x, grid * grid, sum(backbone.blocks[i].channels[2] for i in blocks))
             e.finish()
     return e
 
@@ -1403,6 +1458,7 @@ def _write_npz(path: str | os.PathLike, header: dict, arrays: dict[str, np.ndarr
 def _arrays_of(p: Prior) -> dict[str, np.ndarray]:
     """All but the backbone's, by their names in a file."""
     arrays = {"mean": p.mean, "whitener": p.whitener} | ({} if p.factors is None else {"factors": p.factors})
+    arrays |= {"fine/mean": p.fine[0], "fine/whitener": p.fine[1]}
     arrays |= {f"denoiser/{k}": a for k, a in (p.denoiser or {}).items()}
     return arrays | {f"calibration/{n}/{k}": a for n, own in p.calibrations.items() for k, a in own.items()}
 
@@ -1428,11 +1484,14 @@ def _unpack_model(header: dict, arrays: dict[str, np.ndarray], threads: int | No
     backbone, priors = Backbone.from_arrays(header["backbone"], group("backbone/", arrays)), {}
     for i, (name, part) in enumerate(header["products"] if header["kind"] == "priors" else [("", header)]):
         settings, own = Settings(**part["settings"]), group(f"{i}/", arrays) if name else arrays
+        if missing := {"mean", "whitener", "fine/mean", "fine/whitener"} - own.keys():
+            raise ModelError(f"missing arrays: {', '.join(sorted(missing))} (train again)")
         steps = sorted({k.split("/")[1] for k in own if k.startswith("calibration/")})
         calibrations = {int(k): group(f"calibration/{k}/", own) for k in steps}
         denoiser = group("denoiser/", own) or None
         priors[name] = Prior(settings, backbone, own["mean"], own["whitener"], denoiser, calibrations,
-                             dict(part["summary"]), threads, factors=own.get("factors"))
+                             dict(part["summary"]), threads, factors=own.get("factors"),
+                             fine=(own["fine/mean"], own["fine/whitener"]))
     again, known = _pack_model(priors)  # a model is taken as it would be written, and as nothing else
     again |= {"format": FORMAT, "fastprior": str(header["fastprior"])}
     if arrays.keys() != known.keys() or len({json.dumps(h, sort_keys=True) for h in (header, again)}) > 1:
@@ -1451,12 +1510,12 @@ def _check_arrays(given: dict, shapes: dict[str, str], **sizes: int) -> dict[str
         if not fits or any(sizes.setdefault(k, m) != m for k, m in zip(letters, a.shape)):
             wanted = ", ".join(str(sizes.get(k, k)) for k in letters)
             raise ModelError(f"{name}: shape {a.shape} does not fit, expected ({wanted})")
-        if a.dtype.kind != "f" or not -1e15 <= a.min() <= a.max() <= 1e15:
+        if a.dtype.kind != "f" or not -1e15 <= float(a.min()) <= float(a.max()) <= 1e15:
             raise ModelError(f"{name} holds numbers that are not finite, or absurd")
     return sizes
 
 
-_CALIBRATION_SHAPES = dict(gain="n", offset="n", moments="3", scores="s", peaks="s")
+_CALIBRATION_SHAPES = dict(gain="n", offset="n", moments="3", scores="s", peaks="h")
 _DENOISER_SHAPES = dict(in_w="cd", pos="nd", time_w="tk", time_b="k", shift_w="kd", gain_w="kc",
                         norm_gain="d", norm_bias="d", out_w="dc", out_b="c")
 _MIXER_SHAPES = dict(token1="mn", token2="nm", w1="de", b1="e", w2="ed", b2="d",
@@ -1468,6 +1527,7 @@ def _check_model(p: Prior) -> None:
     settings, n, c = p.settings, p.grid ** 2, sum(p.backbone.channels)
     panels, groups, mixers = -(-c // _PANEL), -(-settings.factors // _PANEL), _num_mixers(p.denoiser or {})
     shapes = {"mean": "nc", "whitener": "nbp" if p.whitener.dtype == QTILE else "nc"}
+    shapes |= {"fine/mean": "fv", "fine/whitener": "vv"}
     shapes |= {"factors": "qgp"} if groups else {}
     shapes |= {f"denoiser/{k}": v for k, v in _DENOISER_SHAPES.items() if p.denoiser}
     for i in range(mixers):
@@ -1476,10 +1536,10 @@ def _check_model(p: Prior) -> None:
     shapes |= {f"calibration/{n}/{k}": v for n in p.calibrations for k, v in _CALIBRATION_SHAPES.items()}
     given = {k: a["scale"] if a.dtype == QTILE or k == "factors" else a for k, a in _arrays_of(p).items()}
     sizes = _check_arrays(given, shapes, n=n, c=c, t=2 * len(_FREQUENCIES), p=_PANEL, q=n * panels, g=groups,
-                          b=panels * (panels + 1) // 2)
+                          b=panels * (panels + 1) // 2, f=settings.fine ** 2, v=p.backbone.fine_channels)
     for steps, own in p.calibrations.items():
         select_timesteps(steps, settings.first, settings.last)
-        rising = len(own["scores"]) > 1 and all((np.diff(own[k]) >= 0).all() for k in ("scores", "peaks"))
+        rising = all(len(own[k]) > 1 and (np.diff(own[k]) >= 0).all() for k in ("scores", "peaks"))
         if not (rising and own["gain"].min() > 0 and own["moments"][1] > 0 and own["moments"][2] >= 0):
             raise ModelError(f"calibration/{steps}: scales are not above zero, or scores do not rise")
     d, hidden = sizes.get("d", 0), sum(size for k, size in sizes.items() if k.isupper())
@@ -1504,22 +1564,24 @@ def _largest_number(p: Prior) -> float:
     else:  # nothing bounds SiLU: the features of a picture, and a wide margin
         picture = np.random.default_rng(0).standard_normal((16, 16, 3), np.float32) / min(net.std)
         with np.errstate(all="ignore"):
-            x = 1e4 * most(net.features(picture, 1))
+            x = 1e4 * max(map(most, net.features(picture, (1, net.stages), (1, net.fine))))
+    v = p.backbone.fine_channels
+    f = v * ((x + most(p.fine[0])) * most(p.fine[1]) * v) ** 2
     x = (x + most(p.mean)) * most(p.whitener) * (c + _PANEL)
     if p.factors is not None:
         x *= 1 + p.settings.factors * n * (c + _PANEL) * most(p.factors) * most(p.factors)
     if p.denoiser:
         w = {k: most(a) * a.shape[0] ** (a.ndim - 1) for k, a in p.denoiser.items()}  # the gain of a sum
         time, d = w["time_w"] + w["time_b"], len(p.denoiser["out_w"])
-        f = w["out_w"] * (d * w["norm_gain"] + w["norm_bias"]) + w["out_b"]
-        x += p.settings.steps * f * (1 + time * w["gain_w"])  # a rotation turns x and F
+        out = w["out_w"] * (d * w["norm_gain"] + w["norm_bias"]) + w["out_b"]
+        x += p.settings.steps * out * (1 + time * w["gain_w"])  # a rotation turns x and F
         q = max(max(a.shape) * max(most(a), 1) for a in p.denoiser.values())  # a mixer adds 6 q^3 at most
         h = x * w["in_w"] + w["pos"] + time * w["shift_w"] + 6 * _num_mixers(w) * q * q * q
     z = c * x * x * max(1, most(own["gain"])) + most(own["offset"])
     middle, spread, zero = map(float, own["moments"])
     span = max(float(own["peaks"][0]), 1.001 * zero) - zero  # of a map at any false-alarm rate, at least
     on_map = (z / float(own["gain"].min()) + zero) / span if span > 0 else math.inf
-    return max(z, h * h, on_map, (z + abs(middle)) / spread)
+    return max(z, f, h * h, on_map, (z + abs(middle)) / spread)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1562,6 +1624,11 @@ class Settings:
     def grid(self) -> int:
         """Places a side."""
         return self.size // self.cell
+
+    @property
+    def fine(self) -> int:
+        """Fine places a side, of 8 pixels: those of the map."""
+        return self.size // 8
 
     def check(self) -> None:
         """ShapeError unless every setting is of the type of its default and in its range."""
@@ -1613,9 +1680,9 @@ class Result:
     score : how far above the median held-out good image, in units of their spread (IQR / 1.349).
     p_value : share of held-out good images that score as high, conformal.
     is_anomaly : unless the score is known to be at most the threshold.
-    anomaly_map : float32 (H, W) at the image's own size, the nll of each place: 0 is the median
-        of good images, 1 the map's threshold: at the false-alarm rate a good image's maximum exceeds it.
-        None if not asked for.
+    anomaly_map : float32 (H, W) at the image's own size, the sharpened nll of each fine place: 0 is the
+        median of good images, 1 the map's threshold: at the false-alarm rate a good image's maximum exceeds
+        it. None if not asked for.
     device_map : the same as the engine has it; on a GPU a CuPy array, ordered on the call's stream.
     product : of a model of several products, the one this image was taken for.
     """
@@ -1686,10 +1753,10 @@ def find_regions(anomaly_map: np.ndarray | None) -> list[Region]:
 
 
 def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings,
-                      shift=(0.0, 0.0)) -> np.ndarray:
-    """uint8 (H, W, 3) -> features (N, C) by the reference operations."""
+                      shift=(0.0, 0.0)) -> list[np.ndarray]:
+    """uint8 (H, W, 3) -> features of both views, (N, C) each, by the reference operations."""
     x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift, np.float32)
-    return backbone.features(x, settings.grid)
+    return backbone.features(x, *backbone.views(settings))
 
 
 class Prior:
@@ -1702,19 +1769,20 @@ class Prior:
     mean : float32 (N, C), of the features of good images at each place
     whitener : tiles of `pack_lower`; float32 (N, C) for the plain variant
     denoiser : weights of `denoise`; None: F = 0, the joint Gaussian
-    calibrations : by number of steps, what `_calibrate` returns
+    calibrations : by number of steps, what `_calibrate` and `_read_scores` return
     summary : what training has to say
     threads, device, precision : see `load`
     factors : tiles of `pack_factors`, or None
+    fine : mean (F*F, C') and whitener (C', C') of the fine view, which sharpens the map
     """
 
     def __init__(self, settings: Settings, backbone: Backbone, mean: np.ndarray, whitener: np.ndarray,
                  denoiser: dict[str, np.ndarray] | None, calibrations: dict[int, dict[str, np.ndarray]],
                  summary: dict, threads: int | None = None, device: str = "cpu", precision: str = "float32",
-                 factors: np.ndarray | None = None):
+                 factors: np.ndarray | None = None, *, fine: tuple[np.ndarray, np.ndarray]):
         settings.check()
         self.settings, self.backbone, self.denoiser, self.summary = settings, backbone, denoiser, summary
-        self.mean, self.whitener, self.factors = mean, whitener, factors
+        self.mean, self.whitener, self.factors, self.fine = mean, whitener, factors, fine
         self.calibrations, self.threads, self.precision = calibrations, threads, precision
         if settings.steps not in calibrations:
             raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, "
@@ -1776,7 +1844,7 @@ class Prior:
 
     def _with(self, settings: Settings, calibrations: dict[int, dict], summary: dict) -> "Prior":
         return Prior(settings, self.backbone, self.mean, self.whitener, self.denoiser, calibrations, summary,
-                     self.threads, self.device, self.precision, self.factors)
+                     self.threads, self.device, self.precision, self.factors, fine=self.fine)
 
     def calibrate(self, images, *, keep_all: bool = False, progress: "Progress" = lambda *_: None,
                   **settings) -> "Prior":
@@ -1803,16 +1871,17 @@ class Prior:
         nll = {}
         for steps, own in self.calibrations.items():
             prior = self.with_steps(steps)
-            frames = [prior._frames(None, False, tokens[i:i + 16]) for i in range(0, count, 16)]
+            frames = [prior._frames(None, False, [tokens[i:i + 16]]) for i in range(0, count, 16)]
             z = np.concatenate([f.to_host(f.outputs[0]) for f in frames]).astype(np.float64)
             nll[steps] = (z - own["offset"]) / own["gain"]
             progress("calibration", len(nll), len(self.calibrations))
         kept = ~outliers(nll[self.settings.steps], self.settings.worst)[0] | keep_all
+        details = _details(itertools.compress(lone.fine, kept), *self.fine)
         calibrations = {}
         for steps, own in self.calibrations.items():
             raw = worst_mean(nll[steps][kept] * own["gain"] + own["offset"], self.settings.worst)
             calibrations[steps] = {"gain": own["gain"], "offset": own["offset"],
-                                   **_read_scores(raw, nll[steps][kept], self.settings)}
+                                   **_read_scores(raw, nll[steps][kept], details, self.settings)}
         aside = _names(images, [lone.sources[i] for i in np.flatnonzero(~kept)])
         told = {"calibrated_on": int(kept.sum()), "held_out_aside": len(aside), "set_aside_today": aside,
                 "near_duplicates_today": len(e.keys) - count, "unreadable": unreadable[:20]}
@@ -1867,7 +1936,7 @@ class Prior:
     def _frames(self, pixels: list | None, with_map: bool, tokens=None):
         """A batch scored by the engine or the reference operations.
 
-        tokens (B, N, C): features in place of pixels, of which only the sizes count then, and for a map.
+        tokens, (B, N, C) of each view: in place of pixels, of which only the sizes count then, and for a map.
         """
         engine = self._engine(tokens is None)
         if engine is None:
@@ -1887,19 +1956,22 @@ class Prior:
         return self._built[from_pixels]
 
     def _emit(self, e: Engine, from_pixels: bool) -> None:
-        n, c = self.mean.shape
+        (n, c), fine = self.mean.shape, self.fine[0].shape
         if from_pixels:
-            f, columns = e.features(self.backbone, self.settings.size, self.grid, resize_taps)
+            views = e.features(self.backbone, self.settings.size, self.backbone.views(self.settings),
+                               resize_taps)
         else:
-            f, columns = e.given(n, c)
+            views = e.given(n, c), e.given(*fine)
+        (f, columns), (fine_f, fine_columns) = views
         x = e.whiten(f, n, columns, self.mean, self.whitener)
         if self.factors is not None:
             x = e.remove_factors(x, n, columns, self.factors)
         z = _emit_inversion(e, x, n, columns, self.denoiser, self.timesteps, self.prediction,
                             self.calibration["gain"], self.calibration["offset"])
-        zero, unit = self.calibration["moments"][:2]
-        e.score(z, self.grid, _worst_count(self.settings.worst, n), zero, unit, *self._map_weights(),
-                self._map_operator)
+        e.score(z, n, _worst_count(self.settings.worst, n), *self.calibration["moments"][:2])
+        density = e.fine_density(fine_f, fine[0], fine_columns, *self.fine)
+        m = e.sharpen(z, *self._map_weights(), density, self._map_operator)
+        e.map(m, self.settings.fine, linear_taps)
         e.keep(z, n)
         e.finish()
 
@@ -1914,8 +1986,9 @@ class Prior:
         gain, offset = self.calibration["gain"], self.calibration["offset"]
         return 1 / (gain * (one - zero)), -(offset / gain + zero) / (one - zero)
 
-    def _map_operator(self, n_out: int) -> np.ndarray:
-        return map_operator(self.grid, n_out, self.settings.smooth)
+    @property
+    def _map_operator(self) -> np.ndarray:
+        return map_operator(self.grid, self.settings.fine, self.settings.smooth)
 
     @functools.cached_property
     def _log_determinant(self) -> float:
@@ -1953,16 +2026,18 @@ class Prior:
 
     def _reference_frames(self, pixels: list | None, with_map: bool, tokens=None) -> Frames:
         rows, maps = [], []
-        for i, image in enumerate(tokens if pixels is None else pixels):
-            x0 = _reference_tokens(image, self.backbone, self.settings) if tokens is None else tokens[i]
-            x_T = self.latent(x0)
+        for i, image in enumerate(tokens[0] if pixels is None else pixels):
+            views = (_reference_tokens(image, self.backbone, self.settings) if tokens is None
+                     else [view[i] for view in tokens])
+            x_T = self.latent(views[0])
             rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["gain"]
                         + self.calibration["offset"])
             if with_map:
                 weight, offset = self._map_weights()
-                cells = (weight * rows[-1] + offset).reshape(self.grid, self.grid).astype(np.float32)
-                sides = [self._map_operator(n).astype(np.float32) for n in image.shape[:2]]
-                maps.append(anomaly_map(cells, *sides))
+                cells = (weight * rows[-1] + offset).reshape(self.grid, self.grid)
+                f = fine_density(views[1], self.fine[0].astype(np.float32), self.fine[1])
+                m = sharpen(cells, f.reshape([self.settings.fine] * 2), self._map_operator)
+                maps.append(anomaly_map(m.astype(np.float32), *image.shape[:2]))
         z = np.array(rows, np.float32)
         return Frames(self._image_scores(z), maps or [None] * len(rows), [z])
 
@@ -2023,14 +2098,15 @@ class MultiPrior:
                 results[place] = Result(frames[k], i, priors[k][1], priors[k][0] if fits else "unknown")
         return results
 
-    def _tokens(self, pixels: list):
-        """Features (B, N, C), on the device that computes them."""
+    def _tokens(self, pixels: list) -> list:
+        """Features of both views, (B, N, C) each, on the device that computes them."""
         if self._built is None:
             self._built = _feature_engine(self.backbone, self.settings, self.device, self.threads)
         if self._built is None:
-            return np.stack([_reference_tokens(image, self.backbone, self.settings) for image in pixels])
+            views = zip(*(_reference_tokens(image, self.backbone, self.settings) for image in pixels))
+            return [np.stack(view) for view in views]
         with _engine_errors():
-            return self._built.run(pixels, outputs=True).outputs[0]
+            return self._built.run(pixels, outputs=True).outputs
 
 
 def _bits(model: "Prior | MultiPrior") -> int | None:
@@ -2071,6 +2147,7 @@ MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
 FIT_REVISION = 9  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 5
+_MOST_FINE = 1200  # images whose fine features are held, 0.4 MB each at 448 pixels
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
 
@@ -2088,6 +2165,7 @@ class Extracted(NamedTuple):
     sources: list[int]  # of each image, its place in the sequence that was given
     repeated: int  # images left out since their pixels were there already
     unreadable: list[str]  # a line for each image that could not be read
+    fine: Sequence[np.ndarray]  # float16 (F*F, C') of each image itself, of the first _MOST_FINE
 
     @property
     def clean(self) -> np.ndarray:
@@ -2100,7 +2178,8 @@ class Extracted(NamedTuple):
         rows = np.isin(self.owner, chosen)
         return self._replace(features=self.features[rows], owner=np.searchsorted(chosen, self.owner[rows]),
                              looks=self.looks[chosen],
-                             keys=[self.keys[i] for i in chosen], sources=[self.sources[i] for i in chosen])
+                             keys=[self.keys[i] for i in chosen], sources=[self.sources[i] for i in chosen],
+                             fine=[self.fine[i] for i in chosen[chosen < len(self.fine)]])
 
 
 def _readable(images: Iterable, bits: int | None) -> Iterator[np.ndarray]:
@@ -2112,7 +2191,7 @@ def _readable(images: Iterable, bits: int | None) -> Iterator[np.ndarray]:
 def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
                      progress: Progress = _quiet, dtype=np.float16) -> Extracted:
     """Features of every different image and of its jittered copies (whose jitter its pixels decide)."""
-    kept, repeated, unreadable = {}, 0, []
+    kept, fine, repeated, unreadable = {}, {}, 0, []
     n, c = settings.grid ** 2, sum(backbone.channels)
     different = len(images)
     if different > 2400 // (settings.copies + 1):  # at most 2400 rows in memory, whatever was given twice
@@ -2131,17 +2210,20 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
             rng = np.random.default_rng([settings.seed, int(key, 16)])
             batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
             if engine:
-                f = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs[0]
+                f, own = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs
             else:
-                f = np.stack([_reference_tokens(a, backbone, settings, s) for a, s in batch])
-            kept[key] = f.astype(dtype), i, look(image)
+                f, own = map(np.stack, zip(*(_reference_tokens(a, backbone, settings, s) for a, s in batch)))
+            kept[key], fine[key] = (f.astype(dtype), i, look(image)), own[0].astype(np.float16)
+            if len(fine) > _MOST_FINE:
+                del fine[max(fine)]
         progress("features", i + 1, len(images))
     keys = sorted(kept)
     rows = [kept[key][0] for key in keys]
     return Extracted(np.concatenate(rows) if rows else np.empty((0, n, c), dtype),
                      np.repeat(np.arange(len(keys)), [len(f) for f in rows]),
                      np.array([kept[key][2] for key in keys]), keys,
-                     [kept[key][1] for key in keys], repeated, unreadable)
+                     [kept[key][1] for key in keys], repeated, unreadable,
+                     [fine[key] for key in sorted(fine)])
 
 
 def near_duplicates(e: Extracted) -> np.ndarray:
@@ -2261,6 +2343,27 @@ class _Gaussians:
         return mean + self.centre, inverse_cholesky(second)
 
 
+def _fit_fine(fine: Sequence[np.ndarray], settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (F*F, C') float16 and whitener (C', C') of fine features: one covariance about places' means."""
+    mean = sum(x.astype(np.float32) for x in fine) / len(fine)
+    cov = np.zeros((mean.shape[1],) * 2)
+    for x in fine:
+        d = x - mean
+        cov += d.T @ d / (len(fine) * len(d))
+    return mean.astype(np.float16), inverse_cholesky(shrink_covariance(cov, cov, 0, settings.floor)[None])[0]
+
+
+def _details(fine: Iterable[np.ndarray], mean: np.ndarray, whitener: np.ndarray) -> np.ndarray:
+    """`detail` of each image's fine features (F*F, C'), float32 (n, F, F).
+
+    It may be an image that was fitted on: leaving it out of the mean scales all its density alike, and a
+    detail is a ratio; its share of the covariance is one of many.
+    """
+    mean, side = mean.astype(np.float32), math.isqrt(len(mean))
+    return np.array([detail(fine_density(x, mean, whitener).reshape(side, side)) for x in fine],
+                    np.float32).reshape(-1, side, side)
+
+
 def _apply_whitener(features: np.ndarray, mean: np.ndarray, whitener: np.ndarray) -> np.ndarray:
     """features (M, N, C) float16 -> x0 (M, N, C) float16, position by position."""
     out = np.empty(features.shape, np.float16)
@@ -2283,14 +2386,15 @@ def _nll_of(x0: np.ndarray, denoiser: dict | None, timesteps, prediction: str,
     x, columns = e.given(n, c)
     e.keep(_emit_inversion(e, x, n, columns, denoiser, timesteps, prediction, np.ones(n), np.zeros(n)), n)
     e.finish()
-    return np.concatenate([e.run(None, given=x0[i:i + 16], outputs=True).outputs[0] for i in range(0, m, 16)])
+    return np.concatenate([e.run(None, given=[x0[i:i + 16]], outputs=True).outputs[0]
+                           for i in range(0, m, 16)])
 
 
-def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
-    """From held-out good nll (n, N): per-position gain and offset of z, and what scores and maps are read by.
+def _calibrate(nll: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """From held-out good nll (n, N): gain and offset of z at each position, and z (n, N).
 
     Each position's deviation is averaged (in variance) with the mean over positions: with few
-    images it is noisy, and a position that never varies must not shout. An image's own score is
+    images it is noisy, and a position that never varies must not shout. An image's own z is
     standardised by the others (jackknife), as a new image's will be.
     """
     n = len(nll)
@@ -2300,24 +2404,25 @@ def _calibrate(nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
 
     def deviation(v):
         return np.sqrt(.5 * v + .5 * v.mean(-1, keepdims=True)) + 1e-12
-    z = away * (n / (n - 1)) / deviation(others)
     gain = 1 / deviation(variance)
-    return {"gain": gain.astype(np.float32), "offset": (-mean * gain).astype(np.float32),
-            **_read_scores(worst_mean(z, settings.worst), nll, settings)}
+    return ({"gain": gain.astype(np.float32), "offset": (-mean * gain).astype(np.float32)},
+            away * (n / (n - 1)) / deviation(others))
 
 
-def _read_scores(raw: np.ndarray, nll: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
+def _read_scores(raw: np.ndarray, nll: np.ndarray, details: np.ndarray,
+                 settings: Settings) -> dict[str, np.ndarray]:
     """raw (n,): worst means of good images; nll (n, N): moments, sorted scores and peaks of maps.
 
-    Zero and unit of the score are the median and the spread of the middle half, those of the map a median
-    too: one wild image hardly moves them.
+    details (m, F, F), of the first m images: those whose maps are read. Zero and unit of the score are the
+    median and the spread of the middle half, zero of the map a median too: one wild image hardly moves them.
     """
-    grid = math.isqrt(nll.shape[1])
-    smooth = map_operator(grid, grid, settings.smooth)
+    grid, fine = math.isqrt(nll.shape[1]), details.shape[1]
+    enlarge = map_operator(grid, fine, settings.smooth)
     low, middle, high = np.quantile(raw, [.25, .5, .75])
     moments = np.array([middle, max((high - low) / 1.349, 1e-6), np.median(nll.mean(1))])
+    maps = (enlarge @ (x - moments[2]).reshape(grid, grid) @ enlarge.T * own for x, own in zip(nll, details))
     return {"moments": moments, "scores": np.sort((raw - moments[0]) / moments[1]),
-            "peaks": np.sort((smooth @ nll.reshape(-1, grid, grid) @ smooth.T).max((1, 2)))}
+            "peaks": np.sort([m.max() for m in maps]) + moments[2]}
 
 
 _MOST_ASIDE = .1  # of the images may be set aside
@@ -2362,6 +2467,8 @@ class _Whitened:
     mean: np.ndarray  # (N, C)
     whitener: np.ndarray  # (N, C, C) or (N, C)
     fresh: np.ndarray  # (m, N, C) float16, images kept away from everything, one a group: "holdout"
+    fine: tuple[np.ndarray, np.ndarray]  # see `_fit_fine`
+    details: np.ndarray  # see `_details`: of the clean rows' images, or of the fresh ones if there are any
     summary: dict
 
 
@@ -2409,19 +2516,22 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
         aside[np.flatnonzero(used)[far]] = True
     mean, whitener = gaussians.without(None, config)
     clean, held_out, fresh = part.clean, np.flatnonzero(away & lone), e.of(away & lone)
-    trained_on = e.of(~aside).keys
-    clean[clean] = _first_of(kind) & ~unlike
+    trained_on, calibrates = e.of(~aside).keys, _first_of(kind) & ~unlike
+    clean[clean] = calibrates
+    fine = _fit_fine(part.fine, config)
+    details = _details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine)
     fresh = _apply_whitener(fresh.features[fresh.clean], mean, whitener)
     if not holdout:
         aside[np.flatnonzero(used)[unlike]] = True
     elif not keep_all:  # what lies among them is judged by them alone, after all fits
         unlike, _ = outliers(.5 * np.square(fresh, dtype=np.float32).sum(-1), config.worst)
         aside[held_out[unlike]], fresh = True, fresh[~unlike]
+        details = details[~unlike[:len(details)]]
     summary = {"images": len(trained_on), "held_out": len(fresh) or int(clean.sum()),
                "held_out_aside": int(aside[away].sum() if holdout else aside.sum()),
                "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
                "near_duplicates": count - groups, "unreadable": e.unreadable[:20], "trained_on": trained_on}
-    return _Whitened(x0, rows, clean, mean, whitener, fresh, summary)
+    return _Whitened(x0, rows, clean, mean, whitener, fresh, fine, details, summary)
 
 
 def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations: int | None,
@@ -2447,16 +2557,17 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
     calibrations = {}
     for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
         grid = select_timesteps(steps, config.first, config.last)
-        own = _calibrate(_nll_of(x0[w.clean], denoiser, grid, prediction, threads), config)
+        nll = _nll_of(x0[w.clean], denoiser, grid, prediction, threads)
+        own, z = _calibrate(nll)
         if len(w.fresh):  # zero and unit of each place from all others: to these images it is all new
             nll = _nll_of(w.fresh, denoiser, grid, prediction, threads)
-            own |= _read_scores(worst_mean(nll * own["gain"] + own["offset"], config.worst), nll, config)
-        calibrations[steps] = own
+            z = nll * own["gain"] + own["offset"]
+        calibrations[steps] = own | _read_scores(worst_mean(z, config.worst), nll, w.details, config)
         progress("calibration", len(calibrations), len({config.steps, *_CALIBRATED_STEPS}))
     whitener = pack_lower(whitener) if whitener.ndim == 3 else whitener
     factors = None if factors is None else pack_factors(factors)
     return Prior(config, backbone, w.mean.astype(np.float32), whitener, denoiser, calibrations,
-                 w.summary | trained, threads, factors=factors)
+                 w.summary | trained, threads, factors=factors, fine=w.fine)
 
 
 def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,

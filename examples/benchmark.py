@@ -315,11 +315,11 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
             made = fp.extract_features(category.train, config, backbone, threads, progress)
             header, arrays = {"keys": made.keys}, {
                 "features": made.features, "owner": made.owner, "looks": made.looks.view(np.float32),
-                "sources": np.array(made.sources)}
+                "sources": np.array(made.sources), "fine": np.array(made.fine)}
             file.parent.mkdir(0o700, parents=True, exist_ok=True)
             fp._write_npz(file, header, arrays)
         return fp.Extracted(arrays["features"], arrays["owner"], arrays["looks"].view(np.complex64),
-                            header["keys"], arrays["sources"].tolist(), 0, [])
+                            header["keys"], arrays["sources"].tolist(), 0, [], arrays["fine"])
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):
@@ -625,7 +625,9 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
         for scale, count in zip((.01, .001), counts))
     return fp.Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
                  {k: calibration for k in range(1, 51)}, {}, threads, device, precision,
-                 factors=factors.reshape(n * panels, -1))
+                 factors=factors.reshape(n * panels, -1),
+                 fine=(np.zeros((settings.fine ** 2, net.fine_channels), np.float16),
+                       np.eye(net.fine_channels, dtype=np.float32)))
 
 
 def _speed_text(facts: dict, speed: dict) -> str:

@@ -115,8 +115,8 @@ def resize_normalize(g: Graph, pixels: str, size: int, mean, std) -> str:
     return g("Sub", x, g.constant("mean/std", np.reshape(np.divide(mean, std), (3, 1, 1))))
 
 
-def backbone_stages(g: Graph, x: str, net) -> list[tuple[str, int]]:
-    """Normalised (N, 3, S, S) -> the stages' outputs, (N, C, S/stride, S/stride) each, and their strides."""
+def backbone_outputs(g: Graph, x: str, net) -> list[tuple[str, int]]:
+    """Normalised (N, 3, S, S) -> the blocks' outputs, (N, C, S/stride, S/stride) each, and their strides."""
     def conv(x, name, w, b, stride=1, group=1):  # w (out, in, k, k)
         return g("Conv", x, g.constant(f"backbone/{name}_w", w), g.constant(f"backbone/{name}_b", b),
                  strides=[stride] * 2, group=group, auto_pad="SAME_UPPER")
@@ -125,7 +125,7 @@ def backbone_stages(g: Graph, x: str, net) -> list[tuple[str, int]]:
         p = net.blocks[i].arrays
         return conv(x, f"block{i}_{name}", p[f"{name}_w"].T[:, :, None, None], p[f"{name}_b"])
     x = activate(g, conv(x, "stem", net.stem_w.transpose(3, 2, 0, 1), net.stem_b, 2), net.act)
-    stages, stride = [], 2
+    outputs, stride = [], 2
     for i, block in enumerate(net.blocks):
         p, y, stride = block.arrays, x, stride * block.stride
         if "expand_w" in p:
@@ -137,22 +137,21 @@ def backbone_stages(g: Graph, x: str, net) -> list[tuple[str, int]]:
             y = g("Mul", y, g("Sigmoid", pointwise(s, i, "se_expand")))
         y = pointwise(y, i, "project")
         x = g("Add", y, x) if block.skip else y
-        if i in net.stages:
-            stages.append((x, stride))
-    return stages
+        outputs.append((x, stride))
+    return outputs
 
 
-def features(g: Graph, x: str, net, cell: int, grid: int) -> str:
-    """Normalised (N, 3, S, S) -> (n, N, C), places first: the stages averaged over cells, side by side."""
-    pooled = [g("AveragePool", y, kernel_shape=[cell // stride] * 2, strides=[cell // stride] * 2)
-              for y, stride in backbone_stages(g, x, net)]
-    x = g("Reshape", g("Concat", *pooled, axis=1), g.integers(0, sum(net.channels), grid * grid))
-    return g("Transpose", x, perm=[2, 0, 1])
+def features(g: Graph, outputs: list[tuple[str, int]], size: int, grid: int) -> str:
+    """Of blocks, `backbone_outputs` -> (N, C, n): averaged over cells, side by side."""
+    cells = [size // grid // stride for _, stride in outputs]
+    pooled = [g("AveragePool", y, kernel_shape=[cell] * 2, strides=[cell] * 2) if cell > 1 else y
+              for (y, _), cell in zip(outputs, cells)]
+    return g("Reshape", g("Concat", *pooled, axis=1), g.integers(0, 0, grid * grid))
 
 
 def whiten(g: Graph, f: str, mean: np.ndarray, w: np.ndarray) -> str:
-    """W_n (f_n - mean_n): f (n, N, C) -> (N, n, C); mean (n, C), w (n, C, C), or (n, C) diagonal."""
-    d = g("Sub", f, g.constant("mean", mean[:, None]))
+    """W_n (f_n - mean_n): f (N, C, n) -> (N, n, C); mean (n, C), w (n, C, C), or (n, C) diagonal."""
+    d = g("Sub", g("Transpose", f, perm=[2, 0, 1]), g.constant("mean", mean[:, None]))
     if w.ndim == 2:
         x = g("Mul", d, g.constant("whitener", w[:, None]))
     else:
@@ -214,14 +213,29 @@ def worst_mean(g: Graph, z: str, count: int) -> str:
     return g("ReduceMean", "worst", axes=[1], keepdims=0)
 
 
-def anomaly_map(g: Graph, cells: str, pixels: str, grid: int, sigma: float) -> str:
-    """Smoothed on the grid and enlarged to the image: (N, n) -> (N, H, W)."""
-    x = g("Reshape", cells, g.integers(0, grid, grid))
-    if sigma:
-        smooth = g.constant("smooth", fp.map_operator(grid, grid, sigma))
-        x = resample(g, x, smooth, smooth)
-    n = g.constant("grid", grid, np.int64)
-    return resample(g, x, *(resize_taps(g, n, side) for side in sides(g, pixels)))
+def fine_density(g: Graph, f: str, mean: np.ndarray, w: np.ndarray) -> str:
+    """|W (f_n - mean_n)|^2 / 2: f (N, C, n) -> (N, n); mean (n, C), w (C, C)."""
+    d = g("Sub", g("Transpose", f, perm=[0, 2, 1]), g.constant("fine/mean", mean))
+    x = g("MatMul", d, g.constant("fine/whitener", w.T))
+    return g("Mul", g("ReduceSumSquare", x, axes=[2], keepdims=0), g.constant("1/2", .5))
+
+
+def sharpen(g: Graph, cells: str, f: str, operator: np.ndarray) -> str:
+    """Cells (N, G G) enlarged, times sqrt(f / its maximum over 5 x 5 places), f (N, F F) -> (N, 1, F, F)."""
+    fine, grid = operator.shape
+    f = g("Reshape", f, g.integers(0, 1, fine, fine))
+    most = g("MaxPool", f, kernel_shape=[5, 5], strides=[1, 1], pads=[2] * 4)
+    most = g("Max", most, g.constant("tiny", np.finfo(np.float32).tiny))
+    enlarge = g.constant("enlarge", operator)
+    x = resample(g, g("Reshape", cells, g.integers(0, 1, grid, grid)), enlarge, enlarge)
+    return g("Mul", x, g("Sqrt", g("Div", f, most)))
+
+
+def anomaly_map(g: Graph, x: str, pixels: str) -> str:
+    """The fine map at the images' own size: (N, 1, F, F) -> (N, H, W)."""
+    size = g("Concat", g("Shape", x, start=0, end=2), g("Shape", pixels, start=1, end=3), axis=0)
+    x = g("Resize", x, "", "", size, mode="linear", coordinate_transformation_mode="half_pixel")
+    return g("Squeeze", x, g.integers(1))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,8 +245,9 @@ def anomaly_map(g: Graph, cells: str, pixels: str, grid: int, sigma: float) -> s
 def backbone_model(net, size: int) -> bytes:
     """float32 (1, 3, size, size), normalised -> the stages, (1, C, h, w) each: for `bench --against`."""
     g = Graph()
-    outputs = {x: [1, c, size // stride, size // stride]
-               for (x, stride), c in zip(backbone_stages(g, "image", net), net.channels)}
+    blocks = backbone_outputs(g, "image", net)
+    outputs = {blocks[i][0]: [1, c, size // blocks[i][1], size // blocks[i][1]]
+               for i, c in zip(net.stages, net.channels)}
     return g.model(net.name, {"image": (TensorProto.FLOAT, [1, 3, size, size])}, outputs, {})
 
 
@@ -243,7 +258,9 @@ def prior_model(prior, name: str, metadata: dict[str, str]) -> bytes:
     whitener, factors = prior._preconditioning
     g = Graph()
     x = resize_normalize(g, "pixels", s.size, net.mean, net.std)
-    x = whiten(g, features(g, x, net, s.cell, s.grid), prior.mean, whitener)
+    outputs = backbone_outputs(g, x, net)
+    x, fine = (features(g, [outputs[i] for i in blocks], s.size, grid) for grid, blocks in net.views(s))
+    x = whiten(g, x, prior.mean, whitener)
     x = x if factors is None else remove_factors(g, x, factors)
     x = ddim_invert(g, x, prior.denoiser, prior.timesteps, prior.prediction)
     z = standardise(g, x, calibration["gain"], calibration["offset"])
@@ -251,7 +268,8 @@ def prior_model(prior, name: str, metadata: dict[str, str]) -> bytes:
     score = g("Div", g("Sub", worst, g.constant("score/zero", zero)), g.constant("score/unit", unit))
     weight, offset = prior._map_weights()
     cells = g("Add", g("Mul", z, g.constant("map/weight", weight)), g.constant("map/offset", offset))
-    for value, output in ((score, "score"), (anomaly_map(g, cells, "pixels", s.grid, s.smooth), "map")):
+    fine_map = sharpen(g, cells, fine_density(g, fine, *prior.fine), prior._map_operator)
+    for value, output in ((score, "score"), (anomaly_map(g, fine_map, "pixels"), "map")):
         g.nodes.append(helper.make_node("Identity", [value], [output]))
     return g.model(name, {"pixels": (TensorProto.UINT8, ["N", "H", "W", 3])},
                    {"score": ["N"], "map": ["N", "H", "W"]}, metadata)

@@ -118,7 +118,9 @@ struct Image {
     const float* col_weight;
     long long col_taps;
     float* map;                              // (height, width), or null: no map wanted
-    const float* row_map;                    // (height, G)
-    const float* col_map;                    // (G, width)
+    const int* map_row;                      // (height,) first of the two fine rows between which a row lies
+    const float* map_row_share;              // (height,) of the second
+    const int* map_col;
+    const float* map_col_share;
     float* score;                            // one float
 };

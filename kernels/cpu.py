@@ -40,6 +40,7 @@ _log = logging.getLogger("fastprior")
 _FASTMATH = {"contract", "reassoc", "nsz"}
 _KERNELS: list[Callable] = []
 _QTILE_BYTES = QTILE.itemsize
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 def _fields(names: str) -> np.dtype:
@@ -709,10 +710,10 @@ def _row(address, fields):
 
 
 # A row of the image table: all that differs from image to image. The taps are `fastprior.resize_taps`,
-# row_map (height, G) and col_map (G, width) the two sides of the map's operator, map 0 if none is wanted.
+# map_* those of the map, `fastprior.linear_taps`, map 0 if none is wanted.
 # Before a thread's workspace lies a `line` of floats for the resize, after it its scratch.
 _IMAGE = _fields("pixels height width row_start row_weight row_taps col_start col_weight col_taps "
-                 "map row_map col_map line")
+                 "map map_row map_row_share map_col map_col_share line")
 
 _RESIZE = _fields("operation out size row_stride affine")
 
@@ -1062,45 +1063,109 @@ def _rotate(row, band, bands, ws, own, state, image, batch, state_stride):
         i += count
 
 
-_MAP_ROWS = 32  # of the map at once
-_MAP = _fields("operation z grid weight offset scratch")
+_FINE_DENSITY = _fields("operation x n c mean w m f scratch")
+
+
+@_kernel(_FINE_DENSITY)
+def _fine_density(row, band, bands, ws, own, state, image, batch, state_stride):
+    """|w (x - mean)|^2 / 2 of a band of fine places, a tile of rows at once."""
+    p = _row(row, _FINE_DENSITY)
+    if _row(image, _IMAGE).map == 0:
+        return
+    n, c, m = p.n, p.c, p.m
+    work = own + 4 * p.scratch
+    product = work + 4 * _TILE * c
+    f = _floats(state + 4 * p.f, n)
+    i, last = band * n // bands, (band + 1) * n // bands
+    while i < last:
+        count = min(_TILE, last - i)
+        x, mean = _floats(state + 4 * (p.x + i * c), count * c), _floats(p.mean + 4 * i * c, count * c)
+        d = _floats(work, count * c)
+        for j in range(count * c):
+            d[j] = x[j] - mean[j]
+        _matmul(work, c, count, c, p.w, 0, m, 0, 0, 0, 0, product, m, NONE)
+        for r in range(count):
+            y = _floats(product + 4 * r * m, m)
+            square = np.float32(0)
+            for j in range(m):
+                square += y[j] * y[j]
+            f[i + r] = np.float32(.5) * square
+        i += count
+
+
+@_kernel()
+def _larger(a, b):
+    """The larger of two; NaN if one is."""
+    return a if a > b or a != a else b
+
+
+_SHARPEN = _fields("operation z grid weight offset f fine operator out scratch")
+
+
+@_kernel(_SHARPEN)
+def _sharpen(row, band, bands, ws, own, state, image, batch, state_stride):
+    """`sharpen` of the cells weight * z + offset, a band of fine rows; the operator is (G, F)."""
+    p = _row(row, _SHARPEN)
+    if _row(image, _IMAGE).map == 0:
+        return
+    grid, fine = p.grid, p.fine
+    work = own + 4 * p.scratch
+    cells, mixed = _floats(work, grid * grid), _floats(work + 4 * grid * grid, grid)
+    most = _floats(work + 4 * (grid * grid + grid), fine + 4)  # of five rows; two more at either end
+    z, u = _floats(state + 4 * p.z, grid * grid), _floats(p.operator, grid * fine)
+    weight, offset = _floats(p.weight, grid * grid), _floats(p.offset, grid * grid)
+    for i in range(grid * grid):
+        cells[i] = weight[i] * z[i] + offset[i]
+    for y in range(band * fine // bands, (band + 1) * fine // bands):
+        to, f = _floats(state + 4 * (p.out + y * fine), fine), _floats(state + 4 * (p.f + y * fine), fine)
+        mixed[:] = 0
+        for i in range(grid):
+            for j in range(grid):
+                mixed[j] += u[i * fine + y] * cells[i * grid + j]
+        to[:] = 0
+        for i in range(grid):
+            for x in range(fine):
+                to[x] += mixed[i] * u[i * fine + x]
+        for x in range(fine):
+            most[x + 2] = f[x]
+        for other in range(max(y - 2, 0), min(y + 3, fine)):
+            beside = _floats(state + 4 * (p.f + other * fine), fine)
+            for x in range(fine):
+                most[x + 2] = _larger(most[x + 2], beside[x])
+        most[0] = most[1] = most[2]
+        most[fine + 2] = most[fine + 3] = most[fine + 1]
+        for x in range(fine):
+            a, b = _larger(most[x], most[x + 1]), _larger(most[x + 3], most[x + 4])
+            largest = _larger(_larger(a, b), _larger(most[x + 2], np.float32(_TINY)))
+            to[x] = to[x] * np.sqrt(f[x] / largest)
+
+
+_MAP = _fields("operation m fine")
 
 
 @_kernel(_MAP)
 def _map(row, band, bands, ws, own, state, image, batch, state_stride):
-    """Smooth and enlarge weight * z + offset of the grid to the image's own size."""
+    """Enlarge to the image's own size: its rows lie between two of the fine map, enlarged to its width."""
     p, image = _row(row, _MAP), _row(image, _IMAGE)
-    grid, target, h, w, cols = p.grid, image.map, image.height, image.width, image.col_map
+    fine, target, h, w = p.fine, image.map, image.height, image.width
     if target == 0:
         return
-    work = own + 4 * p.scratch
-    cells, r = _floats(work + 4 * _MAP_ROWS * grid, grid * grid), _floats(image.row_map, h * grid)
-    z, weights = _floats(state + 4 * p.z, grid * grid), _floats(p.weight, grid * grid)
-    offsets = _floats(p.offset, grid * grid)
-    for i in range(grid * grid):
-        cells[i] = weights[i] * z[i] + offsets[i]
-    y, last = band * h // bands, (band + 1) * h // bands
-    while y < last:
-        count = min(_MAP_ROWS, last - y)
-        mixed = _floats(work, count * grid)
-        mixed[:] = 0
-        for line in range(count):
-            for i in range(grid):
-                for j in range(grid):
-                    mixed[line * grid + j] += r[(y + line) * grid + i] * cells[i * grid + j]
-        to, whole = target + 4 * y * w, w // _LANES * _LANES
-        _matmul(work, grid, count, grid, cols, w, whole, 0, 0, 0, 0, to, w, NONE)
-        if 0 < whole < w:  # the last vector overlaps the one before it
-            back = 4 * (w - _LANES)
-            _matmul(work, grid, count, grid, cols + back, w, _LANES, 0, 0, 0, 0, to + back, w, NONE)
-        elif whole == 0:
-            c, narrow = _floats(cols, grid * w), _floats(to, count * w)
-            narrow[:] = 0
-            for line in range(count):
-                for j in range(grid):
-                    for column in range(w):
-                        narrow[line * w + column] += mixed[line * grid + j] * c[j * w + column]
-        y += count
+    row_at, row_share = carray(_as_pointer(image.map_row), h, np.int64), _floats(image.map_row_share, h)
+    col_at, col_share = carray(_as_pointer(image.map_col), w, np.int64), _floats(image.map_col_share, w)
+    lines, held = own - 4 * image.line, -1  # row i of the fine map, i % 2 of the two lines
+    for y in range(band * h // bands, (band + 1) * h // bands):
+        first = row_at[y]
+        for i in range(max(first, held + 1), first + 2):
+            source, line = _floats(state + 4 * (p.m + i * fine), fine), _floats(lines + 4 * (i % 2) * w, w)
+            for x in range(w):
+                share, at = col_share[x], col_at[x]
+                line[x] = (np.float32(1) - share) * source[at] + share * source[at + 1]
+        held = first + 1
+        above, below = _floats(lines + 4 * (first % 2) * w, w), _floats(lines + 4 * (held % 2) * w, w)
+        to, share = _floats(target + 4 * y * w, w), row_share[y]
+        rest = np.float32(1) - share
+        for x in range(w):
+            to[x] = rest * above[x] + share * below[x]
 
 
 _LINEAR = _fields("operation x n k w m bias ldbias residual out act lda from_state")
@@ -1304,10 +1369,11 @@ class Engine:
         self._stage = "resize"
         self._constants: list[np.ndarray] = []  # whatever the program points to
         self._workspace_floats = self._state_floats = self._scratch_floats = 0
-        self._tables: dict[tuple, tuple] = {}  # taps and map operators of a size of image
+        self._tables: dict[tuple, tuple] = {}  # taps of a size of image
         self._line = 0  # floats of an image's row between the passes of the resize
         self._memory = self._states = None
-        self._given = self._score = self._taps = self._operator = None
+        self._score = self._taps = self._map_taps = None
+        self._given: list[tuple[int, int, int, int]] = []
         self._kept: list[tuple[int, tuple[int, ...], int]] = []
         self._size = 0
         self._lock = threading.Lock()
@@ -1363,25 +1429,36 @@ class Engine:
 
     # -- operations: the interface -----------------------------------------------------------------
 
-    def features(self, backbone, size: int, grid: int, taps: Callable) -> tuple[int, int]:
-        columns = round_up(sum(backbone.channels), PANEL)
-        tokens = self.state(grid * grid, columns)
-        x, h, w, column = self.resize(size, backbone.mean, backbone.std, taps), size // 2, size // 2, 0
+    def features(self, backbone, size: int, views: Sequence[tuple[int, Sequence[int]]],
+                 taps: Callable) -> list[tuple[int, int]]:
+        x, h, w = self.resize(size, backbone.mean, backbone.std, taps), size // 2, size // 2
         self._stage = "features"
+        tokens, filled = [], [0] * len(views)
+        for grid, blocks in views:
+            columns = round_up(sum(backbone.blocks[i].channels[2] for i in blocks), PANEL)
+            tokens.append((self.state(grid * grid, columns), columns))
         for i, block in enumerate(backbone.blocks):
             weights = (backbone.stem_w, backbone.stem_b) if i == 0 else (None, None)
             x, h, w = self.mbconv(x, h, w, block, *weights)
-            if i in backbone.stages:
-                channels = block.channels[2]
-                self.emit(_pool, x=x, h=h, stride=round_up(channels, _LANES), channels=channels, grid=grid,
-                          out=tokens + column, columns=columns)
-                column += channels
-        return tokens, columns
+            channels = block.channels[2]
+            for k, ((grid, blocks), (out, columns)) in enumerate(zip(views, tokens)):
+                if i in blocks:
+                    self.emit(_pool, x=x, h=h, stride=round_up(channels, _LANES), channels=channels,
+                              grid=grid, out=out + filled[k], columns=columns)
+                    filled[k] += channels
+        return tokens
 
     def given(self, n: int, c: int) -> tuple[int, int]:
         columns = round_up(c, PANEL)
-        self._given = self.state(n, columns), n, c, columns
-        return self._given[0], columns
+        self._given.append((self.state(n, columns), n, c, columns))
+        return self._given[-1][0], columns
+
+    def fine_density(self, x: int, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> int:
+        self._stage, f = "map", self.state(n)
+        address, m = self.packed(padded_to(w.T, c, len(w)))
+        self.emit(_fine_density, x=x, n=n, c=c, mean=self.padded(mean, c), w=address, m=m, f=f,
+                  scratch=_TILE * (c + m))
+        return f
 
     def whiten(self, f: int, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> int:
         self._stage = "whitening"
@@ -1431,11 +1508,20 @@ class Engine:
                   c=c, coef=self.constant(coef), out=-1 if last else x, z=z, gain=self.constant(gain),
                   offset=self.constant(offset), scratch=c * _TILE)
 
-    def score(self, z: int, grid: int, worst: int, zero: float, unit: float, weight: np.ndarray,
-              offset: np.ndarray, operator: Callable) -> None:
-        self._stage = "map"
-        self._score, self._operator = (z, grid * grid, worst, zero, unit), operator
-        self.map(z, grid, weight, offset)
+    def score(self, z: int, n: int, worst: int, zero: float, unit: float) -> None:
+        self._score = z, n, worst, zero, unit
+
+    def sharpen(self, z: int, weight: np.ndarray, offset: np.ndarray, f: int, operator: np.ndarray) -> int:
+        self._stage, (fine, grid) = "map", operator.shape
+        out = self.state(fine, fine)
+        self.emit(_sharpen, z=z, grid=grid, weight=self.constant(weight), offset=self.constant(offset), f=f,
+                  fine=fine, operator=self.constant(operator.T), out=out,
+                  scratch=grid * (grid + 1) + fine + 4)
+        return out
+
+    def map(self, m: int, fine: int, taps: Callable) -> None:
+        self._stage, self._map_taps = "map", lambda side: taps(fine, side)
+        self.emit(_map, m=m, fine=fine)
 
     def keep(self, x: int, n: int, c: int | None = None) -> None:
         columns = 1 if c is None else round_up(c, PANEL)
@@ -1493,10 +1579,6 @@ class Engine:
                       scratch=mid_padded * (2 + out_padded) + squeezed)
         return out, h_out, w_out
 
-    def map(self, z: int, grid: int, weight: np.ndarray, offset: np.ndarray) -> None:
-        self.emit(_map, z=z, grid=grid, weight=self.constant(weight), offset=self.constant(offset),
-                  scratch=grid * (grid + _MAP_ROWS))
-
     # -- running -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
@@ -1510,17 +1592,17 @@ class Engine:
         self._memory, self._line = memory, line  # at once: an interrupt leaves them as they were
 
     def run(self, images: Sequence[np.ndarray] | None, *, with_map: bool = False, outputs: bool = False,
-            shifts: Sequence[tuple[float, float]] | None = None, given: np.ndarray | None = None) -> Frames:
-        batch = len(given) if images is None else len(images)
+            shifts: Sequence[tuple[float, float]] | None = None,
+            given: Sequence[np.ndarray] | None = None) -> Frames:
+        batch = len(given[0]) if images is None else len(images)
         images, shifts = images or [None] * batch, shifts or [(0.0, 0.0)] * batch
         maps = [np.empty(image.shape[:2], np.float32) if with_map else None for image in images]
         scores, kept = None, []
         with self._lock:
             states = self.prepare(batch)
-            if given is not None:
-                x, n, c, columns = self._given
+            for (x, n, c, columns), rows in zip(self._given, given or ()):
                 places = states[:, x:x + n * columns].reshape(batch, n, columns)
-                places[:, :, :c] = given
+                places[:, :, :c] = rows
                 places[:, :, c:] = 0
             self._run(self._program(), self._image_table(images, shifts, maps), states)
             if self._score:
@@ -1556,7 +1638,7 @@ class Engine:
         return self._programs[stages]
 
     def _image_table(self, images: Sequence, shifts: Sequence, maps: Sequence) -> np.ndarray:
-        """A row of _IMAGE for each image; taps and map operators are kept by size."""
+        """A row of _IMAGE for each image; taps are kept by size."""
         table = np.zeros((len(images), _ROW_BYTES // 8), np.int64)
         rows = table[:, :len(_IMAGE)].view(_IMAGE)[:, 0]
         widest = 0
@@ -1586,11 +1668,11 @@ class Engine:
                     tables += [start, weight.astype(np.float32), weight.shape[1]]
                 else:
                     tables += [0, 0, 0]
-            if self._operator:
-                tables += [np.ascontiguousarray(self._operator(height), np.float32),
-                           np.ascontiguousarray(self._operator(width).T, np.float32)]
+            for n in (height, width) if self._map_taps else ():
+                start, share = self._map_taps(n)
+                tables += [start, share.astype(np.float32)]
             addresses = [t if isinstance(t, int) else t.ctypes.data for t in tables]
-            entry = tables, addresses + [0] * (8 - len(tables))
+            entry = tables, addresses + [0] * (10 - len(tables))
         self._tables[key] = entry  # most recently used last
         return entry
 

@@ -19,6 +19,7 @@ from . import NONE, PANEL, QTILE, Unavailable, Unfit, padded_to, round_up, same_
 
 _INSTALL_CUPY = "pip install cupy-cuda12x (driver for CUDA 12) or cupy-cuda13x (driver 580 or newer)"
 _LEAST_CAPABILITY = 75  # m16n8k8 products of halves
+_IMAGE_WORDS = 15  # of struct Image in common.cuh
 
 
 @functools.cache
@@ -124,7 +125,8 @@ class Engine:
         self._stage = "resize"  # what the launches that are being emitted belong to
         self._tables: dict[tuple, tuple[list[int], list]] = {}
         self._size = self._capacity = 0
-        self._taps = self._operator = self._given = None
+        self._taps = self._map_taps = None
+        self._given: list[tuple[Buffer, int, int, int]] = []
         self._scored = False
         self._kept: list[tuple[Buffer, tuple[int, int], int | None]] = []
 
@@ -182,29 +184,40 @@ class Engine:
 
     # -- operations: the interface -----------------------------------------------------------------
 
-    def features(self, backbone, size: int, grid: int, taps: Callable) -> tuple[Buffer, int]:
-        columns, column = round_up(sum(backbone.channels), PANEL), 0
-        tokens = self.state(grid * grid, columns)
+    def features(self, backbone, size: int, views: Sequence[tuple[int, Sequence[int]]],
+                 taps: Callable) -> list[tuple[Buffer, int]]:
+        tokens, filled = [], [0] * len(views)
+        for grid, blocks in views:
+            columns = round_up(sum(backbone.blocks[i].channels[2] for i in blocks), PANEL)
+            tokens.append((self.state(grid * grid, columns), columns))
         x = self.resize(size, backbone.mean, backbone.std, taps)
         self._stage = "features"
         x = self.stem(x, size, backbone.stem_w, backbone.stem_b, backbone.act)
         h, w = size // 2, size // 2
         for i, block in enumerate(backbone.blocks):
             x, h, w = self.mbconv(x, h, w, block)
-            if i in backbone.stages:
-                channels = block.channels[2]
-                fill = columns - column - channels if i == backbone.stages[-1] else 0
-                threads = grid * grid * -(-(channels + fill) // (16 // self.real.itemsize))
-                args = (x, tokens, h, round_up(channels, 8), channels, fill, grid, column, columns)
-                self.emit(lambda batch, args=args, threads=threads: Launch(
-                    self.kernel("pool"), (-(-threads // 128), 1, batch), (128,), args))
-                column += channels
-        return tokens, columns
+            channels = block.channels[2]
+            for k, ((grid, blocks), (out, columns)) in enumerate(zip(views, tokens)):
+                if i in blocks:
+                    fill = columns - filled[k] - channels if i == blocks[-1] else 0
+                    threads = grid * grid * -(-(channels + fill) // (16 // self.real.itemsize))
+                    args = (x, out, h, round_up(channels, 8), channels, fill, grid, filled[k], columns)
+                    self.emit(lambda batch, args=args, threads=threads: Launch(
+                        self.kernel("pool"), (-(-threads // 128), 1, batch), (128,), args))
+                    filled[k] += channels
+        return tokens
 
     def given(self, n: int, c: int) -> tuple[Buffer, int]:
         columns = round_up(c, PANEL)
-        self._given = self.state(n, columns), n, c, columns
-        return self._given[0], columns
+        self._given.append((self.state(n, columns), n, c, columns))
+        return self._given[-1][0], columns
+
+    def fine_density(self, x: Buffer, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> Buffer:
+        self._stage, f = "map", self.state(n)
+        mean, w = self.constant(padded_to(mean, n, c)), self.constant(padded_to(w.T, c, c))
+        self.emit(lambda batch: Launch(self.kernel("fine_density"), (-(-n // 8), 1, batch),
+                                       (min(round_up(c, 32), 256),), (x, mean, w, f, self.table, n, c)))
+        return f
 
     def whiten(self, f: Buffer, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> Buffer:
         self._stage = "whitening"
@@ -264,15 +277,24 @@ class Engine:
         self.emit(lambda batch: Launch(self.kernel("rotate_density"), (-(-n * batch // 4), 1, 1), (128,),
                                        (x, f, keep, turn, x_out, gain, offset, z, n * batch, n, c)))
 
-    def score(self, z: Buffer, grid: int, worst: int, zero: float, unit: float, weight: np.ndarray,
-              offset: np.ndarray, operator: Callable) -> None:
-        self._stage, self._operator, self._scored = "map", operator, True
-        zero, per_unit, n = float(zero), float(1 / unit), grid * grid
-        weight, offset = self.constant(weight), self.constant(offset)
+    def score(self, z: Buffer, n: int, worst: int, zero: float, unit: float) -> None:
+        self._stage, self._scored, zero, per_unit = "map", True, float(zero), float(1 / unit)
         self.emit(lambda batch: Launch(self.kernel("worst_mean"), (1, 1, batch), (256,),
                                        (z, self.table, n, worst, zero, per_unit)))
+
+    def sharpen(self, z: Buffer, weight: np.ndarray, offset: np.ndarray, f: Buffer,
+                operator: np.ndarray) -> Buffer:
+        self._stage, (fine, grid) = "map", operator.shape
+        weight, offset, operator = map(self.constant, (weight, offset, operator))
+        out = self.state(fine, fine)
+        self.emit(lambda batch: Launch(self.kernel("sharpen"), (fine, 1, batch), (64,),
+                                       (z, weight, offset, f, operator, out, self.table, grid, fine)))
+        return out
+
+    def map(self, m: Buffer, fine: int, taps: Callable) -> None:
+        self._stage, self._map_taps = "map", lambda side: taps(fine, side)
         self.emit(lambda batch: Launch(self.kernel("anomaly_map"), (256, 1, batch), (128,),
-                                       (z, weight, offset, self.table, grid)))
+                                       (m, self.table, fine)))
 
     def keep(self, x: Buffer, n: int, c: int | None = None) -> None:
         self._kept.append((x, (n, 1 if c is None else round_up(c, PANEL)), c))
@@ -341,7 +363,7 @@ class Engine:
     def finish(self) -> None:
         """Place every buffer in the bytes of an image, first fit, by the launches that name it; compile."""
         self._allocate(1)
-        lives: dict[Buffer, list[int]] = {self._given[0]: [0, 0]} if self._given else {}
+        lives: dict[Buffer, list[int]] = {given[0]: [0, 0] for given in self._given}
         for i, (_, make) in enumerate(self.steps):
             for a in make(1).args:
                 if isinstance(a, Buffer):
@@ -369,10 +391,11 @@ class Engine:
         self.frames.clear()
         self.workspace = None  # before the new one, so that both never exist together
         self.workspace = self.cupy.empty(max(self.image_bytes, 256) * capacity, np.uint8)
-        self.table = self.cupy.empty((capacity, 13), np.int64)
-        self.written = np.zeros((0, 13), np.int64)
-        pinned = [self.cupy.cuda.alloc_pinned_memory(capacity * 13 * 8) for _ in range(self._RING)]
-        self.ring = collections.deque((p, np.frombuffer(p, np.int64, capacity * 13).reshape(capacity, 13),
+        self.table = self.cupy.empty((capacity, _IMAGE_WORDS), np.int64)
+        self.written = np.zeros((0, _IMAGE_WORDS), np.int64)
+        words = capacity * _IMAGE_WORDS
+        pinned = [self.cupy.cuda.alloc_pinned_memory(8 * words) for _ in range(self._RING)]
+        self.ring = collections.deque((p, np.frombuffer(p, np.int64, words).reshape(capacity, -1),
                                        self.cupy.cuda.Event(disable_timing=True)) for p in pinned)
         self._capacity = capacity if self.image_bytes else 0
 
@@ -403,7 +426,7 @@ class Engine:
         return graph
 
     def image_row(self, pixels, shift: tuple[float, float], score: int, target=None) -> list[int]:
-        """The image table's row: see struct Image in common.cuh. Taps and operators are kept by size."""
+        """The image table's row: see struct Image in common.cuh. Taps are kept by size."""
         key = *pixels.shape[:2], *shift
         entry = self._tables.pop(key, None)
         if entry is None:
@@ -413,13 +436,13 @@ class Engine:
                 start, weight = taps(n, self._size, s)
                 keep += [self.constant(start, np.int32), self.constant(weight)]
                 row += [keep[-2].data.ptr, keep[-1].data.ptr, weight.shape[1]]
-            if self._operator:
-                rows, cols = map(self._operator, pixels.shape[:2])
-                keep += [self.constant(rows), self.constant(cols.T)]
+            for n in pixels.shape[:2] if self._map_taps else ():
+                start, share = self._map_taps(n)
+                keep += [self.constant(start, np.int32), self.constant(share)]
             entry = row, keep
         self._tables[key] = entry  # most recently used last
         row, keep = entry
-        where = (0, 0, 0) if target is None else (target.data.ptr, keep[-2].data.ptr, keep[-1].data.ptr)
+        where = [0] * 5 if target is None else [a.data.ptr for a in (target, *keep[-4:])]
         return [pixels.data.ptr, *pixels.shape[:2], *row, *where, score]
 
     def stream_of(self, images: Sequence):
@@ -444,7 +467,7 @@ class Engine:
     def run(self, images: Sequence | None, *, with_map: bool = False, outputs: bool = False,
             shifts: Sequence[tuple[float, float]] | None = None, given=None) -> Frames:
         """Enqueue a batch on the caller's stream; nothing waits for it."""
-        batch = len(given) if images is None else len(images)
+        batch = len(given[0]) if images is None else len(images)
         shifts = shifts or [(0.0, 0.0)] * batch
         with self._lock, self.gpu, self.stream_of(images or ()) as stream:
             if batch > self._capacity:
@@ -459,12 +482,11 @@ class Engine:
             at = scores.data.ptr if self._scored else 0
             rows = [self.image_row(p, s, at + 4 * i, m)
                     for i, (p, s, m) in enumerate(zip(pixels, shifts, maps))]
-            rows = np.array(rows or np.zeros((batch, 13)), np.int64)
-            if given is not None:
-                x, n, c, columns = self._given
+            rows = np.array(rows or np.zeros((batch, _IMAGE_WORDS)), np.int64)
+            for (x, n, c, columns), values in zip(self._given, given or ()):
                 places = self._view(x, batch, n, columns)
                 places.fill(0)
-                places[:, :, :c] = self.cupy.asarray(given)
+                places[:, :, :c] = self.cupy.asarray(values)
             if not np.array_equal(rows, self.written):
                 self.write_table(rows, stream)
             frame = self.frames.get(batch)

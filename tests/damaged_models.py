@@ -65,7 +65,15 @@ def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whit
                             "peaks": np.sort(30 + rng.random(12))} for steps in (1, 2, 3)}
     factors = fp.pack_factors(.05 * rng.standard_normal((3, n, c))) if settings.factors else None
     return fp.Prior(settings, backbone, rng.random((n, c)).astype("f4"), whitener, weights, calibrations,
-                    {"images": 12, "unreadable": ["a.png: no"], "loss": .5}, 1, factors=factors)
+                    {"images": 12, "unreadable": ["a.png: no"], "loss": .5}, 1, factors=factors,
+                    fine=fine_of(rng, backbone, settings))
+
+
+def fine_of(rng, backbone, settings):
+    """Mean and whitener of the fine view, random."""
+    c = backbone.fine_channels
+    return (rng.random((settings.fine ** 2, c)).astype("f2"),
+            (np.tril(.1 * rng.standard_normal((c, c))) + np.eye(c)).astype("f4"))
 
 
 # -- taking a file apart and putting it together -------------------------------------------------

@@ -196,16 +196,18 @@ def check_features(backbone, size):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((size, size, 3)).astype(np.float32)
     grid = size // 16
-    want = backbone.features(x.astype(np.float64), grid)
+    want, = backbone.features(x.astype(np.float64), (grid, backbone.stages))
     torch.manual_seed(0)
     eager = benchmark.torch(backbone, size, 2, x=x)()
     stages = [fp.pool(s[0].permute(1, 2, 0).double().numpy(), grid).reshape(grid * grid, -1) for s in eager]
     np.testing.assert_allclose(np.concatenate(stages, 1), want, rtol=1e-3, atol=2e-4 * np.abs(want).max())
     image = rng.integers(0, 256, (size, size, 3), np.uint8)
     engine = fp._feature_engine(backbone, fp.Settings(size=size))
-    got = engine.run([image], outputs=True).outputs[0][0]
-    want = backbone.features(fp.resize_normalize(image, size, backbone.mean, backbone.std), grid)
-    np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-5 * np.abs(want).max())
+    wide = fp.resize_normalize(image, size, backbone.mean, backbone.std)
+    views = (grid, backbone.stages), (size // 8, backbone.fine)
+    outputs = engine.run([image], outputs=True).outputs
+    for got, want in zip(outputs, backbone.features(wide, *views), strict=True):
+        np.testing.assert_allclose(got[0], want, rtol=1e-3, atol=2e-5 * np.abs(want).max())
 
 
 def test_lite0_features_are_torchs():

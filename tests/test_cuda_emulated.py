@@ -55,7 +55,7 @@ I, L, F, NULL = np.int32, np.int64, np.float32, np.uint64(0)
 def image_table(b, rows):
     """The table of `Image` rows: dictionaries of device arrays and integers."""
     names = ("pixels", "height", "width", "row_start", "row_weight", "row_taps", "col_start", "col_weight",
-             "col_taps", "map", "row_map", "col_map", "score")
+             "col_taps", "map", "map_row", "map_row_share", "map_col", "map_col_share", "score")
 
     def value(x):
         return x.data.ptr if isinstance(x, DeviceArray) else int(x)
@@ -245,21 +245,58 @@ def worst_mean(b, block=64, n=100, count=7):
     assert np.isnan(scores.get()).tolist() == [False, False, True]
 
 
-def anomaly_map(b, block=32, blocks=5):
-    grid, sizes = 6, ((13, 37), (20, 9), None)
+def maps_wanted(b, *wanted):
+    """An image table of which only the column `map` is read."""
+    return image_table(b, [{"map": 1} if yes else {} for yes in wanted])
+
+
+def fine_density(b, block=64, n=19, c=64):
+    (x, x64), (mean, mean64), (w, w64) = (b.random(*shape, dtype=F) for shape in ((3, n, c), (n, c), (c, c)))
+    f = b.empty(3, n, dtype=F)
+    f.fill(3)
+    table = maps_wanted(b, True, False, True)
+    b.launch("fine_density", (-(-n // 8), 1, 3), (block,), x, mean, w, f, table, I(n), I(c))
+    want = np.stack([fp.fine_density(i, mean64, w64.T) for i in x64])
+    want[1] = 3
+    b.check(f, want)
+
+
+def sharpen(b, block=32, grid=3, fine=12):
     z, z64 = b.random(3, grid, grid, dtype=F)
     (weight, weight64), (offset, offset64) = b.random(grid, grid, dtype=F), b.random(grid, grid, dtype=F)
+    f64 = b.random(3, fine, fine, dtype=F)[1] ** 2
+    f64[0, :3] = 0  # beside its own maximum, and far from any
+    f64 = f64.astype(F).astype(np.float64)
+    f64[2, 4, 5] = np.nan
+    operator = fp.map_operator(grid, fine, .4)
+    out = b.empty(3, fine, fine, dtype=F)
+    out.fill(3)
+    f, enlarge = b.cuda.asarray(f64.astype(F)), b.cuda.asarray(operator.astype(F))
+    b.launch("sharpen", (fine, 1, 3), (block,), z, weight, offset, f, enlarge, out,
+             maps_wanted(b, True, False, True), I(grid), I(fine))
+    want = np.stack([fp.sharpen(weight64 * i + offset64, own, operator) for i, own in zip(z64, f64)])
+    want[1] = 3
+    got = out.get()
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    b.check(b.cuda.asarray(np.nan_to_num(got)), np.nan_to_num(want))
+
+
+def anomaly_map(b, block=32, blocks=5):
+    fine, sizes = 8, ((13, 37), (20, 9), None, (5, 6))
+    m, m64 = b.random(4, fine, fine, dtype=F)
     rows, want = [], []
     for i, size in enumerate(sizes):
         if size is None:
             rows.append({"height": 8, "width": 8})
             continue
-        (r, r64), (c, c64) = b.random(size[0], grid, dtype=F), b.random(size[1], grid, dtype=F)
-        rows.append({"height": size[0], "width": size[1], "map": b.empty(*size, dtype=F), "row_map": r,
-                     "col_map": b.cuda.asarray(np.ascontiguousarray(c.get().T))})
-        want.append(fp.anomaly_map(weight64 * z64[i] + offset64, r64, c64))
-    b.launch("anomaly_map", (blocks, 1, 3), (block,), z, weight, offset, image_table(b, rows), I(grid))
-    for row, w in zip(rows, want):
+        rows.append({"height": size[0], "width": size[1], "map": b.empty(*size, dtype=F)})
+        for side, n in zip(("map_row", "map_col"), size):
+            start, share = fp.linear_taps(fine, n)
+            rows[-1] |= {side: b.cuda.asarray(start.astype(I)),
+                         f"{side}_share": b.cuda.asarray(share.astype(F))}
+        want.append(fp.anomaly_map(m64[i], *size))
+    b.launch("anomaly_map", (blocks, 1, 4), (block,), m, image_table(b, rows), I(fine))
+    for row, w in zip([row for row in rows if "map" in row], want):
         b.check(row["map"], w)
 
 
@@ -285,6 +322,9 @@ OPERATIONS = {
     "layer_norm": (layer_norm, [{}, {"block": 32, "d": 16}, {"block": 128, "rows": 1}]),
     "rotate_density": (rotate_density, [{}, {"block": 128}, {"c": 32, "block": 32}]),
     "worst_mean": (worst_mean, [{}, {"block": 256}, {"n": 1, "count": 1}, {"count": 100}]),
+    "fine_density": (fine_density, [{}, {"block": 32}, {"n": 3, "c": 96, "block": 96},
+                                    {"c": 160, "block": 64}]),
+    "sharpen": (sharpen, [{}, {"block": 128, "fine": 24}, {"grid": 1, "block": 1, "fine": 8}]),
     "anomaly_map": (anomaly_map, [{}, {"blocks": 64, "block": 64}, {"blocks": 1, "block": 1}]),
 }
 FILES = {"mix": "product", "whiten_diagonal": "whiten"}
@@ -400,11 +440,26 @@ MUTANTS = [
     ("worst_mean", "(value[j] == own && j < i)", "value[j] == own"),
     ("worst_mean", "+= blockDim.x) value[i] = z[(long long)blockIdx.z * n + i];\n    __syncthreads();",
      "+= blockDim.x) value[i] = z[(long long)blockIdx.z * n + i];"),
-    ("anomaly_map", "            mixed[j] = sum;\n        }\n        __syncthreads();",
-     "            mixed[j] = sum;\n        }"),
-    ("anomaly_map", "            image.map[y * image.width + x] = sum;\n        }\n        __syncthreads();",
-     "            image.map[y * image.width + x] = sum;\n        }"),
-    ("anomaly_map", "j * image.width + x", "j * image.height + x"),
+    ("fine_density", "            __syncthreads();\n            for (int t", "            for (int t"),
+    ("fine_density", "= x[at] - mean[at];\n            }\n            __syncthreads();",
+     "= x[at] - mean[at];\n            }"),
+    ("fine_density", "= y;\n    }\n    __syncthreads();", "= y;\n    }"),
+    ("fine_density", "min(PLACES, n - first)", "PLACES"),
+    ("fine_density", "output < c && i < depth", "i < depth"),
+    ("fine_density", "start < c; start += blockDim.x", "start < c; start += c"),
+    ("fine_density", "mean += (long long)first * c;", ""),
+    ("fine_density", "if (!images[blockIdx.z].map) return;", ""),
+    ("sharpen", "mixed[j] = sum;\n    }\n    __syncthreads();", "mixed[j] = sum;\n    }"),
+    ("sharpen", "column <= min(x + REACH, fine - 1)", "column <= x + REACH"),
+    ("sharpen", "max(y - REACH, 0)", "y"),
+    ("sharpen", "f += (long long)blockIdx.z * fine * fine;", ""),
+    ("sharpen", "a > b || a != a ? a : b", "a > b ? a : b"),
+    ("sharpen", "most = 1.17549435e-38f", "most = 0.f"),
+    ("sharpen", "if (!images[blockIdx.z].map) return;", ""),
+    ("anomaly_map", "if (!image.map) return;", ""),
+    ("anomaly_map", "down * ((1.f - right) * at[fine]", "down * ((1.f - right) * at[1]"),
+    ("anomaly_map", "image.map_row[y] * fine", "image.map_row[y] * image.width"),
+    ("anomaly_map", "y * image.width + x", "y * image.height + x"),
 ]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fastprior as fp
+from damaged_models import fine_of
 from emulated_cuda import DeviceArray, FakeCupy, LaunchError, gxx
 
 engines = fp._engines("cuda")
@@ -74,13 +75,14 @@ def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True,
         weights["out_w"] = (rng.standard_normal(weights["out_w"].shape) / 20).astype(np.float32)
         weights["out_b"] = (rng.standard_normal(c) / 20).astype(np.float32)
         weights["gain_w"] = (rng.standard_normal(weights["gain_w"].shape) / 20).astype(np.float32)
+    fine = fine_of(rng, backbone, settings)
     flat = {"gain": np.ones(n, np.float32), "offset": np.zeros(n, np.float32),
             "moments": np.array([0, 1, 0.0]), "scores": np.sort(rng.standard_normal(50)),
             "peaks": np.linspace(90, 100, 50)}
 
     def make(calibration, **where):
         return fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {},
-                        factors=factors, **where)
+                        factors=factors, fine=fine, **where)
     raw = make(flat).z(images(seed=9))
     unit = np.float32(1 / raw.std())
     calibration = flat | {"gain": np.full(n, unit), "offset": -raw.mean(0) * unit}
@@ -169,14 +171,14 @@ def test_a_frame_is_launched_as_the_kernels_expect(cuda):
     names = [name for name, *_ in cuda.launches[:len(gpu._engine().steps)]]
     blocks = [["depthwise_31", "squeeze_excite", "product", "pool"],
               ["product", "depthwise_52", "squeeze_excite", "product"],
-              ["product", "depthwise_31", "product", "pool"],
-              ["product", "depthwise_32", "squeeze_excite", "product", "pool"],
+              ["product", "depthwise_31", "product", "pool", "pool"],  # to the coarse and to the fine grid
+              ["product", "depthwise_32", "squeeze_excite", "product", "pool", "pool"],
               ["product", "depthwise_52", "squeeze_excite", "product"],
               *[["product", "depthwise_51", "squeeze_excite", "product", "pool"]] * 2]
     step = ["product", "layer_norm", "product", "product", "layer_norm", "product", "product", "layer_norm",
             "product", "rotate_density"]
     assert names == ["resize_normalize", "stem", *sum(blocks, []), "whiten", "project_factors",
-                     "remove_factors", *step, *step, "worst_mean", "anomaly_map"]
+                     "remove_factors", *step, *step, "worst_mean", "fine_density", "sharpen", "anomaly_map"]
     rotations = [args for name, _, _, args in cuda.launches if name == "rotate_density"][:2]
     assert (rotations[0][4] != 0, rotations[1][4] != 0) == (True, False)  # at the last step x' goes nowhere
     assert (rotations[0][7] != 0, rotations[1][7] != 0) == (False, True)  # and z only there
@@ -253,7 +255,8 @@ def test_several_products_on_the_gpu_are_those_of_the_cpu(cuda, precision):
     def products(prior, **where):
         """Two that differ by little: each takes some of the images."""
         shifted = fp.Prior(prior.settings, prior.backbone, prior.mean - np.float32(.03), prior.whitener,
-                           prior.denoiser, prior.calibrations, {}, factors=prior.factors, **where)
+                           prior.denoiser, prior.calibrations, {}, factors=prior.factors, fine=prior.fine,
+                           **where)
         return fp.MultiPrior({"one": prior, "two": shifted})
     gpu, cpu = model(device="cuda", precision=precision)
     gpu, cpu = products(gpu, device="cuda", precision=precision), products(cpu)
@@ -278,7 +281,8 @@ def test_only_some_stages_run_again(cuda):
     want.score
     cuda.launches.clear()
     gpu._engine().run_only(["map", "density"], images()[:1])
-    assert [name for name, *_ in cuda.launches] == ["rotate_density"] * 2 + ["worst_mean", "anomaly_map"]
+    assert [name for name, *_ in cuda.launches] == [
+        *["rotate_density"] * 2, "worst_mean", "fine_density", "sharpen", "anomaly_map"]
     assert gpu.score(images()[0]).score == want.score
 
 
@@ -288,7 +292,7 @@ def test_the_image_table_is_copied_only_when_it_changes(cuda):
     results.append(gpu.score(frame, with_map=False))
     before = len(cuda.copies)
     results.append(gpu.score(frame, with_map=False))  # the first is kept, so this one has its own memory
-    assert len(cuda.copies) == before + 1 and cuda.copies[-1] == 13 * 8
+    assert len(cuda.copies) == before + 1 and cuda.copies[-1] == 15 * 8
     engine = gpu._engine()
     monkey = engine.written.copy()
     engine.write_table(monkey, cuda.cuda.get_current_stream())

@@ -33,7 +33,8 @@ def test_a_frame_calls_nothing_but_the_interface(trained):
         def __getattr__(self, name):
             called.add(name)
             # a place is a number here, and a place with its columns two
-            return lambda *_, **__: (0, 32) if name in ("features", "given", "linear") else 0
+            one = {"given": (0, 32), "linear": (0, 32), "features": [(0, 32)] * 2}.get(name, 0)
+            return lambda *_, **__: one
     for from_pixels in (True, False):
         trained._emit(Recorder(), from_pixels)
     assert called <= set(METHODS)
@@ -54,7 +55,7 @@ def test_emit_refuses_missing_and_unknown_fields_and_what_is_no_integer():
         with pytest.raises(TypeError, match=name):
             engine.emit(cpu._layer_norm, **fields, **{name: 16})
     with pytest.raises(TypeError, match="scratch"):  # a kernel that needs some
-        engine.emit(cpu._map, z=0, grid=4, weight=0, offset=0)
+        engine.emit(cpu._fine_density, x=0, n=4, c=32, mean=0, w=0, m=32, f=0)
     assert len(engine._rows) == 1
 
 

@@ -82,18 +82,18 @@ def test_a_score_in_float32_throughout(trained, pictures, monkeypatch):
             return out
         monkeypatch.setattr(fp, name, watched)
     for name in ("resize_normalize", "stem", "linear", "depthwise", "pool", "whiten", "remove_factors",
-                 "layer_norm", "mix", "anomaly_map"):
+                 "layer_norm", "mix", "fine_density", "anomaly_map"):
         watch(name, getattr(fp, name))
     trained._reference_frames([pictures[0]], True)
-    assert len(seen) == 10 and all(kinds == {"float32"} for kinds in seen.values()), seen
+    assert len(seen) == 11 and all(kinds == {"float32"} for kinds in seen.values()), seen
 
 
 def test_float32_scores_as_float64_does(trained, pictures):
     s, b = trained.settings, trained.backbone
     for image in pictures:
         wide = fp.resize_normalize(image, s.size, b.mean, b.std)
-        want = trained.latent(b.features(wide, trained.grid))
-        got = trained.latent(b.features(wide.astype(np.float32), trained.grid))
+        view = trained.grid, b.stages
+        want, got = (trained.latent(b.features(x, view)[0]) for x in (wide, wide.astype(np.float32)))
         assert (want.dtype, got.dtype) == (np.float64, np.float32)
         assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max()
 

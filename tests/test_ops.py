@@ -85,10 +85,17 @@ def cases(name, rng):
     elif name == "rotate_density":
         for n, d, c in ((9, 16, 40), (1, 48, 32), (37, 96, 272), (5, 0, 33)):
             yield a(n, d), a(d, c), a(c), a(n, c), (.8, .6)
+    elif name == "fine_density":
+        for n, c in ((1, 1), (9, 5), (36, 64), (17, 72), (100, 33)):
+            yield a(n, c), a(n, c), a(c, c) / np.sqrt(c)
+    elif name == "sharpen":
+        for grid, fine, sigma in ((1, 8, 0), (3, 12, .7), (7, 56, 0), (4, 32, 2), (2, 10, 0)):
+            f = a(fine, fine) ** 2
+            f[:3] = 0  # beside its own maximum, and far from any
+            yield a(grid, grid), f, fp.map_operator(grid, fine, sigma)
     elif name == "anomaly_map":
-        for grid, h, w, sigma in ((4, 33, 21, .5), (16, 256, 256, 0), (7, 8, 1000, 1),
-                                  (5, 40, 5, 0), (6, 9, 12, 0)):  # narrower than a vector of 8, of 16
-            yield a(grid, grid), fp.map_operator(grid, h, sigma), fp.map_operator(grid, w, sigma)
+        for fine, h, w in ((8, 33, 21), (56, 256, 250), (16, 9, 1000), (8, 8, 8), (12, 5, 9), (9, 301, 1)):
+            yield a(fine, fine), h, w
     else:
         raise AssertionError(f"no test case for {name}")
 

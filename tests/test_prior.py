@@ -83,7 +83,7 @@ def test_threads_are_those_asked_for(trained, pictures, monkeypatch):
     for asked, allowed in ((1, ""), (None, "1"), (None, "3"), (2, "3"), (5, "3")):
         monkeypatch.setenv("NUMBA_NUM_THREADS", allowed)
         prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser,
-                         trained.calibrations, {}, threads=asked, factors=trained.factors)
+                         trained.calibrations, {}, threads=asked, factors=trained.factors, fine=trained.fine)
         assert prior.score(pictures[0]).score == want  # 3 may be more than there are cores
         pools[asked, allowed] = prior._engine().threads
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -107,7 +107,7 @@ def test_an_interrupted_frame_leaves_nothing_behind(trained, pictures, monkeypat
     monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
     prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser,
                      trained.calibrations, {},
-                     factors=trained.factors)
+                     factors=trained.factors, fine=trained.fine)
     want = prior.score(pictures[0]).score
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
@@ -125,7 +125,7 @@ def test_a_forked_process_scores_too(trained, pictures, monkeypatch):
     monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
     prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser,
                      trained.calibrations, {},
-                     factors=trained.factors)
+                     factors=trained.factors, fine=trained.fine)
     want, stop = prior.score(pictures[0]).score, threading.Event()
 
     def work():
@@ -207,7 +207,7 @@ def test_a_denoiser_of_any_hidden_width(trained, pictures):
                                                             weights["mix0_w2"].shape[1])).astype(np.float32)}
     prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, weights,
                      trained.calibrations, {},
-                     factors=trained.factors)
+                     factors=trained.factors, fine=trained.fine)
     want = prior._reference_frames(pictures[:1], False).outputs[0]
     np.testing.assert_allclose(prior.z(pictures[:1]), want, rtol=1e-3, atol=1e-3)
 

@@ -103,8 +103,9 @@ def test_one_wild_image_hardly_moves_the_unit():
     settings = fp.Settings(size=64)
     nll = .5 * np.random.default_rng(0).chisquare(16, (60, 16))
     raw = fp.worst_mean(nll, .1)
-    calm = fp._read_scores(raw, nll, settings)["moments"]
-    wild = fp._read_scores(np.r_[raw, 1e4], np.r_[nll, np.full((1, 16), 1e4)], settings)["moments"]
+    details = np.ones((61, 8, 8))
+    calm = fp._read_scores(raw, nll, details[:60], settings)["moments"]
+    wild = fp._read_scores(np.r_[raw, 1e4], np.r_[nll, np.full((1, 16), 1e4)], details, settings)["moments"]
     np.testing.assert_allclose(wild, calm, rtol=.1)
 
 
@@ -210,7 +211,8 @@ def extracted(rng, n, places=9, channels=16):
     mix = rng.standard_normal((channels, channels)) / 4
     f = (rng.standard_normal((n, places, channels)) @ mix).astype(np.float16)
     looks = np.stack([fp.look(image) for image in rng.integers(0, 256, (n, 64, 64, 3), np.uint8)])
-    return fp.Extracted(f, np.arange(n), looks, [f"{i:016x}" for i in range(n)], list(range(n)), 0, [])
+    return fp.Extracted(f, np.arange(n), looks, [f"{i:016x}" for i in range(n)], list(range(n)), 0, [],
+                        rng.standard_normal((n, 36, 4)).astype(np.float16))
 
 
 def small_backbone():
@@ -248,7 +250,7 @@ def test_holdout_touches_nothing_before_the_threshold():
 
 def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
     """200 simulated trainings, the denoiser's early stopping on: false alarms as split conformal promises."""
-    monkeypatch.setattr(fp, "Prior", lambda config, backbone, *parts, factors: parts[:4])
+    monkeypatch.setattr(fp, "Prior", lambda config, backbone, *parts, factors, fine: parts[:4])
     torch = pytest.importorskip("torch", reason="torch is in the extras `train` and `test`")
     torch.set_num_threads(1)
     monkeypatch.setattr(fp, "_CALIBRATED_STEPS", (1,))

@@ -212,17 +212,40 @@ def rotate_density(h, w, b, x, coef, *, threads=None):
     return y[:, :x.shape[1]], (z - offset) / gain
 
 
-def anomaly_map(nll, rows, cols, *, threads=None):
-    sizes = check(nll=(nll, "g g"), rows=(rows, "h g"), cols=(cols, "w g"))
-    g = sizes["g"]
-    expect(min(sizes.values()) > 0, f"expected a map, got {sizes}")
-    operators = iter((rows, cols))  # asked for once each, the height's first
+def fine_density(x, mean, w, *, threads=None):
+    check(x=(x, "n c"), mean=(mean, "n c"), w=(w, "c c"))
+    expect(x.size > 0, f"x: expected places, got {x.shape}")
 
     def build(e):
-        z = e.state(g, g)
-        e.score(z, g, 1, 0, 1, np.ones(g * g), np.zeros(g * g), lambda side: next(operators))
-        return [("state", z, nll)], []
-    return run_alone(build, threads, np.zeros((sizes["h"], sizes["w"], 3), np.uint8), with_map=True)[1]
+        planted = widened(x, PANEL)
+        place = e.state(*planted.shape)
+        f = e.fine_density(place, *planted.shape, mean, w)
+        return [("state", place, planted)], [("state", f, (len(x),))]
+    return run_alone(build, threads, with_map=True)[0][0]
+
+
+def sharpen(cells, f, operator, *, threads=None):
+    sizes = check(cells=(cells, "g g"), f=(f, "f f"), operator=(operator, "f g"))
+    expect(min(sizes.values()) > 0, f"expected a map, got {sizes}")
+    weight, offset = np.random.default_rng(0).uniform(.5, 2, (2, cells.size)).astype(np.float32)
+
+    def build(e):
+        z, density = e.state(*cells.shape), e.state(*f.shape)
+        out = e.sharpen(z, weight, offset, density, operator)
+        planted = (cells - offset.reshape(cells.shape)) / weight.reshape(cells.shape)
+        return [("state", z, planted), ("state", density, f)], [("state", out, f.shape)]
+    return run_alone(build, threads, with_map=True)[0][0]
+
+
+def anomaly_map(m, height, width, *, threads=None):
+    fine = check(m=(m, "f f"))["f"]
+    expect(fine > 1 and min(height, width) > 0, f"expected a map, got {m.shape}")
+
+    def build(e):
+        place = e.state(fine, fine)
+        e.map(place, fine, fp.linear_taps)
+        return [("state", place, m)], []
+    return run_alone(build, threads, np.zeros((height, width, 3), np.uint8), with_map=True)[1]
 
 
 # -- the table ---------------------------------------------------------------------------------------
@@ -253,5 +276,7 @@ OPS: dict[str, Op] = {
     "layer_norm": Op(fp.layer_norm, layer_norm, "layer_norm"),
     "rotate_density": Op(fp.rotate_density, rotate_density, "rotate_density"),
     "worst_mean": Op(fp.worst_mean, None, "worst_mean"),  # NumPy does it on the CPU
+    "fine_density": Op(fp.fine_density, fine_density, "fine_density"),
+    "sharpen": Op(fp.sharpen, sharpen, "sharpen"),
     "anomaly_map": Op(fp.anomaly_map, anomaly_map, "anomaly_map"),
 }
