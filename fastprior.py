@@ -2145,7 +2145,7 @@ def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, re
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 9  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 10  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 5
 _MOST_FINE = 1200  # images whose fine features are held, 0.4 MB each at 448 pixels
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
@@ -2273,7 +2273,7 @@ def look(image: np.ndarray) -> np.ndarray:
 
 
 def look_alike(looks: np.ndarray) -> np.ndarray:
-    """bool (I, I): which correlate by 0.965, and by 0.9 in what they do not have in common with all others.
+    """bool (I, I): which correlate by 0.965, and by 0.96 in what they do not have in common with all others.
 
     Each where it is highest within a shift of 5 % of a side.
     """
@@ -2293,7 +2293,7 @@ def look_alike(looks: np.ndarray) -> np.ndarray:
     for i, row in enumerate(size):
         at = i + 1 + np.flatnonzero(size[i + 1:] @ row >= .965)  # no shift can give more than that
         for j in np.array_split(at, -(-len(at) // 64)) if len(at) else ():
-            linked[i, j] = (correlation(whole, i, j) >= .965) & (correlation(own, i, j) >= .9)
+            linked[i, j] = (correlation(whole, i, j) >= .965) & (correlation(own, i, j) >= .96)
     return linked | linked.T
 
 
