@@ -15,6 +15,6 @@ import fastprior as fp  # noqa: E402
 with tempfile.TemporaryDirectory() as folder:
     draw = here.parent / "examples" / "make_demo.py"
     subprocess.run([sys.executable, draw, folder, "--good", "200"], check=True)
-    prior = fp.fit(folder, size=128, progress=lambda what, done, of: done == of and fp._room("console").say(what))
+    prior = fp.fit(folder, size=256, cell=32, progress=lambda what, done, of: done == of and fp._room("console").say(what))
 prior.save(here / "demo.npz")
 print(f"\n{here / 'demo.npz'}", prior.summary)
