@@ -1963,13 +1963,13 @@ class Prior:
         else:
             views = e.given(n, c), e.given(*fine)
         (f, columns), (fine_f, fine_columns) = views
+        density = e.fine_density(fine_f, fine[0], fine_columns, *self.fine)
         x = e.whiten(f, n, columns, self.mean, self.whitener)
         if self.factors is not None:
             x = e.remove_factors(x, n, columns, self.factors)
         z = _emit_inversion(e, x, n, columns, self.denoiser, self.timesteps, self.prediction,
                             self.calibration["gain"], self.calibration["offset"])
         e.score(z, n, _worst_count(self.settings.worst, n), *self.calibration["moments"][:2])
-        density = e.fine_density(fine_f, fine[0], fine_columns, *self.fine)
         m = e.sharpen(z, *self._map_weights(), density, self._map_operator)
         e.map(m, self.settings.fine, linear_taps)
         e.keep(z, n)

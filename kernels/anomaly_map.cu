@@ -6,6 +6,8 @@
 #include "common.cuh"
 
 extern "C" __global__ void anomaly_map(const float* m, const Image* images, int fine) {
+    allow_next_launch();
+    await_launch();
     const Image image = images[blockIdx.z];
     if (!image.map) return;
     m += (long long)blockIdx.z * fine * fine;

@@ -43,18 +43,25 @@ __device__ __forceinline__ unsigned short half_from_float(float x) {
     return bits;
 }
 
-// Four 8x8 matrices of halves from shared memory; lane l names row l % 8 of matrix l / 8 and gets
-// elements 2 (l % 4) and the next of row l / 4 of each (transposed: of column l / 4).
-__device__ __forceinline__ void load_matrices(unsigned r[4], const void* row) {
-    asm volatile("{ .reg .u64 p; .reg .u32 q; cvta.to.shared.u64 p, %4; cvt.u32.u64 q, p;\n"
-                 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [q]; }"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(row) : "memory");
+// Of four bytes u the halves u - 128, two to a register: 1024 + u is the half 0x6400 | u.
+__device__ __forceinline__ void halves_from_bytes(unsigned two[2], unsigned four) {
+    asm("{ .reg .b32 x, y; prmt.b32 x, %2, 0x64646464, 0x4140; prmt.b32 y, %2, 0x64646464, 0x4342;\n"
+        "sub.f16x2 %0, x, %3; sub.f16x2 %1, y, %3; }"
+        : "=r"(two[0]), "=r"(two[1]) : "r"(four), "r"(0x64806480u));
 }
 
-__device__ __forceinline__ void load_matrices_transposed(unsigned r[4], const void* row) {
-    asm volatile("{ .reg .u64 p; .reg .u32 q; cvta.to.shared.u64 p, %4; cvt.u32.u64 q, p;\n"
-                 "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [q]; }"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(row) : "memory");
+// A launch that follows another in a graph may start while that one still runs (see `Engine.capture` of cuda.py): what
+// the other left may be read, and what it reads overwritten, only after await_launch. Every kernel calls both.
+__device__ __forceinline__ void allow_next_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void await_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // c (16x8, float32) += a (16x16, halves) @ b (16x8, halves), one warp.
@@ -73,6 +80,8 @@ __device__ __forceinline__ void multiply_add(float c[4], const unsigned a[4], co
 #endif
 }
 #endif
+
+__device__ __forceinline__ unsigned pair_of(unsigned short low, unsigned short high) { return low | (unsigned)high << 16; }
 
 __device__ __forceinline__ float get(float x) { return x; }
 __device__ __forceinline__ void put(float& to, float x) { to = x; }

@@ -7,9 +7,11 @@ results go) is in the image table, so that one graph a batch size serves every f
 from __future__ import annotations
 
 import collections
+import ctypes
 import functools
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
@@ -19,6 +21,8 @@ from . import NONE, PANEL, QTILE, Unavailable, Unfit, padded_to, round_up, same_
 
 _INSTALL_CUPY = "pip install cupy-cuda12x (driver for CUDA 12) or cupy-cuda13x (driver 580 or newer)"
 _LEAST_CAPABILITY = 75  # m16n8k8 products of halves
+_SMALL_MAP = 1 << 16  # chunks of a depthwise result below which more threads share the work of each
+_MOST_SHARES = 1 << 12  # warps of a product among which K is shared
 _IMAGE_WORDS = 15  # of struct Image in common.cuh
 
 
@@ -57,6 +61,66 @@ def kernel_source(name: str) -> str:
         raise Unavailable(f"device 'cuda': {e.filename} is missing: copy the whole folder kernels/") from e
 
 
+def fragments(w: np.ndarray, wide: bool) -> np.ndarray:
+    """w (K, N) in tiles of 16 x 16 as product.cu reads them: (N/16, K/16, terms, lanes 32, 8), halves.
+
+    Lane 4 g + q has rows 4 q to 4 q + 3 of column g, then of column g + 8 (`mma.m16n8k16` of the PTX manual,
+    section 9.7.14, the order of K within sixteen being free). wide: a second term, what rounding left over.
+    """
+    k, n = (round_up(size, to) for size, to in zip(w.shape, (16, 32)))
+    tiles = padded_to(w, k, n).reshape(k // 16, 4, 4, n // 16, 2, 8).transpose(3, 0, 5, 1, 4, 2)
+    high = tiles.astype(np.float16)
+    terms = [high, (tiles - high).astype(np.float16)] if wide else [high]
+    return np.stack([t.reshape(n // 16, k // 16, 32, 8) for t in terms], 2)
+
+
+def byte_fragments(w: np.ndarray) -> np.ndarray:
+    """QTILEs as whiten.cu reads them: scales, then of each 16 rows what the lanes multiply, plus 128.
+
+    A lane has the four rows of `fragments` of columns g, g + 8, g + 16 and g + 24.
+    """
+    out = np.empty(w.shape, [("scale", np.float32, (PANEL,)), ("weight", np.uint8, (2, 8, 4, 4, 4))])
+    out["scale"] = w["scale"]
+    rows = w["weight"].view(np.uint8).reshape(*w.shape, 2, 4, 4, 4, 8)  # half, q, row of q, eight, g
+    out["weight"] = np.moveaxis(rows, (-5, -1, -4, -2, -3), (-5, -4, -3, -2, -1)) ^ 128
+    return out
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = [("id", ctypes.c_int), ("unused", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
+
+
+class _Configuration(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint)]
+
+
+@functools.cache
+def overlapping_launch() -> Callable | None:
+    """cuLaunchKernelEx of the driver, which CuPy does not offer; None where there is none."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuLaunchKernelEx
+    except (OSError, AttributeError):
+        return None
+
+
+def launch_overlapping(launch: "Launch", stream) -> bool:
+    """Enqueue a launch that may start before the one ahead of it has ended; False if the driver refuses.
+
+    Programmatic dependent launch (CUDA Programming Guide): its kernel waits in `await_launch` of common.cuh.
+    """
+    function = getattr(getattr(launch.kernel, "kernel", None), "ptr", None)
+    if not function:
+        return False
+    attribute = _Attribute(6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    block = *launch.block, 1, 1
+    configuration = _Configuration(launch.grid, block[:3], 0, stream.ptr, ctypes.pointer(attribute), 1)
+    values = [np.uint64(a.data.ptr) if hasattr(a, "data") and hasattr(a.data, "ptr") else a for a in launch.args]
+    values = [np.array(v) for v in values]
+    arguments = (ctypes.c_void_p * len(values))(*[v.ctypes.data for v in values])
+    return not overlapping_launch()(ctypes.byref(configuration), ctypes.c_void_p(function), arguments, None)
+
+
 class Buffer:
     """Device memory of `size` bytes an image; `offset` an image is set by `Engine.finish`."""
 
@@ -65,11 +129,16 @@ class Buffer:
 
 
 class Launch(NamedTuple):
-    """Arguments: buffers, device arrays, None for null, int for int32, float for float32, scalars."""
+    """Arguments: buffers, device arrays, None for null, int for int32, float for float32, scalars.
+
+    beside: the branch of the graph that the launch is on (None: the trunk); waits: branches it waits for.
+    """
     kernel: Callable
     grid: tuple[int, int, int]
     block: tuple[int, ...]
     args: tuple
+    beside: str | None = None
+    waits: tuple[str, ...] = ()
 
 
 class _Frame(NamedTuple):
@@ -116,6 +185,7 @@ class Engine:
             raise Unavailable(f"device 'cuda': {properties['name'].decode()} has compute capability "
                               f"{capability / 10}, 7.5 (Turing) or newer is needed: use device='cpu'")
         self.processors = properties["multiProcessorCount"]
+        self.overlaps = capability >= 90 and overlapping_launch() is not None
         self.real = np.dtype(precision)
         self.steps: list[tuple[str, Callable[[int], Launch]]] = []
         self.frames: dict[int, _Frame] = {}
@@ -146,8 +216,9 @@ class Engine:
     def state(self, *shape: int) -> Buffer:
         return self.buffer(*shape, dtype=np.float32)
 
-    def kernel(self, file: str, name: str | None = None, tile: int | None = None):
-        options = (f"-DHALF={int(self.real == np.float16)}",) + ((f"-DTILE={tile}",) if tile else ())
+    def kernel(self, file: str, name: str | None = None, **macros: int):
+        macros = {"HALF": int(self.real == np.float16)} | macros
+        options = tuple(f"-D{macro}={value}" for macro, value in macros.items())
         source = kernel_source(file)
         try:
             if (file, options) not in self._modules:
@@ -158,27 +229,38 @@ class Engine:
             raise Unavailable(f"device 'cuda': CuPy cannot compile kernels/{file}.cu ({reason}); if NVRTC is "
                               "missing: pip install 'cupy-cuda12x[ctk]' or 'cupy-cuda13x[ctk]'") from e
 
-    def emit(self, make: Callable[[int], Launch]) -> None:
-        """Append a launch, given the batch."""
-        self.steps.append((self._stage, make))
+    def emit(self, make: Callable[[int], Launch], beside: str | None = None, waits: tuple[str, ...] = ()) -> None:
+        """Append a launch, given the batch; see `Launch` for the rest.
 
-    def product(self, a: Buffer, lda: int, w, ldw: int, rows: int, n: int, k: int, *, bias=None,
-                ldbias: int = 0, gate: Buffer | None = None, residual: Buffer | None = None, act: int = NONE,
-                steps: tuple[int, int] | None = None) -> Buffer:
-        """act(a @ w + bias) + residual: one product over the rows of all images, or one an image.
-
-        The latter with `steps`: elements of a and of w from one image to the next.
+        A branch starts from where the trunk stands. What its launches name lives until the trunk waits for it.
         """
-        out = self.buffer(rows, n)
+        self.steps.append((self._stage, lambda batch: make(batch)._replace(beside=beside, waits=waits)))
+
+    def product(self, a: Buffer, lda: int, w: np.ndarray, rows: int, k: int, *, bias=None, ldbias: int = 0,
+                gate: Buffer | None = None, residual: Buffer | None = None, act: int = NONE,
+                transposed: bool = False) -> Buffer:
+        """act(a @ w + bias) + residual, w (K, N) the same for all images.
+
+        transposed: a is (k, rows) of each image and the result (N, rows).
+        """
+        n = w.shape[1] if transposed else round_up(w.shape[1], 8)
+        out = self.buffer(n, rows)
+        wide = self.real == np.float32 and not np.array_equal(w, w.astype(np.float16))
+        packed = self.constant(fragments(w, wide).view(np.int16), np.int16)
+        across = -(-n // 32)
+        # warps that share K: what a batch has too little of, one image decides, so that all have the same bits
+        split = max(s for s in (1, 2, 4, 8) if s == 1 or
+                    32 * s <= round_up(k, 16) and s * across * -(-rows // 32) <= _MOST_SHARES)
 
         def make(batch: int) -> Launch:
-            m, images = (rows * batch, 1) if steps is None else (rows, batch)
+            m, images = (rows, batch) if transposed else (rows * batch, 1)
             # the large tile reads less, the small one spreads a small product over more processors
-            tile = 64 if -(-m // 64) * -(-n // 64) * images >= 2 * self.processors else 32
-            a_step, w_step = map(np.int64, steps or (0, 0))
-            args = a, a_step, lda, w, w_step, ldw, bias, ldbias, gate, residual, out, m, n, k, rows, act
-            blocks = -(-m // tile) * -(-n // tile), 1, images
-            return Launch(self.kernel("product", tile=tile), blocks, (128,), args)
+            tile = 32 if -(-m // 32) * across * images * split >= 8 * self.processors else 16
+            warps = max(4, split)
+            args = (a, np.int64(k * lda if transposed else 0), lda, packed, bias, ldbias, gate, residual, out, m,
+                    n, k, rows, act, split)
+            kernel = self.kernel("product", TILE=tile, WARPS=warps, WIDE=int(wide), TRANSPOSED=int(transposed))
+            return Launch(kernel, (-(-(-(-m // tile) * across) * split // warps), 1, images), (32 * warps,), args)
         self.emit(make)
         return out
 
@@ -203,7 +285,7 @@ class Engine:
                     threads = grid * grid * -(-(channels + fill) // (16 // self.real.itemsize))
                     args = (x, out, h, round_up(channels, 8), channels, fill, grid, filled[k], columns)
                     self.emit(lambda batch, args=args, threads=threads: Launch(
-                        self.kernel("pool"), (-(-threads // 128), 1, batch), (128,), args))
+                        self.kernel("pool"), (-(-threads // 128), 1, batch), (128,), args), "pools")
                     filled[k] += channels
         return tokens
 
@@ -216,7 +298,8 @@ class Engine:
         self._stage, f = "map", self.state(n)
         mean, w = self.constant(padded_to(mean, n, c)), self.constant(padded_to(w.T, c, c))
         self.emit(lambda batch: Launch(self.kernel("fine_density"), (-(-n // 8), 1, batch),
-                                       (min(round_up(c, 32), 256),), (x, mean, w, f, self.table, n, c)))
+                                       (min(round_up(c, 32), 256),), (x, mean, w, f, self.table, n, c)),
+                  "fine", ("pools",))
         return f
 
     def whiten(self, f: Buffer, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> Buffer:
@@ -225,22 +308,26 @@ class Engine:
         if w.dtype != QTILE:
             w = self.constant(padded_to(w, n, c))
             self.emit(lambda batch: Launch(self.kernel("whiten", "whiten_diagonal"),
-                                           (-(-n * c // 128), 1, batch), (128,), (f, mean, w, x, n, c)))
+                                           (-(-n * c // 128), 1, batch), (128,), (f, mean, w, x, n, c)),
+                      waits=("pools",))
         else:
-            w = self.constant(w.view(np.int8), np.int8)
-            self.emit(lambda batch: Launch(self.kernel("whiten"), (n * c // PANEL, 1, -(-batch // 8)), (128,),
-                                           (f, mean, w, x, n, c, batch)))
+            w = self.constant(byte_fragments(w).view(np.uint8), np.uint8)
+            self.emit(lambda batch: Launch(self.kernel("whiten"), (n * c // PANEL, 1, -(-batch // 16)), (128,),
+                                           (f, mean, w, x, n, c, batch)), waits=("pools",))
         return x
 
     def remove_factors(self, x: Buffer, n: int, c: int, factors: np.ndarray) -> Buffer:
         self._stage = "whitening"
         size, groups, v = n * c, factors.shape[1], self.constant(factors.view(np.int8), np.int8)
-        parts = -(-size // 1024)
-        sums = self.buffer(parts, groups * PANEL, dtype=np.float32)
+        parts = -(-size // 512)
+        sums, along = (self.buffer(*shape, dtype=np.float32)
+                       for shape in ((parts, groups * PANEL), (groups * PANEL,)))
         self.emit(lambda batch: Launch(self.kernel("remove_factors", "project_factors"), (parts, 1, batch),
-                                       (128,), (x, v, sums, size, groups)))
+                                       (256,), (x, v, sums, size, groups)))
+        self.emit(lambda batch: Launch(self.kernel("remove_factors", "sum_factors"), (1, 1, batch), (512,),
+                                       (sums, along, groups, parts)))
         self.emit(lambda batch: Launch(self.kernel("remove_factors"), (-(-size // 256), 1, batch), (256,),
-                                       (x, v, sums, size, groups, parts)))
+                                       (x, v, along, size, groups)))
         return x
 
     def linear(self, x: Buffer, n: int, k: int, w: np.ndarray, b: np.ndarray, act: int = NONE,
@@ -249,16 +336,13 @@ class Engine:
         self._stage = "denoiser"
         m, k = round_up(w.shape[1], 8), round_up(k, 8)
         bias = self.constant(padded_to(b, *b.shape[:-1], m))
-        return self.product(x, lda or k, self.weights(w, k, m), m, n, m, k, bias=bias,
-                            ldbias=m if b.ndim == 2 else 0, residual=residual, act=act), m
+        return self.product(x, lda or k, w, n, k, bias=bias, ldbias=m if b.ndim == 2 else 0, residual=residual,
+                            act=act), m
 
     def mix(self, x: Buffer, d: int, w: np.ndarray, act: int = NONE,
             residual: Buffer | None = None) -> Buffer:
         self._stage = "denoiser"
-        n_out, n = w.shape
-        padded = round_up(n, 8)
-        return self.product(self.weights(w, n_out, padded), padded, x, d, n_out, d, n, residual=residual,
-                            act=act, steps=(0, n * d))
+        return self.product(x, d, w.T, d, w.shape[1], residual=residual, act=act, transposed=True)
 
     def layer_norm(self, x: Buffer, n: int, d: int, gain: np.ndarray, bias: np.ndarray) -> Buffer:
         self._stage = "denoiser"
@@ -280,7 +364,7 @@ class Engine:
     def score(self, z: Buffer, n: int, worst: int, zero: float, unit: float) -> None:
         self._stage, self._scored, zero, per_unit = "map", True, float(zero), float(1 / unit)
         self.emit(lambda batch: Launch(self.kernel("worst_mean"), (1, 1, batch), (256,),
-                                       (z, self.table, n, worst, zero, per_unit)))
+                                       (z, self.table, n, worst, zero, per_unit)), "score")
 
     def sharpen(self, z: Buffer, weight: np.ndarray, offset: np.ndarray, f: Buffer,
                 operator: np.ndarray) -> Buffer:
@@ -288,7 +372,8 @@ class Engine:
         weight, offset, operator = map(self.constant, (weight, offset, operator))
         out = self.state(fine, fine)
         self.emit(lambda batch: Launch(self.kernel("sharpen"), (fine, 1, batch), (64,),
-                                       (z, weight, offset, f, operator, out, self.table, grid, fine)))
+                                       (z, weight, offset, f, operator, out, self.table, grid, fine)),
+                  waits=("fine",))
         return out
 
     def map(self, m: Buffer, fine: int, taps: Callable) -> None:
@@ -311,10 +396,10 @@ class Engine:
         return out
 
     def stem(self, x: Buffer, size: int, w: np.ndarray, b: np.ndarray, act: int) -> Buffer:
-        c = round_up(w.shape[-1], 8)
+        c, side = round_up(w.shape[-1], 8), size // 2
         w, b = self.weights(w, 3, 3, 3, c), self.constant(padded_to(b, c))
-        out = self.buffer(size // 2, size // 2, c)
-        threads = (size // 2) ** 2 * c // (16 // self.real.itemsize)
+        out = self.buffer(side, side, c)
+        threads = side * -(-side // 4) * c // (16 // self.real.itemsize)
         self.emit(lambda batch: Launch(self.kernel("stem"), (-(-threads // 128), 1, batch), (128,),
                                        (x, w, b, out, size, c, act)))
         return out
@@ -325,37 +410,49 @@ class Engine:
         c_in, mid, c_out = (round_up(c, 8) for c in block.channels)
         y = x
         if "expand_w" in p:
-            y = self.product(x, c_in, self.weights(p["expand_w"], c_in, mid), mid, h * w, mid, c_in,
-                             bias=self.constant(padded_to(p["expand_b"], mid)), act=block.act)
+            y = self.product(x, c_in, p["expand_w"], h * w, c_in, bias=self.constant(padded_to(p["expand_b"], mid)),
+                             act=block.act)
         size, stride = p["dw_w"].shape[0], block.stride
         h_out, w_out = -(-h // stride), -(-w // stride)
         middle = self.buffer(h_out, w_out, mid)
         chunks = mid // (16 // self.real.itemsize)
-        across = min(chunks, 32)
+        squeezed, across = "se_reduce_w" in p, min(chunks, 32)
         down = 128 // across
-        grid = -(-chunks // across), -(-h_out * -(-w_out // 2) // down)  # a thread makes two pixels of a row
-        sums = self.buffer(grid[1], mid, dtype=np.float32) if "se_reduce_w" in p else None
+
+        def grid(batch: int) -> tuple[bool, int, int]:
+            # sums of a batch are those of its images: their parts must not depend on it
+            small = h_out * w_out * chunks * (1 if squeezed else batch) < _SMALL_MAP
+            return small, -(-chunks // across), -(-h_out * -(-w_out // (2 if small else 4)) // down)
+        parts = grid(1)[2]
+        sums = self.buffer(parts, mid, dtype=np.float32) if squeezed else None
         taps, bias = self.weights(p["dw_w"], size, size, mid), self.constant(padded_to(p["dw_b"], mid))
         top, left = (same_padding(n, size, stride)[0] for n in (h, w))
         args = y, taps, bias, middle, sums, h, w, mid, top, left, block.act
-        self.emit(lambda batch: Launch(self.kernel("depthwise", f"depthwise_{size}{stride}"), (*grid, batch),
-                                       (across, down), args))
-        gate = self.squeeze_excite(sums, grid[1], mid, h_out * w_out, p) if sums else None
-        out = self.product(middle, mid, self.weights(p["project_w"], mid, c_out), c_out, h_out * w_out, c_out,
-                           mid, bias=self.constant(padded_to(p["project_b"], c_out)), gate=gate,
+
+        def make(batch: int) -> Launch:
+            small, *blocks = grid(batch)
+            kernel = self.kernel("depthwise", f"depthwise_{size}{stride}", SMALL=int(small))
+            return Launch(kernel, (*blocks, batch), (across, down, size if small else 1), args)
+        self.emit(make)
+        gate = self.squeeze_excite(sums, parts, mid, h_out * w_out, p) if sums else None
+        out = self.product(middle, mid, p["project_w"], h_out * w_out, mid,
+                           bias=self.constant(padded_to(p["project_b"], c_out)), gate=gate,
                            residual=x if block.skip else None)
         return out, h_out, w_out
 
     def squeeze_excite(self, sums: Buffer, parts: int, c: int, pixels: int, p: dict) -> Buffer:
-        s = p["se_reduce_b"].size
-        if c > 4096 or s > 256:
-            raise Unfit(f"squeeze-excitation of {c} to {s} channels: on a GPU at most 4096 to 256")
-        gate = self.buffer(c, dtype=np.float32)
-        weights = [self.constant(padded_to(a, *shape)) for a, shape in (
+        s, runs = p["se_reduce_b"].size, -(-c // 32)
+        if s > 256:
+            raise Unfit(f"squeeze-excitation to {s} channels: on a GPU at most 256")
+        pieces = min(16, -(-parts // 128))
+        hidden, gate = (self.buffer(*shape, dtype=np.float32) for shape in ((runs * pieces, s), (c,)))
+        reduce_w, reduce_b, expand_w, expand_b = (self.constant(padded_to(a, *shape)) for a, shape in (
             (p["se_reduce_w"].T, (s, c)), (p["se_reduce_b"], (s,)), (p["se_expand_w"], (s, c)),
-            (p["se_expand_b"], (c,)))]
-        self.emit(lambda batch: Launch(self.kernel("squeeze_excite"), (1, 1, batch), (512,),
-                                       (sums, *weights, gate, parts, c, s, pixels)))
+            (p["se_expand_b"], (c,))))
+        self.emit(lambda batch: Launch(self.kernel("squeeze_excite", "squeeze"), (runs, pieces, batch), (512,),
+                                       (sums, reduce_w, hidden, parts, c, s, pixels)))
+        self.emit(lambda batch: Launch(self.kernel("squeeze_excite", "excite"), (runs, 1, batch), (512,),
+                                       (hidden, reduce_b, expand_w, expand_b, gate, runs * pieces, c, s)))
         return gate
 
     # -- running -----------------------------------------------------------------------------------
@@ -364,10 +461,14 @@ class Engine:
         """Place every buffer in the bytes of an image, first fit, by the launches that name it; compile."""
         self._allocate(1)
         lives: dict[Buffer, list[int]] = {given[0]: [0, 0] for given in self._given}
-        for i, (_, make) in enumerate(self.steps):
-            for a in make(1).args:
+        launches, last = [make(1) for _, make in self.steps], len(self.steps)
+        for i, launch in enumerate(launches):
+            joined = (k for k in range(i, last) if launch.beside in launches[k].waits and not launches[k].beside)
+            end = next(joined, last) if launch.beside else i
+            for a in launch.args:
                 if isinstance(a, Buffer):
-                    lives.setdefault(a, [i, i])[1] = i
+                    live = lives.setdefault(a, [i, end])
+                    live[1] = max(live[1], end)
         for buffer, _, _ in self._kept:
             lives[buffer][1] = len(self.steps)
         placed: list[Buffer] = []
@@ -392,7 +493,7 @@ class Engine:
         self.workspace = None  # before the new one, so that both never exist together
         self.workspace = self.cupy.empty(max(self.image_bytes, 256) * capacity, np.uint8)
         self.table = self.cupy.empty((capacity, _IMAGE_WORDS), np.int64)
-        self.written = np.zeros((0, _IMAGE_WORDS), np.int64)
+        self.written: list[list[int]] = []
         words = capacity * _IMAGE_WORDS
         pinned = [self.cupy.cuda.alloc_pinned_memory(8 * words) for _ in range(self._RING)]
         self.ring = collections.deque((p, np.frombuffer(p, np.int64, words).reshape(capacity, -1),
@@ -412,17 +513,37 @@ class Engine:
         return launch._replace(args=tuple(map(value, launch.args)))
 
     def launch(self, launches: Iterable[Launch]) -> None:
-        for kernel, grid, block, args in launches:
+        for kernel, grid, block, args, *_ in launches:
             kernel(grid, block, args)
 
     def capture(self, launches: Iterable[Launch]):
         """A CUDA graph of launches that have all run before (so that nothing is loaded while capturing)."""
-        with self.capture_stream:
-            self.capture_stream.begin_capture()
+        trunk, launches = self.capture_stream, list(launches)
+        streams, pending = {None: trunk}, set()
+
+        def wait(stream, branch: str | None) -> None:
+            event = self.cupy.cuda.Event(disable_timing=True)
+            event.record(streams[branch])
+            stream.wait_event(event)
+        with trunk:
+            trunk.begin_capture()
             try:
-                self.launch(launches)
+                for launch in launches:
+                    if launch.beside not in streams:
+                        streams[launch.beside] = self.cupy.cuda.Stream(non_blocking=True)
+                    stream = streams[launch.beside]
+                    for branch in (None, *launch.waits) if launch.beside else launch.waits:
+                        if branch in streams:
+                            wait(stream, branch)
+                    pending = pending | {launch.beside} if launch.beside else pending - {*launch.waits}
+                    alone = not (launch.beside or launch.waits or launch is launches[0])
+                    if not (alone and self.overlaps and launch_overlapping(launch, stream)):
+                        with stream:
+                            self.launch([launch])
+                for branch in pending:
+                    wait(trunk, branch)
             finally:
-                graph = self.capture_stream.end_capture()
+                graph = trunk.end_capture()
         return graph
 
     def image_row(self, pixels, shift: tuple[float, float], score: int, target=None) -> list[int]:
@@ -450,7 +571,11 @@ class Engine:
         torch, cuda = sys.modules.get("torch"), self.cupy.cuda
         if torch and any(isinstance(image, torch.Tensor) for image in images):
             pointer = torch.cuda.current_stream(self.gpu.id).cuda_stream
-            return cuda.ExternalStream(pointer) if pointer else cuda.Stream(null=True)
+            if not pointer:
+                return cuda.Stream(null=True)
+            if not hasattr(cuda.Stream, "from_external"):  # before CuPy 14
+                return cuda.ExternalStream(pointer)
+            return cuda.Stream.from_external(types.SimpleNamespace(__cuda_stream__=lambda: (0, pointer)))
         return cuda.get_current_stream()
 
     def to_device(self, image):
@@ -482,12 +607,12 @@ class Engine:
             at = scores.data.ptr if self._scored else 0
             rows = [self.image_row(p, s, at + 4 * i, m)
                     for i, (p, s, m) in enumerate(zip(pixels, shifts, maps))]
-            rows = np.array(rows or np.zeros((batch, _IMAGE_WORDS)), np.int64)
+            rows = rows or [[0] * _IMAGE_WORDS] * batch
             for (x, n, c, columns), values in zip(self._given, given or ()):
                 places = self._view(x, batch, n, columns)
                 places.fill(0)
                 places[:, :, :c] = self.cupy.asarray(values)
-            if not np.array_equal(rows, self.written):
+            if rows != self.written:
                 self.write_table(rows, stream)
             frame = self.frames.get(batch)
             if frame is None:
@@ -517,14 +642,14 @@ class Engine:
             self.launch([k for s, k in zip(built.stages, built.launches) if s in stages])
             self.cupy.cuda.get_current_stream().synchronize()
 
-    def write_table(self, rows: np.ndarray, stream) -> None:
+    def write_table(self, rows: list[list[int]], stream) -> None:
         pinned, host, copied = self.ring[0]
         self.ring.rotate(-1)
         copied.synchronize()  # long past, unless _RING frames are in flight
         host[:len(rows)] = rows
         runtime = self.cupy.cuda.runtime
-        runtime.memcpyAsync(self.table.data.ptr, host.ctypes.data, rows.nbytes, runtime.memcpyHostToDevice,
-                            stream.ptr)
+        runtime.memcpyAsync(self.table.data.ptr, host.ctypes.data, 8 * _IMAGE_WORDS * len(rows),
+                            runtime.memcpyHostToDevice, stream.ptr)
         copied.record(stream)
         self.written = rows
 

@@ -13,8 +13,10 @@
 extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) fine_density(const float* x, const float* mean,
                                                                            const float* w, float* f,
                                                                            const Image* images, int n, int c) {
+    allow_next_launch();
     __shared__ float away[PLACES][DEPTH];
     __shared__ float part[MOST_WARPS][PLACES];
+    await_launch();
     if (!images[blockIdx.z].map) return;
     const int first = blockIdx.x * PLACES, places = min(PLACES, n - first);
     x += ((long long)blockIdx.z * n + first) * c;

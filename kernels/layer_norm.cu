@@ -6,7 +6,9 @@
 #include "common.cuh"
 
 extern "C" __global__ void layer_norm(const real* x, const float* gain, const float* bias, real* out, int rows, int d) {
+    allow_next_launch();
     const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    await_launch();
     if (row >= rows) return;
     x += (long long)row * d;
     out += (long long)row * d;

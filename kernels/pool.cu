@@ -9,8 +9,10 @@
 
 extern "C" __global__ void pool(const real* x, float* out, int side, int ldx, int channels, int fill, int grid,
                                 int first, int columns) {
+    allow_next_launch();
     const int chunks = (channels + fill + VECTOR - 1) / VECTOR, cell = side / grid;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    await_launch();
     if (i >= grid * grid * chunks) return;
     const int channel = i % chunks * VECTOR, position = i / chunks;
     x += (long long)blockIdx.z * side * side * ldx + channel;

@@ -1,166 +1,176 @@
 // product: out = act(a @ w + bias) + residual; the pointwise convolutions, the denoiser's layers, the
 // mixing of positions. References: linear, mix; with `gate` the last step of squeeze_excite before linear.
 //
-// a (B, M, K) real with rows lda apart, w (B, K, N) real with rows ldw apart; a_step and w_step are the
-//   elements from one image to the next, 0 where all images share the matrix
+// a (B, M, K) real with rows lda apart; with TRANSPOSED=1 (B, K, M), and out and residual are (B, N, M).
+//   a_step: elements from one image to the next
+// w: what `fragments` of cuda.py packs of (K, N): tiles of 16 x 16 halves as a warp's lanes multiply them, K and N
+//   filled with zeros up to multiples of 16 and 32; with WIDE=1 every tile is followed by what rounding it left over
 // bias (N,) float32 with ldbias = 0, or (period, N) with ldbias = N: row i of a gets bias row i % period; or null
-// gate (M / period, K) float32 or null: row i of a is scaled by gate row i / period first
+// gate (M / period, K) float32 or null: row i of a is scaled by gate row i / period first; not if TRANSPOSED
 // residual, out (B, M, N) real; residual may be null
-// N, lda, ldw and the steps are multiples of 8, and rows of `a` are zero (or finite, against zero rows of w)
-//   from K up to the next multiple of 8; w is never read from row K on.
-// Launch: grid (ceil(M/TILE) * ceil(N/TILE), 1, B), block 128; TILE 64 or 32, a module for each. A warp
-//   owns a quarter of the tile. Whatever TILE, an element is summed in the same order.
+// N, lda and K are multiples of 8 (TRANSPOSED: M and lda are).
+// Launch: block 32 * WARPS, grid (ceil(tiles * split / WARPS), 1, B), tiles = ceil(M/TILE) * ceil(N/32); TILE 32 or 16
+//   and WARPS 4 or 8, a module for each. `split` warps share a tile, and divide WARPS: each takes every split-th 16 of K.
+//   An element is summed in an order that only `split` sets, so that a score does not depend on its batch.
 //
 // All products run on tensor cores. float32 values are split into two halves, x = high + low, and multiplied as
-// high*high + low*high + high*low: 22 bits of each factor (values below 65504 in magnitude), float32 sums. With
-// PLAIN an ordinary loop over the same tiles, lanes and elements takes their place; tests hold one to the other.
+// low*high + high*high (and high*low where w is WIDE): 22 bits of each factor down to the halves' 6e-8, values below
+// 65504 in magnitude (others make NaN), float32 sums. Nothing goes through shared memory before it is multiplied: of
+// every 16 of K a lane takes four neighbours of a row in one load, and w is packed in that order.
 #include "common.cuh"
 
 #ifndef TILE
-#define TILE 64
+#define TILE 32
 #endif
-#define THREADS 128
-#define DEPTH 32                 // of K, a step
-#define TERMS (HALF ? 1 : 2)     // halves that make up a value
-#define A_ROW (DEPTH + 8)        // 16 bytes of padding a row keep the banks apart
-#define W_ROW (TILE + 8)
-#define CHUNKS (TILE * DEPTH / VECTOR / THREADS)
-#define DOWN (TILE / 32)         // 16 x 8 products of a warp, down and across
-#define ACROSS (TILE / 16)
-
-typedef unsigned short half_bits;
-struct alignas(2 * VECTOR) Halves { half_bits at[VECTOR]; };
-
-// A chunk into shared memory, each term `apart` after the one before.
-__device__ __forceinline__ void keep_halves(half_bits* to, int apart, const Chunk& chunk) {
-#if HALF
-    *reinterpret_cast<Chunk*>(to) = chunk;
-#else
-    Halves high, low;
-#pragma unroll
-    for (int v = 0; v < VECTOR; v++) {
-        high.at[v] = half_from_float(chunk.at[v]);
-        low.at[v] = half_from_float(chunk.at[v] - float_from_half(high.at[v]));
-    }
-    *reinterpret_cast<Halves*>(to) = high;
-    *reinterpret_cast<Halves*>(to + apart) = low;
+#ifndef WIDE
+#define WIDE 0
 #endif
-}
+#ifndef TRANSPOSED
+#define TRANSPOSED 0
+#endif
+#ifndef WARPS
+#define WARPS 8                    // of a block
+#endif
+#define COLUMNS 32
+#define TERMS (HALF ? 1 : 2)       // halves that make up a value of a
+#define DOWN (TILE / 16)           // 16 x 8 products of a tile, down and across
+#define ACROSS (COLUMNS / 8)
+#define ROW (COLUMNS + 8)          // padding keeps the banks apart
+#define AHEAD (TILE == 16 ? 2 : 1) // sixteens of K that are fetched at a time
 
-struct alignas(2 * sizeof(real)) Pair { real at[2]; };
+struct alignas(16) Packed { unsigned at[4]; };  // a lane's share of a tile of w: columns lane/4 and lane/4 + 8
+struct alignas(4 * sizeof(real)) Quad { real at[4]; };
+struct Fetched { Quad a[DOWN][2]; Packed w[COLUMNS / 16][WIDE + 1]; };
 
-extern "C" __global__ void __launch_bounds__(THREADS) product(
-        const real* a, long long a_step, int lda, const real* w, long long w_step, int ldw, const float* bias, int ldbias,
-        const float* gate, const real* residual, real* out, int m, int n, int k, int period, int act) {
-    __shared__ __align__(16) half_bits tile_a[2][TERMS][TILE * A_ROW];
-    __shared__ __align__(16) half_bits tile_w[2][TERMS][DEPTH * W_ROW];
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int tiles_across = (n + TILE - 1) / TILE;
-    const int first_row = blockIdx.x / tiles_across * TILE, first_col = blockIdx.x % tiles_across * TILE;
-    const int warp_row = warp / 2 * (TILE / 2), warp_col = warp % 2 * (TILE / 2);
+extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
+        const real* a, long long a_step, int lda, const Packed* w, const float* bias, int ldbias, const float* gate,
+        const real* residual, real* out, int m, int n, int k, int period, int act, int split) {
+    allow_next_launch();
+    __shared__ __align__(16) float part[WARPS][TILE][ROW];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = warp % split;
+    const int across = (n + COLUMNS - 1) / COLUMNS, sixteens = (k + 15) / 16;
+    const int tile = blockIdx.x * (WARPS / split) + warp / split;
+    const int first_row = tile / across * TILE, first_col = tile % across * COLUMNS;
     a += blockIdx.z * a_step;
-    w += blockIdx.z * w_step;
+    w += (long long)first_col / 16 * sixteens * (WIDE + 1) * 32 + lane;
 
-    Chunk next_a[CHUNKS], next_w[CHUNKS];  // the next step's share of this thread, on its way to shared memory
-    auto fetch = [&](int depth) {
-#pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
-            const int at = thread + i * THREADS;
-            const int row = first_row + at / (DEPTH / VECTOR), inner = depth + at % (DEPTH / VECTOR) * VECTOR;
-            next_a[i] = Chunk();
-            if (row < m && inner < k) {
-                next_a[i] = load_chunk(a + (long long)row * lda + inner);
-                if (gate)
-#pragma unroll
-                    for (int v = 0; v < VECTOR; v++)
-                        put(next_a[i].at[v], get(next_a[i].at[v]) * gate[(long long)(row / period) * k + inner + v]);
-            }
-            const int down = depth + at / (TILE / VECTOR), col = first_col + at % (TILE / VECTOR) * VECTOR;
-            next_w[i] = Chunk();
-            if (down < k && col < n) next_w[i] = load_chunk(w + (long long)down * ldw + col);
-        }
-    };
-    auto keep = [&](int buffer) {
-#pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
-            const int at = thread + i * THREADS;
-            keep_halves(&tile_a[buffer][0][at / (DEPTH / VECTOR) * A_ROW + at % (DEPTH / VECTOR) * VECTOR], TILE * A_ROW,
-                        next_a[i]);
-            keep_halves(&tile_w[buffer][0][at / (TILE / VECTOR) * W_ROW + at % (TILE / VECTOR) * VECTOR], DEPTH * W_ROW,
-                        next_w[i]);
-        }
-    };
-
-    float sum[DOWN][ACROSS][4] = {};  // rows lane/4 and lane/4 + 8, columns 2 (lane % 4) and the next
-    fetch(0);
-    keep(0);
-    __syncthreads();
-    for (int depth = 0, buffer = 0; depth < k; depth += DEPTH, buffer ^= 1) {
-        const bool more = depth + DEPTH < k;
-        if (more) fetch(depth + DEPTH);
-#ifndef PLAIN
-#pragma unroll
-        for (int inner = 0; inner < DEPTH; inner += 16) {
-            unsigned left[TERMS][DOWN][4], right[TERMS][ACROSS / 2][4];
-            const int a_at = (warp_row + lane % 16) * A_ROW + inner + lane / 16 * 8;
-            const int w_at = (inner + lane % 16) * W_ROW + warp_col + lane / 16 * 8;
-#pragma unroll
-            for (int term = 0; term < TERMS; term++) {
-#pragma unroll
-                for (int i = 0; i < DOWN; i++) load_matrices(left[term][i], &tile_a[buffer][term][a_at + i * 16 * A_ROW]);
-#pragma unroll
-                for (int j = 0; j < ACROSS / 2; j++)
-                    load_matrices_transposed(right[term][j], &tile_w[buffer][term][w_at + j * 16]);
-            }
-#pragma unroll
-            for (int i = 0; i < DOWN; i++)
-#pragma unroll
-                for (int j = 0; j < ACROSS; j++) {
-                    if (TERMS == 2) {  // small before large
-                        multiply_add(sum[i][j], left[TERMS - 1][i], &right[0][j / 2][j % 2 * 2]);
-                        multiply_add(sum[i][j], left[0][i], &right[TERMS - 1][j / 2][j % 2 * 2]);
-                    }
-                    multiply_add(sum[i][j], left[0][i], &right[0][j / 2][j % 2 * 2]);
-                }
-        }
-#else
-        for (int inner = 0; inner < DEPTH; inner++)
-            for (int i = 0; i < DOWN; i++)
-                for (int j = 0; j < ACROSS; j++)
-                    for (int h = 0; h < 4; h++) {
-                        const int row = warp_row + i * 16 + h / 2 * 8 + lane / 4;
-                        const int col = warp_col + j * 8 + lane % 4 * 2 + h % 2;
-                        float left = 0.f, right = 0.f;
-                        for (int term = 0; term < TERMS; term++) {
-                            left += float_from_half(tile_a[buffer][term][row * A_ROW + inner]);
-                            right += float_from_half(tile_w[buffer][term][inner * W_ROW + col]);
-                        }
-                        sum[i][j][h] = fmaf(left, right, sum[i][j][h]);
-                    }
-#endif
-        if (more) keep(buffer ^ 1);
-        __syncthreads();
-    }
-
+    const real* rows[DOWN][2];  // null: beyond the last row
+    const float* gates[DOWN][2];
 #pragma unroll
     for (int i = 0; i < DOWN; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int row = first_row + warp_row + i * 16 + h * 8 + lane / 4;
-            if (row >= m) continue;
-            const float* offset = bias ? bias + (long long)(ldbias ? row % period : 0) * ldbias : nullptr;
-#pragma unroll
-            for (int j = 0; j < ACROSS; j++) {
-                const int col = first_col + warp_col + j * 8 + lane % 4 * 2;
-                if (col >= n) continue;
-                const long long to = ((long long)blockIdx.z * m + row) * n + col;
-                Pair result;
-#pragma unroll
-                for (int p = 0; p < 2; p++) {
-                    const float y = activate(sum[i][j][h * 2 + p] + (offset ? offset[col + p] : 0.f), act);
-                    put(result.at[p], residual ? y + get(residual[to + p]) : y);
-                }
-                *reinterpret_cast<Pair*>(out + to) = result;
-            }
+            const int row = first_row + i * 16 + h * 8 + lane / 4;
+            rows[i][h] = row < m ? a + (TRANSPOSED ? row : (long long)row * lda) : nullptr;
+            gates[i][h] = gate ? gate + (long long)(row / period) * k : nullptr;
         }
+
+    auto fetch = [&](Fetched& to, int sixteen) {
+        const int inner = sixteen * 16 + lane % 4 * 4;
+#pragma unroll
+        for (int i = 0; i < DOWN; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                Quad quad = Quad();
+                if (rows[i][h] && inner < k) {
+                    if (TRANSPOSED) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (inner + e < k) quad.at[e] = rows[i][h][(long long)(inner + e) * lda];
+                    } else {
+                        CHECK_ALIGNED(rows[i][h] + inner, sizeof(Quad));
+                        quad = *reinterpret_cast<const Quad*>(rows[i][h] + inner);
+                        if (gate)
+#pragma unroll
+                            for (int e = 0; e < 4; e++) put(quad.at[e], get(quad.at[e]) * gates[i][h][inner + e]);
+                    }
+                }
+                to.a[i][h] = quad;
+            }
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 16; j++)
+#pragma unroll
+            for (int term = 0; term <= WIDE; term++)
+                to.w[j][term] = w[((long long)j * sixteens + sixteen) * (WIDE + 1) * 32 + term * 32];
+    };
+
+    float sum[DOWN][ACROSS][4] = {};  // rows lane/4 and lane/4 + 8, columns 2 (lane % 4) and the next
+    auto multiply = [&](const Fetched& from) {
+        unsigned left[TERMS][DOWN][4];
+#pragma unroll
+        for (int i = 0; i < DOWN; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const real* two = from.a[i][r % 2].at + r / 2 * 2;
+#if HALF
+                left[0][i][r] = pair_of(two[0].bits, two[1].bits);
+#else
+                const unsigned short high[2] = {half_from_float(two[0]), half_from_float(two[1])};
+                left[0][i][r] = pair_of(high[0], high[1]);
+                left[TERMS - 1][i][r] = pair_of(half_from_float(two[0] - float_from_half(high[0])),
+                                                half_from_float(two[1] - float_from_half(high[1])));
+#endif
+            }
+        auto add = [&](int of_a, int of_w) {
+#pragma unroll
+            for (int i = 0; i < DOWN; i++)
+#pragma unroll
+                for (int j = 0; j < ACROSS; j++)
+                    multiply_add(sum[i][j], left[of_a][i], &from.w[j / 2][of_w].at[j % 2 * 2]);
+        };
+        if (TERMS == 2) add(TERMS - 1, 0);  // small before large
+        if (WIDE) add(0, WIDE);
+        add(0, 0);
+    };
+
+    await_launch();
+    if (first_row < m) {
+        Fetched next[AHEAD];
+#pragma unroll
+        for (int p = 0; p < AHEAD; p++)
+            if (slice + p * split < sixteens) fetch(next[p], slice + p * split);
+        for (int sixteen = slice; sixteen < sixteens; sixteen += AHEAD * split) {
+            Fetched now[AHEAD];
+#pragma unroll
+            for (int p = 0; p < AHEAD; p++) {
+                now[p] = next[p];
+                const int then = sixteen + (AHEAD + p) * split;
+                if (then < sixteens) fetch(next[p], then);
+            }
+#pragma unroll
+            for (int p = 0; p < AHEAD; p++)
+                if (sixteen + p * split < sixteens) multiply(now[p]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < DOWN; i++)
+#pragma unroll
+        for (int j = 0; j < ACROSS; j++)
+#pragma unroll
+            for (int h = 0; h < 4; h++)
+                part[warp][i * 16 + h / 2 * 8 + lane / 4][j * 8 + lane % 4 * 2 + h % 2] = sum[i][j][h];
+    __syncthreads();
+    if (first_row >= m) return;
+
+    const int first = warp - slice;
+#pragma unroll 1  // more would cost more registers than it gains
+    for (int t = slice * 32 + lane; t < TILE * COLUMNS / 4; t += split * 32) {  // four neighbours of out
+        const int row = TRANSPOSED ? t % (TILE / 4) * 4 : t / (COLUMNS / 4);
+        const int col = TRANSPOSED ? t / (TILE / 4) : t % (COLUMNS / 4) * 4;
+        if (first_row + row >= m || first_col + col >= n) continue;
+        float y[4] = {};
+        for (int s = 0; s < split; s++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) y[e] += part[first + s][row + TRANSPOSED * e][col + !TRANSPOSED * e];
+        const long long to = TRANSPOSED ? ((long long)blockIdx.z * n + first_col + col) * m + first_row + row
+                                        : ((long long)blockIdx.z * m + first_row + row) * n + first_col + col;
+        const float* offset = bias + (long long)(ldbias ? (first_row + row) % period : 0) * ldbias + first_col + col;
+        Quad result, rest = Quad();
+        CHECK_ALIGNED(out + to, sizeof(Quad));
+        if (residual) rest = *reinterpret_cast<const Quad*>(residual + to);
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            put(result.at[e], activate(y[e] + (bias ? offset[e] : 0.f), act) + get(rest.at[e]));
+        *reinterpret_cast<Quad*>(out + to) = result;
+    }
 }

@@ -9,6 +9,8 @@
 struct alignas(4 * sizeof(real)) Pixel { real at[4]; };
 
 extern "C" __global__ void resize_normalize(const Image* images, const float* affine, real* out, int size) {
+    allow_next_launch();
+    await_launch();
     const Image image = images[blockIdx.z];
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size * size) return;

@@ -9,7 +9,9 @@
 
 extern "C" __global__ void rotate_density(const real* x, const real* f, float a, float b, real* out, const float* gain,
                                           const float* offset, float* z, int rows, int n, int c) {
+    allow_next_launch();
     const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    await_launch();
     if (row >= rows) return;
     const long long start = (long long)row * c;
     float square = 0.f;

@@ -13,7 +13,9 @@ __device__ __forceinline__ float larger(float a, float b) { return a > b || a !=
 
 extern "C" __global__ void sharpen(const float* z, const float* weight, const float* offset, const float* f,
                                    const float* enlarge, float* out, const Image* images, int grid, int fine) {
+    allow_next_launch();
     __shared__ float mixed[MOST_GRID];
+    await_launch();
     if (!images[blockIdx.z].map) return;
     const int y = blockIdx.x;
     z += (long long)blockIdx.z * grid * grid;
@@ -21,6 +23,7 @@ extern "C" __global__ void sharpen(const float* z, const float* weight, const fl
     out += (long long)blockIdx.z * fine * fine;
     for (int j = threadIdx.x; j < grid; j += blockDim.x) {
         float sum = 0.f;
+#pragma unroll 8
         for (int i = 0; i < grid; i++)
             sum += enlarge[y * grid + i] * (weight[i * grid + j] * z[i * grid + j] + offset[i * grid + j]);
         mixed[j] = sum;
@@ -28,10 +31,13 @@ extern "C" __global__ void sharpen(const float* z, const float* weight, const fl
     __syncthreads();
     for (int x = threadIdx.x; x < fine; x += blockDim.x) {
         float sum = 0.f, most = 1.17549435e-38f;
+#pragma unroll 8
         for (int j = 0; j < grid; j++) sum += mixed[j] * enlarge[x * grid + j];
-        for (int row = max(y - REACH, 0); row <= min(y + REACH, fine - 1); row++)
-            for (int column = max(x - REACH, 0); column <= min(x + REACH, fine - 1); column++)
-                most = larger(f[row * fine + column], most);
+#pragma unroll
+        for (int i = -REACH; i <= REACH; i++)  // beyond the border, the border again
+#pragma unroll
+            for (int j = -REACH; j <= REACH; j++)
+                most = larger(f[min(max(y + i, 0), fine - 1) * fine + min(max(x + j, 0), fine - 1)], most);
         out[y * fine + x] = sum * sqrtf(f[y * fine + x] / most);
     }
 }

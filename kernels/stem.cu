@@ -3,36 +3,52 @@
 //
 // x (B, S, S, 4) real, the fourth value of a pixel is ignored, S even; w (3, 3, 3, C) real; bias (C,)
 // float32; out (B, S/2, S/2, C) real.
-// Launch: grid (ceil(S/2 * S/2 * C/VECTOR / blockDim.x), 1, B), any block; a thread a pixel's chunk of channels.
+// Launch: grid (ceil(S/2 * ceil(S/2 / STRIP) * C/VECTOR / blockDim.x), 1, B), any block; a thread has a chunk of the
+//   channels of STRIP pixels of a row, which share its weights.
 #include "common.cuh"
+
+#define STRIP 4
 
 struct alignas(4 * sizeof(real)) Pixel { real at[4]; };
 
 extern "C" __global__ void stem(const real* x, const real* w, const float* bias, real* out, int size, int c, int act) {
-    const int side = size / 2, chunks = c / VECTOR;
+    allow_next_launch();
+    const int side = size / 2, chunks = c / VECTOR, strips = (side + STRIP - 1) / STRIP;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= side * side * chunks) return;
-    const int first = i % chunks * VECTOR, column = i / chunks % side, row = i / chunks / side;
+    if (i >= side * strips * chunks) return;
+    const int first = i % chunks * VECTOR, column = i / chunks % strips * STRIP, row = i / chunks / strips;
+    await_launch();
     const Pixel* pixels = reinterpret_cast<const Pixel*>(x) + (long long)blockIdx.z * size * size;
-    float sum[VECTOR];
+    float sum[STRIP][VECTOR];
 #pragma unroll
-    for (int v = 0; v < VECTOR; v++) sum[v] = bias[first + v];
+    for (int o = 0; o < STRIP; o++)
 #pragma unroll
-    for (int ky = 0; ky < 3; ky++)
+        for (int v = 0; v < VECTOR; v++) sum[o][v] = bias[first + v];
 #pragma unroll
-        for (int kx = 0; kx < 3; kx++) {
-            const int y_in = 2 * row + ky, x_in = 2 * column + kx;
-            if (y_in >= size || x_in >= size) continue;
-            const Pixel pixel = pixels[y_in * size + x_in];
+    for (int ky = 0; ky < 3; ky++) {
+        const int y_in = 2 * row + ky;
+        if (y_in >= size) continue;
+        Pixel line[2 * STRIP + 1];
+#pragma unroll
+        for (int j = 0; j < 2 * STRIP + 1; j++)
+            line[j] = 2 * column + j < size ? pixels[y_in * size + 2 * column + j] : Pixel();
+#pragma unroll
+        for (int kx = 0; kx < 3; kx++)
 #pragma unroll
             for (int rgb = 0; rgb < 3; rgb++) {
                 const Chunk weight = load_chunk(w + ((ky * 3 + kx) * 3 + rgb) * c + first);
 #pragma unroll
-                for (int v = 0; v < VECTOR; v++) sum[v] += get(pixel.at[rgb]) * get(weight.at[v]);
-            }
-        }
-    Chunk result;
+                for (int o = 0; o < STRIP; o++)
 #pragma unroll
-    for (int v = 0; v < VECTOR; v++) put(result.at[v], activate(sum[v], act));
-    store_chunk(out + ((long long)blockIdx.z * side * side + i / chunks) * c + first, result);
+                    for (int v = 0; v < VECTOR; v++) sum[o][v] += get(line[2 * o + kx].at[rgb]) * get(weight.at[v]);
+            }
+    }
+#pragma unroll
+    for (int o = 0; o < STRIP; o++) {
+        if (column + o >= side) continue;
+        Chunk result;
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) put(result.at[v], activate(sum[o][v], act));
+        store_chunk(out + (((long long)blockIdx.z * side + row) * side + column + o) * c + first, result);
+    }
 }

@@ -9,8 +9,10 @@
 #define MOST_THREADS 256
 
 extern "C" __global__ void worst_mean(const float* z, const Image* images, int n, int count, float zero, float per_unit) {
+    allow_next_launch();
     __shared__ float value[MOST_POSITIONS];
     __shared__ float part[MOST_THREADS];
+    await_launch();
     for (int i = threadIdx.x; i < n; i += blockDim.x) value[i] = z[(long long)blockIdx.z * n + i];
     __syncthreads();
     float sum = 0.f;

@@ -240,29 +240,19 @@ static inline unsigned short half_from_float(float x) {
     return bits;
 }
 
-// ldmatrix and mma.sync, with the fragment layouts of the PTX manual.
-static void load_matrices(unsigned r[4], const void* row) {
-    emulator::check_aligned(row, 16);
-    const auto rows = emulator::exchange(&row, sizeof row);
+static void __syncwarp() { emulator::exchange("", 1); }
+
+static inline void allow_next_launch() {}
+static inline void await_launch() {}
+
+static inline void halves_from_bytes(unsigned two[2], unsigned four) {
     for (int i = 0; i < 4; i++) {
-        const char* from;
-        std::memcpy(&from, rows[8 * i + emulator::current_id % 32 / 4], sizeof from);
-        std::memcpy(&r[i], from + emulator::current_id % 4 * 4, 4);
+        const unsigned short bits = half_from_float((float)(four >> 8 * i & 255) - 128.f);
+        std::memcpy(reinterpret_cast<char*>(two) + 2 * i, &bits, 2);
     }
 }
 
-static void load_matrices_transposed(unsigned r[4], const void* row) {
-    emulator::check_aligned(row, 16);
-    const auto rows = emulator::exchange(&row, sizeof row);
-    const int lane = emulator::current_id % 32;
-    for (int i = 0; i < 4; i++)
-        for (int h = 0; h < 2; h++) {
-            const char* from;
-            std::memcpy(&from, rows[8 * i + lane % 4 * 2 + h], sizeof from);
-            std::memcpy(reinterpret_cast<char*>(&r[i]) + 2 * h, from + lane / 4 * 2, 2);
-        }
-}
-
+// mma.sync, with the fragment layout of the PTX manual.
 static void multiply_add(float c[4], const unsigned a[4], const unsigned b[2]) {
     struct Operands { unsigned a[4], b[2]; } mine;
     std::memcpy(mine.a, a, sizeof mine.a);

@@ -58,7 +58,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 def compile_command(text: str, options: tuple[str, ...]) -> tuple[list[str], Path]:
     """The g++ command for a kernel's text, and the library it writes."""
-    bare = re.sub(r"__launch_bounds__\([^)]*\) ", "", text)
+    bare = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\) ", "", text)
     names = re.findall(r'extern "C" __global__ void (\w+)\(', bare)
     names += [f"depthwise_{k}{s}" for k, s in re.findall(r"^DEPTHWISE\((\d), (\d)\)", text, re.M)]
     text += "".join(f"\nEMULATE({name})" for name in names)

@@ -16,7 +16,9 @@ from emulated_cuda import KERNELS, source
 from twins import OPS
 
 FILES = sorted(p.stem for p in KERNELS.glob("*.cu"))
-TILES = {"product": (64, 32)}
+VARIANTS = {  # macros that the engine sets
+    "product": [f"-DTILE={t} -DWIDE={w} -DTRANSPOSED={x} -DWARPS={p}" for t, w, x, p in ((32, 0, 0, 4), (16, 1, 0, 8), (16, 1, 1, 8))],
+    "depthwise": ["-DSMALL=0", "-DSMALL=1"]}
 
 
 @functools.cache
@@ -77,17 +79,12 @@ def build(tmp_path):
 @pytest.mark.parametrize("half", [0, 1], ids=["float32", "float16"])
 @pytest.mark.parametrize("name", FILES)
 def test_kernel_compiles_for_every_architecture(build, name, half):
-    for tile in TILES.get(name, (None,)):
+    for macros in VARIANTS.get(name, [""]):
         for arch in architectures():
-            options = [f"-arch=sm_{arch}", f"-DHALF={half}"] + ([f"-DTILE={tile}"] if tile else [])
+            options = [f"-arch=sm_{arch}", f"-DHALF={half}", *macros.split()]
             good, log = build(source(name), options)
             assert good, f"{name} for sm_{arch}: {log}"
             assert "warning" not in log, f"{name} for sm_{arch}: {log}"
-
-
-def test_the_plain_product_compiles(build):
-    good, log = build(source("product"), [f"-arch=sm_{architectures()[0]}", "-DPLAIN"])
-    assert good, log
 
 
 def test_a_wrong_kernel_does_not_compile(build):

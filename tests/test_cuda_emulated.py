@@ -58,7 +58,7 @@ def image_table(b, rows):
              "col_taps", "map", "map_row", "map_row_share", "map_col", "map_col_share", "score")
 
     def value(x):
-        return x.data.ptr if isinstance(x, DeviceArray) else int(x)
+        return x.data.ptr if hasattr(x, "data") else int(x)
     return b.cuda.asarray(np.array([[value(row.get(n, 0)) for n in names] for row in rows], np.int64))
 
 
@@ -89,22 +89,24 @@ def stem(b, block=96):
     bias, bias64 = b.random(c, dtype=F)
     for act in (fp.NONE, fp.RELU6, fp.SILU):
         out = b.empty(2, size // 2, size // 2, c)
-        b.launch("stem", (-(-(size // 2) ** 2 * (c // 4) // block), 1, 2), (block,), x, w, bias, out, I(size),
+        b.launch("stem", (-(-(size // 2 * -(-size // 8) * c // 4) // block), 1, 2), (block,), x, w, bias, out, I(size),
                  I(c), I(act))
         b.check(out, np.stack([fp.stem(i[..., :3], w64, bias64, act) for i in x64]))
 
 
-def product(b, tile=64, m=70, n=72, k=80, period=35, act=fp.SILU, gated=True, by_row=False,
-            with_residual=True):
+def product(b, tile=32, m=70, n=72, k=80, period=35, act=fp.SILU, gated=True, by_row=False,
+            with_residual=True, wide=False, split=2, warps=4):
+    wide = wide and b.dtype == F
     a, a64 = b.random(m, k)
-    w, w64 = b.random(k, n, scale=k ** -.5)
+    w64 = b.rng.standard_normal((k, n)) * k ** -.5
+    w64 = w64.astype(F if wide else np.float16).astype(np.float64)
     bias, bias64 = b.random(*((period, n) if by_row else (n,)), dtype=F)
     gate, gate64 = b.random(m // period, k, dtype=F)
     residual, residual64 = b.random(m, n)
     out = b.empty(m, n)
-    b.launch("product", (-(-m // tile) * -(-n // tile),), (128,), a, L(0), I(k), w, L(0), I(n), bias,
-             I(n if by_row else 0), gate if gated else NULL, residual if with_residual else NULL, out, I(m),
-             I(n), I(k), I(period), I(act))
+    b.launch("product", (-(-(-(-m // tile) * -(-n // 32)) * split // warps),), (32 * warps,), a, L(0), I(k),
+             packed(b, w64, wide), bias, I(n if by_row else 0), gate if gated else NULL,
+             residual if with_residual else NULL, out, I(m), I(n), I(k), I(period), I(act), I(split))
     if gated:
         a64 = (a64 * np.repeat(gate64, period, 0)).astype(b.dtype).astype(np.float64)
     b.check(out, fp.linear(a64, w64, np.tile(bias64, (m // period, 1)) if by_row else bias64, act,
@@ -112,26 +114,34 @@ def product(b, tile=64, m=70, n=72, k=80, period=35, act=fp.SILU, gated=True, by
     return out.get()
 
 
-def mix(b, tile=32, n_out=40, n=36, d=40, batch=3):
-    """The same product with a shared left matrix, padded to a multiple of 8, and no bias."""
-    w, w64 = b.random(n_out, n, scale=n ** -.5)
-    padded = b.cuda.zeros((n_out, 40), b.dtype)
-    padded.host[:, :n] = w.get()
+def packed(b, w, wide=False):
+    return b.cuda.asarray(fp._engines("cuda").fragments(w.astype(F), wide))
+
+
+def mix(b, tile=16, n_out=37, n=36, d=40, batch=3, split=2, transposed=True, wide=True):
+    """The same product with the images' matrix on the right, hence transposed, and no bias."""
+    w64 = (b.rng.standard_normal((n_out, n)) * n ** -.5).astype(F).astype(np.float64)
     x, x64 = b.random(batch, n, d)
     residual, residual64 = b.random(batch, n_out, d)
     out = b.empty(batch, n_out, d)
-    b.launch("product", (-(-n_out // tile) * -(-d // tile), 1, batch), (128,), padded, L(0), I(40), x,
-             L(n * d), I(d), NULL, I(0), NULL, residual, out, I(n_out), I(d), I(n), I(1), I(fp.SILU))
+    wide = wide and b.dtype == F
+    if not wide:
+        w64 = w64.astype(np.float16).astype(np.float64)
+    tiles = -(-d // tile) * -(-n_out // 32)
+    b.launch("product", (-(-tiles * split // 4), 1, batch), (128,), x, L(n * d), I(d),
+             packed(b, w64.T, wide), NULL, I(0), NULL, residual, out, I(d), I(n_out), I(n), I(d), I(fp.SILU),
+             I(split))
     b.check(out, np.stack([fp.mix(i, w64, fp.SILU, r) for i, r in zip(x64, residual64)]))
 
 
-def depthwise(b, block=(3, 8), h=12, w=9, c=40, kernel=5, stride=2, act=fp.SILU):
+def depthwise(b, block=(3, 8), h=12, w=9, c=40, kernel=5, stride=2, act=fp.SILU, small=0):
     x, x64 = b.random(2, h, w, c)
     taps, taps64 = b.random(kernel, kernel, c, scale=1 / kernel)
     bias, bias64 = b.random(c, dtype=F)
     ho, wo = -(-h // stride), -(-w // stride)
     vector = 16 // np.dtype(b.dtype).itemsize
-    grid = (-(-c // vector // block[0]), -(-ho * -(-wo // 2) // block[1]), 2)
+    grid = (-(-c // vector // block[0]), -(-ho * -(-wo // (2 if small else 4)) // block[1]), 2)
+    block = *block, kernel if small else 1
     out, sums = b.empty(2, ho, wo, c), b.empty(2, grid[1], c, dtype=F)
     top, left = (fp._same_padding(n, kernel, stride)[0] for n in (h, w))
     b.launch(f"depthwise_{kernel}{stride}", grid, block, x, taps, bias, out, sums, I(h), I(w), I(c), I(top),
@@ -141,16 +151,17 @@ def depthwise(b, block=(3, 8), h=12, w=9, c=40, kernel=5, stride=2, act=fp.SILU)
     np.testing.assert_allclose(sums.get().sum(1), want.sum((1, 2)), rtol=1e-4, atol=1e-4)
 
 
-def squeeze_excite(b, block=64):
-    c, s, parts, pixels = 72, 5, 3, 12
+def squeeze_excite(b, block=64, s=5, parts=3, pieces=1):
+    c, pixels = 72, 12
     sums, sums64 = b.random(2, parts, c, dtype=F)
     rw, rw64 = b.random(s, c, dtype=F)
     rb, rb64 = b.random(s, dtype=F)
     ew, ew64 = b.random(s, c, dtype=F)
     eb, eb64 = b.random(c, dtype=F)
-    gate = b.empty(2, c, dtype=F)
-    b.launch("squeeze_excite", (1, 1, 2), (block,), sums, rw, rb, ew, eb, gate, I(parts), I(c), I(s),
-             I(pixels))
+    runs = -(-c // 32)
+    hidden, gate = b.empty(2, runs * pieces, s, dtype=F), b.empty(2, c, dtype=F)
+    b.launch("squeeze", (runs, pieces, 2), (block,), sums, rw, hidden, I(parts), I(c), I(s), I(pixels))
+    b.launch("excite", (runs, 1, 2), (block,), hidden, rb, ew, eb, gate, I(runs * pieces), I(c), I(s))
     ones = np.ones((1, 1, c))  # a map whose mean is what the sums say: scale it afterwards
     for i in range(2):
         mean = sums64[i].sum(0) / pixels
@@ -172,14 +183,14 @@ def pool(b, block=32):
     b.check(out, want)
 
 
-def whiten(b, block=64, batch=11, c=96):
+def whiten(b, block=64, batch=19, c=96, scale=1.0):
     n = 3
-    f, f64 = b.random(batch, n, c, dtype=F)
-    mean, mean64 = b.random(n, c, dtype=F)
-    lower = np.tril(b.rng.standard_normal((n, c, c)) / np.sqrt(c))
+    f, f64 = b.random(batch, n, c, dtype=F, scale=scale)
+    mean, mean64 = b.random(n, c, dtype=F, scale=scale)
+    lower = np.tril(b.rng.standard_normal((n, c, c)) / np.sqrt(c) / scale)
     packed = fp.pack_lower(lower)
-    x, w = b.empty(batch, n, c), b.cuda.asarray(packed.view(np.int8))
-    b.launch("whiten", (n * c // 32, 1, -(-batch // 8)), (block,), f, mean, w, x, I(n), I(c), I(batch))
+    x, w = b.empty(batch, n, c), b.cuda.asarray(fp._engines("cuda").byte_fragments(packed).view(np.uint8))
+    b.launch("whiten", (n * c // 32, 1, -(-batch // 16)), (block,), f, mean, w, x, I(n), I(c), I(batch))
     w64 = fp.unpack_lower(packed, c).astype(np.float64)
     b.check(x, np.stack([fp.whiten(i, mean64, w64) for i in f64]))
 
@@ -198,12 +209,13 @@ def remove_factors(b, block=64, second=64, n=45, c=32, k=24):
     x, x64 = b.random(batch, n, c)
     packed = fp.pack_factors(b.rng.standard_normal((k, n, c)) / np.sqrt(size))
     v, v64 = b.cuda.asarray(packed.view(np.int8)), fp.unpack_factors(packed, k, n, c).astype(np.float64)
-    parts, groups = -(-size // 1024), packed.shape[1]
+    parts, groups = -(-size // 512), packed.shape[1]
     sums = b.empty(batch, parts, groups * 32, dtype=F)
     b.launch("project_factors", (parts, 1, batch), (block,), x, v, sums, I(size), I(groups))
     b.check(b.cuda.asarray(sums.get().sum(1)[:, :k]), np.einsum("bnc,knc->bk", x64, v64))
-    b.launch("remove_factors", (-(-size // second), 1, batch), (second,), x, v, sums, I(size), I(groups),
-             I(parts))
+    along = b.empty(batch, groups * 32, dtype=F)
+    b.launch("sum_factors", (1, 1, batch), (block // 32 * 64,), sums, along, I(groups), I(parts))
+    b.launch("remove_factors", (-(-size // second), 1, batch), (second,), x, v, along, I(size), I(groups))
     b.check(x, np.stack([fp.remove_factors(i, v64) for i in x64]))
 
 
@@ -240,7 +252,8 @@ def worst_mean(b, block=64, n=100, count=7):
     table = image_table(b, [{"score": scores.data.ptr + 4 * i} for i in range(3)])
     b.launch("worst_mean", (1, 1, 3), (block,), z, table, I(n), I(count), F(.5), F(2))
     b.check(scores, (fp.worst_mean(z64, count / n) - .5) * 2)
-    z.host[2, n // 2] = np.nan
+    z64[2, n // 2] = np.nan
+    z = b.cuda.asarray(z64.astype(F))
     b.launch("worst_mean", (1, 1, 3), (block,), z, table, I(n), I(count), F(.5), F(2))
     assert np.isnan(scores.get()).tolist() == [False, False, True]
 
@@ -304,21 +317,24 @@ OPERATIONS = {
     "resize_normalize": (resize, [{}, {"block": 256}, {"block": 33}]),
     "stem": (stem, [{}, {"block": 32}]),
     "product": (product, [
-        {}, {"tile": 32}, {"by_row": True, "gated": False},
-        {"m": 1, "n": 8, "k": 8, "period": 1, "with_residual": False},
-        {"m": 140, "n": 136, "k": 32, "period": 70, "act": fp.RELU6},
-        {"tile": 32, "k": 40, "act": fp.NONE, "gated": False}]),
-    "mix": (mix, [{}, {"tile": 64}]),
+        {}, {"tile": 16, "wide": True}, {"by_row": True, "gated": False, "split": 8, "warps": 8},
+        {"m": 1, "n": 8, "k": 8, "period": 1, "with_residual": False, "split": 1},
+        {"m": 140, "n": 136, "k": 32, "period": 70, "act": fp.RELU6, "split": 4},
+        {"tile": 16, "k": 200, "act": fp.NONE, "gated": False, "wide": True, "split": 4, "warps": 8}]),
+    "mix": (mix, [{}, {"tile": 32, "wide": False}, {"n_out": 8, "n": 9, "split": 1}]),
     "depthwise": (depthwise, [{"kernel": k, "stride": s, "act": a} for k, s, a in
                               ((3, 1, fp.RELU6), (3, 2, fp.NONE), (5, 1, fp.RELU6), (5, 2, fp.SILU))]
                   + [{"block": (32, 4)}, {"block": (1, 32), "h": 1, "w": 1, "c": 8},
-                     {"h": 16, "w": 16, "stride": 1}]),
-    "squeeze_excite": (squeeze_excite, [{}, {"block": 32}, {"block": 512}]),
+                     {"h": 16, "w": 16, "stride": 1}]
+                  + [{"small": 1}, {"small": 1, "kernel": 3, "stride": 1, "h": 5, "block": (32, 4)},
+                     {"small": 1, "h": 16, "w": 16, "stride": 1, "act": fp.RELU6}]),
+    "squeeze_excite": (squeeze_excite, [{}, {"block": 32, "parts": 70, "pieces": 4},
+                                        {"block": 512, "s": 256}]),
     "pool": (pool, [{}, {"block": 256}]),
-    "whiten": (whiten, [{}, {"block": 128}, {"block": 32, "batch": 1}, {"batch": 8, "c": 32, "block": 256}]),
+    "whiten": (whiten, [{}, {"block": 128}, {"block": 32, "batch": 1}, {"batch": 3, "scale": 1e-4}, {"batch": 8, "c": 32, "block": 96}]),
     "whiten_diagonal": (whiten_diagonal, [{}, {"block": 1000}]),
-    "remove_factors": (remove_factors, [{}, {"block": 256, "k": 64, "second": 32}, {"n": 1, "k": 8},
-                                        {"block": 32, "second": 1024}]),
+    "remove_factors": (remove_factors, [{}, {"block": 256, "k": 64, "second": 192}, {"n": 1, "k": 8},
+                                        {"block": 32, "second": 512}]),
     "layer_norm": (layer_norm, [{}, {"block": 32, "d": 16}, {"block": 128, "rows": 1}]),
     "rotate_density": (rotate_density, [{}, {"block": 128}, {"c": 32, "block": 32}]),
     "worst_mean": (worst_mean, [{}, {"block": 256}, {"n": 1, "count": 1}, {"count": 100}]),
@@ -330,10 +346,18 @@ OPERATIONS = {
 FILES = {"mix": "product", "whiten_diagonal": "whiten"}
 
 
-def bench(name, dtype, schedule=0, edit=None, plain=False, **options):
-    tile = options.get("tile", 32 if name == "mix" else 64)
-    extra = (f"-DTILE={tile}",) if name in ("product", "mix") else ()
-    return Bench(FILES.get(name, name), dtype, schedule, edit, extra + (("-DPLAIN",) if plain else ()))
+def macros(name, dtype, tile=None, small=None, wide=None, warps=4, **_):
+    """The macros with which the engine would compile what these options launch."""
+    tile, wide = tile or (16 if name == "mix" else 32), (name == "mix") if wide is None else wide
+    chosen = {"HALF": int(dtype == np.float16)}
+    if name in ("product", "mix"):
+        chosen |= {"TILE": tile, "WARPS": warps, "WIDE": int(wide and dtype == np.float32), "TRANSPOSED": int(name == "mix")}
+    chosen |= {"SMALL": small} if small else {}
+    return tuple(f"-D{macro}={value}" for macro, value in chosen.items())
+
+
+def bench(name, dtype, schedule=0, edit=None, **options):
+    return Bench(FILES.get(name, name), dtype, schedule, edit, macros(name, dtype, **options))
 
 
 def test_every_operation_of_the_table_is_here():
@@ -351,43 +375,38 @@ def test_kernel_agrees_with_its_reference(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_plain_product_agrees_with_its_reference(dtype):
-    product(bench("product", dtype, plain=True))
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_product_has_the_same_bits_whatever_the_tile_and_the_batch(dtype):
-    both = [product(bench("product", dtype, tile=tile), tile=tile, gated=False) for tile in (32, 64)]
-    np.testing.assert_array_equal(*both)
-    b = bench("product", dtype)
-    alone = product(b, m=35, gated=False, with_residual=False)
-    # the generator starts anew: the same first rows of a
-    b = bench("product", dtype)
+    first, *others = (product(bench("product", dtype, tile=tile, warps=warps), tile=tile, gated=False, warps=warps)
+                      for tile, warps in ((32, 4), (16, 4), (16, 8)))
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+    options = {"gated": False, "with_residual": False}
+    alone = product(bench("product", dtype), m=35, **options)
+    b = bench("product", dtype)  # the generator starts anew: the same first rows of a, w and bias
     a, _ = b.random(35, 80)
-    np.testing.assert_array_equal(alone.shape, (35, 72))
-    twice = b.cuda.asarray(np.concatenate([a.get(), a.get()]))
-    w, _ = b.random(80, 72, scale=80 ** -.5)
+    w64 = (b.rng.standard_normal((80, 72)) * 80 ** -.5).astype(np.float16)
     bias, _ = b.random(72, dtype=F)
     out = b.empty(70, 72)
-    b.launch("product", (4,), (128,), twice, L(0), I(80), w, L(0), I(72), bias, I(0), NULL, NULL, out, I(70),
-             I(72), I(80), I(35), I(fp.SILU))
+    b.launch("product", (5,), (128,), b.cuda.asarray(np.concatenate([a.get()] * 2)), L(0), I(80),
+             packed(b, w64), bias, I(0), NULL, NULL, out, I(70), I(72), I(80), I(35), I(fp.SILU), I(2))
     np.testing.assert_array_equal(out.get()[:35], alone)
     np.testing.assert_array_equal(out.get()[35:], alone)
 
 
 def test_whitening_has_the_same_bits_whatever_the_batch():
-    b = Bench("whiten", np.float32)
+    b = bench("whiten", np.float32)
     n, c = 2, 64
-    (f, _), (mean, _) = b.random(9, n, c, dtype=F), b.random(n, c, dtype=F)
-    packed = b.cuda.asarray(fp.pack_lower(np.tril(b.rng.standard_normal((n, c, c)))).view(np.int8))
+    (f, _), (mean, _) = b.random(19, n, c, dtype=F), b.random(n, c, dtype=F)
+    packed = fp.pack_lower(np.tril(b.rng.standard_normal((n, c, c))))
+    packed = b.cuda.asarray(fp._engines("cuda").byte_fragments(packed).view(np.uint8))
 
     def whitened(features):
         batch, f = len(features), b.cuda.asarray(features)
         x = b.empty(batch, n, c)
-        b.launch("whiten", (n * c // 32, 1, -(-batch // 8)), (128,), f, mean, packed, x, I(n), I(c), I(batch))
+        b.launch("whiten", (n * c // 32, 1, -(-batch // 16)), (128,), f, mean, packed, x, I(n), I(c), I(batch))
         return x.get()
     together = whitened(f.get())
-    for i in (0, 7, 8):
+    for i in (0, 7, 8, 18):
         np.testing.assert_array_equal(whitened(f.get()[i:i + 1])[0], together[i])
 
 
@@ -395,42 +414,63 @@ def test_whitening_has_the_same_bits_whatever_the_batch():
 MUTANTS = [
     ("resize_normalize", "if (i >= size * size) return;", "if (i > size * size) return;"),
     ("resize_normalize", "(long long)r * image.width * 3", "(long long)r * image.height * 3"),
-    ("stem", "2 * column + kx", "2 * column + kx - 1"),
-    ("stem", "if (y_in >= size || x_in >= size) continue;", "if (y_in > size || x_in >= size) continue;"),
-    ("product", "        if (more) keep(buffer ^ 1);\n        __syncthreads();",
-     "        if (more) keep(buffer ^ 1);"),
-    ("product", "    keep(0);\n    __syncthreads();", "    keep(0);"),
-    ("product", "if (more) keep(buffer ^ 1)", "if (more) keep(buffer)"),
-    ("product", "if (col >= n) continue;", "if (col > n) continue;"),
-    ("product", "down < k && col < n", "down <= k && col < n"),
-    ("product", "row % period", "row / period"),
-    ("product", "* A_ROW + inner + lane / 16 * 8", "* A_ROW + inner + lane / 8 * 8"),
-    ("product", "multiply_add(sum[i][j], left[TERMS - 1][i], &right[0]",
-     "multiply_add(sum[i][j], left[0][i], &right[0]"),
-    ("mix", "down < k && col < n", "col < n"),
-    ("mix", "w += blockIdx.z * w_step;", ""),
-    ("depthwise", "__syncthreads();", ""),
-    ("depthwise", "x_in >= width", "x_in > width"),
+    ("stem", "line[2 * o + kx]", "line[2 * o + 2 - kx]"),
+    ("stem", "if (y_in >= size) continue;", "if (y_in > size) continue;"),
+    ("stem", "2 * column + j < size ?", "2 * column + j <= size ?"),
+    ("stem", "if (column + o >= side) continue;", ""),
+    ("product", "    __syncthreads();\n    if (first_row >= m) return;", "    if (first_row >= m) return;"),
+    ("product", "first_row + row >= m || first_col + col >= n", "first_row + row > m || first_col + col >= n"),
+    ("product", "first_row + row >= m || first_col + col >= n", "first_row + row >= m || first_col + col > n"),
+    ("product", "rows[i][h] && inner < k", "inner < k"),
+    ("product", "rows[i][h] && inner < k", "rows[i][h] && inner <= k"),
+    ("product", "(first_row + row) % period", "(first_row + row) / period"),
+    ("product", "(long long)(row / period) * k", "(long long)(row % period) * k"),
+    ("product", "part[first + s]", "part[s]"),
+    ("product", "if (sixteen + p * split < sixteens) multiply", "multiply"),
+    ("product", "add(TERMS - 1, 0);", "add(0, 0);"),
+    ("product", "add(0, WIDE);", "add(0, 0);"),
+    ("mix", "if (inner + e < k) quad", "quad"),
+    ("mix", "a += blockIdx.z * a_step;", ""),
+    ("mix", "+ first_col + col) * m + first_row + row", "+ first_col + col) * m + first_row"),
+    ("depthwise", "= total[v];\n    __syncthreads();", "= total[v];"),
+    ("depthwise", "= sum[o][v];\n    __syncthreads();", "= sum[o][v];"),
+    ("depthwise", "if (SMALL) __syncthreads();", ""),
+    ("depthwise", "(SMALL && i != threadIdx.z)", "false"),
+    ("depthwise", "x_in >= width ?", "x_in > width ?"),
     ("depthwise", "row * STRIDE - top + i", "row * STRIDE - left + i"),
     ("depthwise", "if (column + o >= width_out) continue;", ""),
-    ("squeeze_excite", "        mean[i] = total / (float)pixels;\n    }\n    __syncthreads();",
-     "        mean[i] = total / (float)pixels;\n    }"),
-    ("squeeze_excite", "hidden[s] = activate(total + reduce_b[s], SILU);\n    }\n    __syncthreads();",
-     "hidden[s] = activate(total + reduce_b[s], SILU);\n    }"),
+    ("squeeze_excite", "= total;\n    __syncthreads();", "= total;"),
+    ("squeeze_excite", "32 + lane < c ? mean / (float)pixels : 0.f", "32 + lane < 96 ? mean / (float)pixels : 0.f"),
+    ("squeeze_excite", "p < last; p += warps", "p < parts; p += warps"),
+    ("squeeze_excite", "t % squeezed] = y;\n    }\n    __syncthreads();", "t % squeezed] = y;\n    }"),
+    ("squeeze_excite", "activate(y, SILU);\n    }\n    __syncthreads();", "activate(y, SILU);\n    }"),
+    ("squeeze_excite", "part[warp][lane] = y;\n    __syncthreads();", "part[warp][lane] = y;"),
+    ("squeeze_excite", "row < rows; row += QUARTERS", "row < rows; row += 5"),
+    ("squeeze_excite", "channel < c && s < squeezed", "channel < c && s < squeezed - 1"),
     ("pool", "if (channel + v < channels + fill)", ""),
     ("pool", "+ column) * ldx", "+ column) * channels"),
     ("whiten", "__syncthreads();", ""),
     ("whiten", "+ panel * (panel + 1) / 2;", "+ panel * (panel - 1) / 2;"),
-    ("whiten", "column < (panel + 1) * PANEL", "column < panel * PANEL"),
+    ("whiten", "step <= panel", "step < panel"),
+    ("whiten", "multiply_add(low[j], left[1], right)", "multiply_add(low[j], left[0], right)"),
+    ("whiten", "(long long)(h * 8 + lane / 4) * n * c", "(long long)(h * 4 + lane / 4) * n * c"),
+    ("whiten", "min(IMAGES, batch - first)", "IMAGES"),
     ("whiten_diagonal", "if (i < n * c) put", "if (i <= n * c) put"),
-    ("whiten", "block.scale[lane % 4 * 8 + r]", "block.scale[lane % 4 + r]"),
+    ("whiten", "tile.scale[j * 8 + lane % 4 * 2 + i % 2]", "tile.scale[j * 8 + lane % 4 * 2 + i / 2]"),
     ("remove_factors", "= y;\n    }\n    __syncthreads();\n    for", "= y;\n    }\n    for"),
-    ("remove_factors", "block.scale[j + e]", "block.scale[e]"),
-    ("remove_factors", "v[i / PANEL * groups + g]", "v[i / PANEL + g]"),
-    ("remove_factors", "        along[t] = y;\n    }\n    __syncthreads();", "        along[t] = y;\n    }"),
+    ("remove_factors", "* get(x[panel * PANEL + lane]);\n            __syncwarp();",
+     "* get(x[panel * PANEL + lane]);"),
+    ("remove_factors", "weight[h] = *reinterpret_cast<const Sixteen*>(block.weight[lane] + h * 16);\n"
+     "            __syncwarp();", "weight[h] = *reinterpret_cast<const Sixteen*>(block.weight[lane] + h * 16);"),
+    ("remove_factors", "block.scale[lane]", "block.scale[0]"),
+    ("remove_factors", "v[panel * groups + g];\n        float of", "v[panel + g];\n        float of"),
+    ("remove_factors", "part[threadIdx.x] = own;\n    __syncthreads();", "part[threadIdx.x] = own;"),
+    ("remove_factors", "other < blockDim.x; other += k", "other < k; other += k"),
+    ("remove_factors", "along += (long long)blockIdx.z * groups * PANEL;", ""),
     ("remove_factors", "min(size / PANEL, first + ROWS / PANEL)", "first + ROWS / PANEL"),
-    ("remove_factors", "if (i >= size) return;", "if (i > size) return;"),
-    ("remove_factors", "sums += (long long)blockIdx.z * parts * k;", ""),
+    ("remove_factors", "if (panel >= size / PANEL) return;", "if (panel > size / PANEL) return;"),
+    ("remove_factors", "sums += (long long)blockIdx.z * parts * k + threadIdx.x % k;", "sums += threadIdx.x % k;"),
+    ("remove_factors", "other = 8; other < 32", "other = 8; other < 16"),
     ("layer_norm", "if (row >= rows) return;", "if (row > rows) return;"),
     ("layer_norm", "lane > 0; lane /= 2", "lane > 1; lane /= 2"),
     ("rotate_density", "gain[row % n]", "gain[row / n]"),
@@ -450,8 +490,8 @@ MUTANTS = [
     ("fine_density", "mean += (long long)first * c;", ""),
     ("fine_density", "if (!images[blockIdx.z].map) return;", ""),
     ("sharpen", "mixed[j] = sum;\n    }\n    __syncthreads();", "mixed[j] = sum;\n    }"),
-    ("sharpen", "column <= min(x + REACH, fine - 1)", "column <= x + REACH"),
-    ("sharpen", "max(y - REACH, 0)", "y"),
+    ("sharpen", "min(max(x + j, 0), fine - 1)", "max(x + j, 0)"),
+    ("sharpen", "int i = -REACH", "int i = 0"),
     ("sharpen", "f += (long long)blockIdx.z * fine * fine;", ""),
     ("sharpen", "a > b || a != a ? a : b", "a > b ? a : b"),
     ("sharpen", "most = 1.17549435e-38f", "most = 0.f"),

@@ -4,6 +4,7 @@ The whole model therefore runs "on CUDA", its launches, arguments, memory plan a
 its scores are held against the CPU path's.
 """
 import copy
+import ctypes
 import pickle
 import sys
 import types
@@ -169,16 +170,17 @@ def test_a_frame_is_launched_as_the_kernels_expect(cuda):
     gpu, _ = model(device="cuda", steps=2)
     gpu.score(images()[0])
     names = [name for name, *_ in cuda.launches[:len(gpu._engine().steps)]]
-    blocks = [["depthwise_31", "squeeze_excite", "product", "pool"],
-              ["product", "depthwise_52", "squeeze_excite", "product"],
+    gate = ["squeeze", "excite", "product"]
+    blocks = [["depthwise_31", *gate, "pool"],
+              ["product", "depthwise_52", *gate],
               ["product", "depthwise_31", "product", "pool", "pool"],  # to the coarse and to the fine grid
-              ["product", "depthwise_32", "squeeze_excite", "product", "pool", "pool"],
-              ["product", "depthwise_52", "squeeze_excite", "product"],
-              *[["product", "depthwise_51", "squeeze_excite", "product", "pool"]] * 2]
+              ["product", "depthwise_32", *gate, "pool", "pool"],
+              ["product", "depthwise_52", *gate],
+              *[["product", "depthwise_51", *gate, "pool"]] * 2]
     step = ["product", "layer_norm", "product", "product", "layer_norm", "product", "product", "layer_norm",
             "product", "rotate_density"]
-    assert names == ["resize_normalize", "stem", *sum(blocks, []), "whiten", "project_factors",
-                     "remove_factors", *step, *step, "worst_mean", "fine_density", "sharpen", "anomaly_map"]
+    assert names == ["resize_normalize", "stem", *sum(blocks, []), "fine_density", "whiten", "project_factors",
+                     "sum_factors", "remove_factors", *step, *step, "worst_mean", "sharpen", "anomaly_map"]
     rotations = [args for name, _, _, args in cuda.launches if name == "rotate_density"][:2]
     assert (rotations[0][4] != 0, rotations[1][4] != 0) == (True, False)  # at the last step x' goes nowhere
     assert (rotations[0][7] != 0, rotations[1][7] != 0) == (False, True)  # and z only there
@@ -282,7 +284,7 @@ def test_only_some_stages_run_again(cuda):
     cuda.launches.clear()
     gpu._engine().run_only(["map", "density"], images()[:1])
     assert [name for name, *_ in cuda.launches] == [
-        *["rotate_density"] * 2, "worst_mean", "fine_density", "sharpen", "anomaly_map"]
+        "fine_density", *["rotate_density"] * 2, "worst_mean", "sharpen", "anomaly_map"]
     assert gpu.score(images()[0]).score == want.score
 
 
@@ -301,18 +303,55 @@ def test_the_image_table_is_copied_only_when_it_changes(cuda):
 
 def test_buffers_share_memory_but_never_while_both_live(cuda):
     engine = model(device="cuda")[0]._engine()
-    lives = {}
-    for i, (_, make) in enumerate(engine.steps):
-        for a in make(1).args:
+    launches, lives = [make(1) for _, make in engine.steps], {}
+    for i, launch in enumerate(launches):
+        # what a branch names lives on until the trunk has waited for the branch
+        joins = [k for k, later in enumerate(launches) if k > i and not later.beside and launch.beside in later.waits]
+        end = min(joins, default=len(launches)) if launch.beside else i
+        for a in launch.args:
             if isinstance(a, engines.Buffer):
-                lives.setdefault(a, []).append(i)
+                lives.setdefault(a, []).extend([i, end])
     buffers = list(lives)
     assert engine.image_bytes < .6 * sum(b.size for b in buffers)
     for i, a in enumerate(buffers):
         for b in buffers[:i]:
-            together = max(lives[a][0], lives[b][0]) <= min(lives[a][-1], lives[b][-1])
+            together = max(lives[a][0], lives[b][0]) <= min(max(lives[a]), max(lives[b]))
             apart = a.offset + a.size <= b.offset or b.offset + b.size <= a.offset
             assert apart or not together
+
+
+def test_what_a_branch_made_is_waited_for(cuda):
+    launches = [make(1) for _, make in model(device="cuda")[0]._engine().steps]
+    made, waited, branches = {}, set(), set()
+    for launch in launches:
+        seen = {*launch.waits, launch.beside} | (set() if launch.beside else waited)
+        waited |= set() if launch.beside else {*launch.waits}
+        for a in launch.args:
+            if isinstance(a, engines.Buffer):
+                assert made.setdefault(a, launch.beside) in seen | {None}
+        branches.add(launch.beside)
+    assert branches == {None, "pools", "fine", "score"} and waited == {"pools", "fine"}
+
+
+def test_a_captured_graph_overlaps_the_launches_of_its_trunk(cuda, monkeypatch):
+    def driver(configuration, function, arguments, extra):
+        c = configuration._obj
+        a = c.attributes[0]
+        assert (c.count, a.id, a.value, c.stream, extra) == (1, 6, 1, 77, None)
+        given.append((tuple(c.grid), tuple(c.block), c.shared, function.value, ctypes.c_uint64.from_address(
+            arguments[0]).value, ctypes.c_int32.from_address(arguments[1]).value, ctypes.c_float.from_address(
+            arguments[2]).value))
+        return refusal
+    given, refusal, stream = [], 0, types.SimpleNamespace(ptr=77)
+    monkeypatch.setattr(engines, "overlapping_launch", lambda: driver)
+    array = cuda.empty(4)
+    kernel = types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=99))
+    launch = engines.Launch(kernel, (3, 1, 2), (32, 4), (array, np.int32(5), np.float32(.5)))
+    assert engines.launch_overlapping(launch, stream)
+    assert given == [((3, 1, 2), (32, 4, 1), 0, 99, array.data.ptr, 5, .5)]
+    refusal = 1
+    assert not engines.launch_overlapping(launch, stream)
+    assert not engines.launch_overlapping(launch._replace(kernel=object()), stream)  # no CuPy kernel
 
 
 def test_torch_tensors_run_on_torchs_stream(cuda, monkeypatch):
@@ -440,5 +479,5 @@ def test_bench_reports_every_figure(cuda):
     engine = model(device="cuda", size=64)[0]._engine()
     report = engines.bench_cuda(engine, images=(1, 2), frames=2, pixels=32, values=1 << 14)
     assert set(report["batches"]) == {1, 2}
-    assert tuple(report["stages_p50_ms"]) == fp.STAGES
+    assert set(report["stages_p50_ms"]) == set(fp.STAGES)
     assert report["gpu"] == "emulated" and report["rotate_share_of_copy"] > 0
