@@ -62,7 +62,7 @@ import numpy as np
 
 __version__ = "0.2.0"
 __all__ = [
-    "Prior", "MultiPrior", "fit_many", "Result", "Region", "find_regions",
+    "Prior", "MultiPrior", "fit_many", "Result", "Region", "find_regions", "RegionOfInterest",
     "FastPriorError", "ShapeError", "ImageError", "ModelError",
     "BackendUnavailable", "alpha_bar", "select_timesteps", "rotation", "ddim_invert",
     "gaussian_log_prob", "conformal_p_value", "conformal_threshold", "Engine",
@@ -689,8 +689,8 @@ class Engine(Protocol):
     def finish(self) -> None:
         """No more operations come."""
 
-    def run(self, images, *, with_map: bool = False, outputs: bool = False, shifts=None, given=None) -> Any:
-        """A batch -> frames: `scores` (B,), `maps`, `outputs` (what was kept), and `to_host` for each.
+    def run(self, images, *, with_map=False, outputs=False, shifts=None, given=None, masks=None) -> Any:
+        """A batch -> frames: `scores` (B,), `maps` (in `masks`), `outputs` (what was kept), and `to_host`.
 
         images: uint8 (H, W, 3), contiguous, or None where everything is `given`: (B, N, C) for each view, of
         which the fine one may lack if no map is wanted. shifts: of each image, see `resize_taps`.
@@ -1100,6 +1100,7 @@ _FORMATS = "PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "AVIF"  # no othe
 _EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "PA", "La", "RGBa", "CMYK", "YCbCr", "HSV"}
 _MOST_PIXELS = 1 << 28
 _DEPTHS = 8, 10, 12, 14, 16
+GREY = 116  # of what is outside a region: ImageNet's mean, to a network about nothing
 _HOT = .001  # share of an image's values that may lie above its depth: hot pixels, glints
 _PILLOW = threading.Lock()
 if hasattr(os, "register_at_fork"):
@@ -1110,11 +1111,12 @@ class ImageWarning(UserWarning):
     """Values of an image lie above the depth that was declared for it, and are cut."""
 
 
-def load_image(source, bits: int | None = None) -> np.ndarray:
+def load_image(source, bits: int | None = None, roi: "RegionOfInterest | None" = None) -> np.ndarray:
     """File, array or PIL image -> contiguous uint8 (H, W, 3) RGB, upright by EXIF; grey repeated, no alpha.
 
     bits: how many of 16 bits a value are in use, 8, 10, 12, 14 or 16 (of 12, white is 4095); values above are
     cut, with an ImageWarning. Without it, 16, for an image that uses as many; others' depth is not known.
+    roi: what is outside is painted over, see `RegionOfInterest.paint`.
     ImageError for a file, ShapeError for an array or PIL image, that cannot be read rightly: among them
     floats, signed and 32-bit values, animations, several pages, more than 2^28 pixels.
     """
@@ -1122,7 +1124,8 @@ def load_image(source, bits: int | None = None) -> np.ndarray:
     try:
         a = _pixels(source)
         a = a if a.dtype == np.uint8 else _to_eight_bits(a, bits)
-        return np.ascontiguousarray(a if a.ndim == 3 else np.repeat(a[:, :, None], 3, 2))
+        a = np.ascontiguousarray(a if a.ndim == 3 else np.repeat(a[:, :, None], 3, 2))
+        return roi.paint(a) if roi else a
     except BackendUnavailable:
         raise
     except Exception as e:  # whatever a decoder makes of foreign bytes
@@ -1361,6 +1364,56 @@ def jitter(image: np.ndarray, rng: np.random.Generator, light: float = .15,
     return np.rint(np.clip(table, 0, 255)).astype(np.uint8)[image], (dy, dx)
 
 
+class RegionOfInterest:
+    """The pixels that count: mask (H, W), not 0 inside, for images of its proportions.
+
+    The others are painted before the network sees them, as its receptive fields are far larger than a place:
+    nothing there changes anything. A place counts when at least half of it is inside.
+    """
+
+    def __init__(self, mask: np.ndarray):
+        mask = np.asarray(mask)
+        if mask.ndim != 2 or mask.dtype.kind not in "bu" or not mask.any():
+            raise ShapeError("roi: expected a mask (H, W), bool or uint8, not 0 where to look, not 0 "
+                             f"somewhere; got {mask.dtype} {mask.shape}, {np.count_nonzero(mask)} not 0")
+        _check_size(*mask.shape)
+        self.mask = mask != 0
+
+    @functools.lru_cache(4)
+    def at(self, height: int, width: int, shift=(0.0, 0.0)) -> tuple[np.ndarray, ...]:
+        """The mask (height, width), by nearest pixels and `resize_taps`' shift, and what `paint` needs."""
+        rows, columns = (np.clip((2 * np.arange(out) + 1) * n // (2 * out) - round(by * n), 0, n - 1)
+                         for n, out, by in zip(self.mask.shape, (height, width), shift))
+        inside = self.mask[rows][:, columns]
+        keep = np.repeat(inside, 3, 1).reshape(height, width, 3) * np.uint8(255)
+        return inside, keep, ~keep & np.uint8(GREY)
+
+    def paint(self, image: np.ndarray, shift=(0.0, 0.0)) -> np.ndarray:
+        """uint8 (H, W, 3) -> GREY outside. ShapeError unless it has the mask's proportions, to a pixel."""
+        (h, w), (height, width) = self.mask.shape, image.shape[:2]
+        if abs(height * w - width * h) > max(height, width, h, w):
+            raise ShapeError(f"{width}x{height} pixels, but the region of interest is for images of {w}x{h}, or "
+                             "of these proportions")
+        _, keep, fill = self.at(height, width, shift)
+        return image & keep | fill
+
+
+def _inside(roi: RegionOfInterest | None, grid: int, share: float = .5) -> np.ndarray:
+    """bool (grid*grid,): places of which at least this share is inside, by 16 x 16 samples each."""
+    if roi is None:
+        return np.ones(grid ** 2, bool)
+    return pool(roi.at(16 * grid, 16 * grid)[0][:, :, None].astype(float), grid).ravel() >= share
+
+
+def _spread(inside: np.ndarray, a: np.ndarray, axis: int = 0, fill: float = 0) -> np.ndarray:
+    """Values of the places inside -> of all places, along `axis`, with `fill` outside."""
+    if inside.all():
+        return a
+    full = np.full(a.shape[:axis] + inside.shape + a.shape[axis + 1:], fill, a.dtype)
+    full[(slice(None),) * axis + (inside,)] = a
+    return full
+
+
 # ------------------------------------------------------------------------------------------------
 # The model file: one .npz of stored entries with a digest, no pickles
 # ------------------------------------------------------------------------------------------------
@@ -1460,6 +1513,7 @@ def _arrays_of(p: Prior) -> dict[str, np.ndarray]:
     arrays = {"mean": p.mean, "whitener": p.whitener} | ({} if p.factors is None else {"factors": p.factors})
     arrays |= {"fine/mean": p.fine[0], "fine/whitener": p.fine[1]}
     arrays |= {f"denoiser/{k}": a for k, a in (p.denoiser or {}).items()}
+    arrays |= {"roi/size": np.array(p.roi.mask.shape), "roi/bits": np.packbits(p.roi.mask)} if p.roi else {}
     return arrays | {f"calibration/{n}/{k}": a for n, own in p.calibrations.items() for k, a in own.items()}
 
 
@@ -1489,9 +1543,11 @@ def _unpack_model(header: dict, arrays: dict[str, np.ndarray], threads: int | No
         steps = sorted({k.split("/")[1] for k in own if k.startswith("calibration/")})
         calibrations = {int(k): group(f"calibration/{k}/", own) for k in steps}
         denoiser = group("denoiser/", own) or None
+        h, w = own.get("roi/size", (0, 0))
+        roi = RegionOfInterest(np.unpackbits(own["roi/bits"])[:h * w].reshape(h, w)) if h else None
         priors[name] = Prior(settings, backbone, own["mean"], own["whitener"], denoiser, calibrations,
                              dict(part["summary"]), threads, factors=own.get("factors"),
-                             fine=(own["fine/mean"], own["fine/whitener"]))
+                             fine=(own["fine/mean"], own["fine/whitener"]), roi=roi)
     again, known = _pack_model(priors)  # a model is taken as it would be written, and as nothing else
     again |= {"format": FORMAT, "fastprior": str(header["fastprior"])}
     if arrays.keys() != known.keys() or len({json.dumps(h, sort_keys=True) for h in (header, again)}) > 1:
@@ -1524,7 +1580,7 @@ _MIXER_SHAPES = dict(token1="mn", token2="nm", w1="de", b1="e", w2="ed", b2="d",
 
 def _check_model(p: Prior) -> None:
     """ModelError unless all fits together, a frame has a sane size and no image can make infinite numbers."""
-    settings, n, c = p.settings, p.grid ** 2, sum(p.backbone.channels)
+    settings, n, c = p.settings, int(p.inside.sum()), sum(p.backbone.channels)
     panels, groups, mixers = -(-c // _PANEL), -(-settings.factors // _PANEL), _num_mixers(p.denoiser or {})
     shapes = {"mean": "nc", "whitener": "nbp" if p.whitener.dtype == QTILE else "nc"}
     shapes |= {"fine/mean": "fv", "fine/whitener": "vv"}
@@ -1534,7 +1590,8 @@ def _check_model(p: Prior) -> None:
         own = {ord("m"): chr(65 + 2 * i), ord("e"): chr(66 + 2 * i)}  # capitals: hidden sizes, its own
         shapes |= {f"denoiser/mix{i}_{k}": v.translate(own) for k, v in _MIXER_SHAPES.items()}
     shapes |= {f"calibration/{n}/{k}": v for n in p.calibrations for k, v in _CALIBRATION_SHAPES.items()}
-    given = {k: a["scale"] if a.dtype == QTILE or k == "factors" else a for k, a in _arrays_of(p).items()}
+    given = {k: a["scale"] if a.dtype == QTILE or k == "factors" else a for k, a in _arrays_of(p).items()
+             if not k.startswith("roi/")}
     sizes = _check_arrays(given, shapes, n=n, c=c, t=2 * len(_FREQUENCIES), p=_PANEL, q=n * panels, g=groups,
                           b=panels * (panels + 1) // 2, f=settings.fine ** 2, v=p.backbone.fine_channels)
     for steps, own in p.calibrations.items():
@@ -1774,12 +1831,13 @@ class Prior:
     threads, device, precision : see `load`
     factors : tiles of `pack_factors`, or None
     fine : mean (F*F, C') and whitener (C', C') of the fine view, which sharpens the map
+    roi : RegionOfInterest, or None. N counts the places inside it, those of `inside`, bool (grid*grid,)
     """
 
     def __init__(self, settings: Settings, backbone: Backbone, mean: np.ndarray, whitener: np.ndarray,
                  denoiser: dict[str, np.ndarray] | None, calibrations: dict[int, dict[str, np.ndarray]],
                  summary: dict, threads: int | None = None, device: str = "cpu", precision: str = "float32",
-                 factors: np.ndarray | None = None, *, fine: tuple[np.ndarray, np.ndarray]):
+                 factors: np.ndarray | None = None, *, fine: tuple[np.ndarray, np.ndarray], roi=None):
         settings.check()
         self.settings, self.backbone, self.denoiser, self.summary = settings, backbone, denoiser, summary
         self.mean, self.whitener, self.factors, self.fine = mean, whitener, factors, fine
@@ -1788,7 +1846,8 @@ class Prior:
             raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, "
                              f"got {settings.steps}")
         self.calibration = calibrations[settings.steps]
-        self.grid = settings.grid
+        self.grid, self.roi = settings.grid, roi
+        self.inside = _inside(roi, self.grid)
         self._built: dict[bool, Engine] = {}  # from pixels, from tokens
         _check_model(self)
         self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr, settings.threshold)
@@ -1844,7 +1903,7 @@ class Prior:
 
     def _with(self, settings: Settings, calibrations: dict[int, dict], summary: dict) -> "Prior":
         return Prior(settings, self.backbone, self.mean, self.whitener, self.denoiser, calibrations, summary,
-                     self.threads, self.device, self.precision, self.factors, fine=self.fine)
+                     self.threads, self.device, self.precision, self.factors, fine=self.fine, roi=self.roi)
 
     def calibrate(self, images, *, keep_all: bool = False, progress: "Progress" = lambda *_: None,
                   **settings) -> "Prior":
@@ -1857,13 +1916,13 @@ class Prior:
         """
         images, unreadable, _ = _good_images(images)
         e = extract_features(images, dataclasses.replace(self.settings, copies=2), self.backbone,
-                             self.threads, progress, np.float32)
+                             self.threads, progress, np.float32, self.roi)
         unreadable += e.unreadable
         if seen := len(set(e.keys) & set(self.summary.get("trained_on", ()))):
             raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
                              "images that the model has not seen")
         lone = e.of(_first_of(near_duplicates(e)))
-        count, tokens = len(lone.keys), lone.features[lone.clean]
+        count, tokens = len(lone.keys), _spread(self.inside, lone.features[lone.clean], 1)
         if count < MIN_HELD_OUT:
             raise ImageError(f"{count} readable, different good images (near-duplicates count once): at "
                              f"least {MIN_HELD_OUT} are needed to calibrate"
@@ -1872,16 +1931,16 @@ class Prior:
         for steps, own in self.calibrations.items():
             prior = self.with_steps(steps)
             frames = [prior._frames(None, False, [tokens[i:i + 16]]) for i in range(0, count, 16)]
-            z = np.concatenate([f.to_host(f.outputs[0]) for f in frames]).astype(np.float64)
+            z = np.concatenate([prior._z(f) for f in frames]).astype(np.float64)
             nll[steps] = (z - own["offset"]) / own["gain"]
             progress("calibration", len(nll), len(self.calibrations))
         kept = ~outliers(nll[self.settings.steps], self.settings.worst)[0] | keep_all
-        details = _details(itertools.compress(lone.fine, kept), *self.fine)
+        details = _details(itertools.compress(lone.fine, kept), *self.fine, self.roi)
         calibrations = {}
         for steps, own in self.calibrations.items():
             raw = worst_mean(nll[steps][kept] * own["gain"] + own["offset"], self.settings.worst)
             calibrations[steps] = {"gain": own["gain"], "offset": own["offset"],
-                                   **_read_scores(raw, nll[steps][kept], details, self.settings)}
+                                   **_read_scores(raw, nll[steps][kept], details, self.settings, self.roi)}
         aside = _names(images, [lone.sources[i] for i in np.flatnonzero(~kept)])
         told = {"calibrated_on": int(kept.sum()), "held_out_aside": len(aside), "set_aside_today": aside,
                 "near_duplicates_today": len(e.keys) - count, "unreadable": unreadable[:20]}
@@ -1916,22 +1975,23 @@ class Prior:
         stay on the GPU until they are read; nothing here waits for it.
         """
         results: list = [None] * len(images)
-        for places, pixels in _load_chunks(images, self.settings.bits, chunk, errors, results, self.device):
+        for places, pixels in _load_chunks(self, images, chunk, errors, results):
             frames = self._frames(pixels, with_map)
             for i, place in enumerate(places):
                 results[place] = Result(frames, i, self)
         return results
 
     def z(self, images: Sequence[str | os.PathLike | np.ndarray]) -> np.ndarray:
-        """Standardised negative log-likelihood of each place, float32 (B, N).
+        """Standardised negative log-likelihood of each place (that is inside), float32 (B, N).
 
         z_n = (|x_T,n|^2 / 2) * scale_n + location_n, in standard deviations of held-out good images.
         """
-        rows = [np.empty((0, self.grid ** 2), np.float32)]
-        for _, pixels in _load_chunks(images, self.settings.bits, 16, "raise", [], self.device):
-            frames = self._frames(pixels, False)
-            rows.append(frames.to_host(frames.outputs[0]))
-        return np.concatenate(rows)
+        chunks = _load_chunks(self, images, 16, "raise", [])
+        rows = [self._z(self._frames(pixels, False)) for _, pixels in chunks]
+        return np.concatenate([np.empty((0, len(self.mean)), np.float32), *rows])
+
+    def _z(self, frames) -> np.ndarray:
+        return frames.to_host(frames.outputs[0])[:, self.inside]
 
     def _frames(self, pixels: list | None, with_map: bool, tokens=None):
         """A batch scored by the engine or the reference operations.
@@ -1941,8 +2001,9 @@ class Prior:
         engine = self._engine(tokens is None)
         if engine is None:
             return self._reference_frames(pixels, with_map, tokens)
+        masks = [self.roi.at(*image.shape[:2])[0] for image in pixels] if with_map and self.roi else None
         with _engine_errors():
-            return engine.run(pixels, with_map=with_map, outputs=True, given=tokens)
+            return engine.run(pixels, with_map=with_map, outputs=True, given=tokens, masks=masks)
 
     def _engine(self, from_pixels: bool = True) -> Engine | None:
         """The engine with the program of a frame, built at first use; None: the reference scores."""
@@ -1956,7 +2017,8 @@ class Prior:
         return self._built[from_pixels]
 
     def _emit(self, e: Engine, from_pixels: bool) -> None:
-        (n, c), fine = self.mean.shape, self.fine[0].shape
+        n, c, fine = len(self.inside), self.mean.shape[1], self.fine[0].shape
+        everywhere = functools.partial(_spread, self.inside)
         if from_pixels:
             views = e.features(self.backbone, self.settings.size, self.backbone.views(self.settings),
                                resize_taps)
@@ -1964,13 +2026,17 @@ class Prior:
             views = e.given(n, c), e.given(*fine)
         (f, columns), (fine_f, fine_columns) = views
         density = e.fine_density(fine_f, fine[0], fine_columns, *self.fine)
-        x = e.whiten(f, n, columns, self.mean, self.whitener)
+        x = e.whiten(f, n, columns, everywhere(self.mean), everywhere(self.whitener))
         if self.factors is not None:
-            x = e.remove_factors(x, n, columns, self.factors)
-        z = _emit_inversion(e, x, n, columns, self.denoiser, self.timesteps, self.prediction,
-                            self.calibration["gain"], self.calibration["offset"])
-        e.score(z, n, _worst_count(self.settings.worst, n), *self.calibration["moments"][:2])
-        m = e.sharpen(z, *self._map_weights(), density, self._map_operator)
+            tiles = np.repeat(self.inside, -(-c // _PANEL))
+            x = e.remove_factors(x, n, columns, _spread(tiles, self.factors))
+        denoiser = self.denoiser and {k: everywhere(a, k.endswith("1")) if k == "pos" or "token" in k else a
+                                      for k, a in self.denoiser.items()}
+        z = _emit_inversion(e, x, n, columns, denoiser, self.timesteps, self.prediction,
+                            everywhere(self.calibration["gain"]),  # outside, never among the worst
+                            everywhere(self.calibration["offset"], fill=-1e30))
+        e.score(z, n, _worst_count(self.settings.worst, len(self.mean)), *self.calibration["moments"][:2])
+        m = e.sharpen(z, *map(everywhere, self._map_weights()), density, self._map_operator)
         e.map(m, self.settings.fine, linear_taps)
         e.keep(z, n)
         e.finish()
@@ -2029,17 +2095,19 @@ class Prior:
         for i, image in enumerate(tokens[0] if pixels is None else pixels):
             views = (_reference_tokens(image, self.backbone, self.settings) if tokens is None
                      else [view[i] for view in tokens])
-            x_T = self.latent(views[0])
+            x_T = self.latent(views[0][self.inside])
             rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["gain"]
                         + self.calibration["offset"])
             if with_map:
                 weight, offset = self._map_weights()
-                cells = (weight * rows[-1] + offset).reshape(self.grid, self.grid)
+                cells = _spread(self.inside, weight * rows[-1] + offset).reshape(self.grid, self.grid)
                 f = fine_density(views[1], self.fine[0].astype(np.float32), self.fine[1])
                 m = sharpen(cells, f.reshape([self.settings.fine] * 2), self._map_operator)
-                maps.append(anomaly_map(m.astype(np.float32), *image.shape[:2]))
+                m = anomaly_map(m.astype(np.float32), *image.shape[:2])
+                maps.append(m * self.roi.at(*m.shape)[0] if self.roi else m)
         z = np.array(rows, np.float32)
-        return Frames(self._image_scores(z), maps or [None] * len(rows), [z])
+        outputs = [_spread(self.inside, z, 1, -1e30)]
+        return Frames(self._image_scores(z), maps or [None] * len(rows), outputs)
 
 
 _FOREIGN = 4.0  # deviations of half an image's places, see `MultiPrior`
@@ -2058,6 +2126,8 @@ class MultiPrior:
         if len(kinds) != 1:
             raise ModelError("products of one model need one backbone, size, cell and number of steps, "
                              f"got {sorted(kinds)}")
+        if len({p.roi and (p.roi.mask.shape, p.roi.mask.tobytes()) for p in priors.values()}) != 1:
+            raise ModelError("products of one model need one region of interest")
         if len({p.settings.bits for p in priors.values()} - {None}) > 1:
             raise ModelError("products of one model need one depth of their 16-bit images (bits)")
         if not all(isinstance(k, str) and 0 < len(k) < 256 and k.isprintable() and k != "unknown"
@@ -2068,7 +2138,7 @@ class MultiPrior:
         first = next(iter(priors.values()))
         self.backbone, self.settings, self.grid = first.backbone, first.settings, first.grid
         self.device, self.backend, self.threads = first.device, first.backend, first.threads
-        self._built = None
+        self.roi, self._built = first.roi, None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_built": None}
@@ -2088,10 +2158,10 @@ class MultiPrior:
                     errors: str = "raise") -> list[Result]:
         """As `Prior.score_batch`."""
         results, priors = [None] * len(images), list(self.priors.items())
-        for places, pixels in _load_chunks(images, _bits(self), chunk, errors, results, self.device):
+        for places, pixels in _load_chunks(self, images, chunk, errors, results):
             tokens = self._tokens(pixels)
             frames = [prior._frames(pixels, with_map, tokens) for _, prior in priors]
-            z = np.array([f.to_host(f.outputs[0]) for f in frames])
+            z = np.array([p._z(f) for (_, p), f in zip(priors, frames)])
             likely = np.array([p.log_likelihood(own) for (_, p), own in zip(priors, z)])
             for i, (place, k) in enumerate(zip(places, likely.argmax(0))):
                 fits = np.median(z[k, i]) <= _FOREIGN
@@ -2113,16 +2183,17 @@ def _bits(model: "Prior | MultiPrior") -> int | None:
     return next((prior.settings.bits for prior in _products(model).values() if prior.settings.bits), None)
 
 
-def _load_chunks(images: Sequence, bits: int | None, chunk: int, errors: str, results: list,
-                 device: str = "cpu"):
+def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list):
     """Yields places and arrays of at most `chunk` images, about 64 million pixels; errors go into results."""
     if isinstance(images, (str, os.PathLike)) or errors not in ("raise", "return"):
         raise ShapeError("score_batch: expected a list of images, and errors='raise' or 'return'")
-    places, arrays, pixels = [], [], 0
+    bits, places, arrays, pixels = _bits(model), [], [], 0
     for i, image in enumerate(images):
         try:
-            if device != "cuda" or not hasattr(image, "__cuda_array_interface__"):
-                image = load_image(image, bits)
+            if model.device == "cuda" and model.roi and hasattr(image, "__cuda_array_interface__"):
+                image = image.get() if hasattr(image, "get") else image.cpu().numpy()  # to be painted
+            if model.device != "cuda" or not hasattr(image, "__cuda_array_interface__"):
+                image = load_image(image, bits, model.roi)
         except (ImageError, ShapeError) as e:
             if errors == "raise":
                 raise
@@ -2166,6 +2237,7 @@ class Extracted(NamedTuple):
     repeated: int  # images left out since their pixels were there already
     unreadable: list[str]  # a line for each image that could not be read
     fine: Sequence[np.ndarray]  # float16 (F*F, C') of each image itself, of the first _MOST_FINE
+    roi: RegionOfInterest | None = None  # N above counts the places inside
 
     @property
     def clean(self) -> np.ndarray:
@@ -2182,25 +2254,26 @@ class Extracted(NamedTuple):
                              fine=[self.fine[i] for i in chosen[chosen < len(self.fine)]])
 
 
-def _readable(images: Iterable, bits: int | None) -> Iterator[np.ndarray]:
+def _readable(images: Iterable, bits: int | None, roi: RegionOfInterest | None) -> Iterator[np.ndarray]:
     for source in images:
         with contextlib.suppress(ImageError, ShapeError):
-            yield load_image(source, bits)
+            yield load_image(source, bits, roi)
 
 
 def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
-                     progress: Progress = _quiet, dtype=np.float16) -> Extracted:
+                     progress: Progress = _quiet, dtype=np.float16, roi=None) -> Extracted:
     """Features of every different image and of its jittered copies (whose jitter its pixels decide)."""
     kept, fine, repeated, unreadable = {}, {}, 0, []
     n, c = settings.grid ** 2, sum(backbone.channels)
+    inside = _inside(roi, settings.grid)
     different = len(images)
     if different > 2400 // (settings.copies + 1):  # at most 2400 rows in memory, whatever was given twice
-        different = len({image_key(a) for a in _readable(images, settings.bits)})
+        different = len({image_key(a) for a in _readable(images, settings.bits, roi)})
     copies = max(0, min(settings.copies, 2400 // max(different, 1) - 1))
     engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
     for i, source in enumerate(images):
         try:
-            image = load_image(source, settings.bits)
+            image = load_image(source, settings.bits, roi)
         except (ImageError, ShapeError) as e:
             unreadable.append(str(e))
             continue
@@ -2209,11 +2282,12 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
         if key not in kept:
             rng = np.random.default_rng([settings.seed, int(key, 16)])
             batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
+            batch = [(roi.paint(a, shift), shift) for a, shift in batch] if roi else batch
             if engine:
                 f, own = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs
             else:
                 f, own = map(np.stack, zip(*(_reference_tokens(a, backbone, settings, s) for a, s in batch)))
-            kept[key], fine[key] = (f.astype(dtype), i, look(image)), own[0].astype(np.float16)
+            kept[key], fine[key] = (f[:, inside].astype(dtype), i, look(image)), own[0].astype(np.float16)
             if len(fine) > _MOST_FINE:
                 del fine[max(fine)]
         progress("features", i + 1, len(images))
@@ -2223,7 +2297,7 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
                      np.repeat(np.arange(len(keys)), [len(f) for f in rows]),
                      np.array([kept[key][2] for key in keys]), keys,
                      [kept[key][1] for key in keys], repeated, unreadable,
-                     [fine[key] for key in sorted(fine)])
+                     [fine[key] for key in sorted(fine)], roi)
 
 
 def near_duplicates(e: Extracted) -> np.ndarray:
@@ -2343,24 +2417,26 @@ class _Gaussians:
         return mean + self.centre, inverse_cholesky(second)
 
 
-def _fit_fine(fine: Sequence[np.ndarray], settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+def _fit_fine(fine: Sequence[np.ndarray], settings: Settings, roi=None) -> tuple[np.ndarray, np.ndarray]:
     """Mean (F*F, C') float16 and whitener (C', C') of fine features: one covariance about places' means."""
     mean = sum(x.astype(np.float32) for x in fine) / len(fine)
     cov = np.zeros((mean.shape[1],) * 2)
     for x in fine:
-        d = x - mean
+        d = (x - mean)[_inside(roi, settings.fine)]
         cov += d.T @ d / (len(fine) * len(d))
     return mean.astype(np.float16), inverse_cholesky(shrink_covariance(cov, cov, 0, settings.floor)[None])[0]
 
 
-def _details(fine: Iterable[np.ndarray], mean: np.ndarray, whitener: np.ndarray) -> np.ndarray:
-    """`detail` of each image's fine features (F*F, C'), float32 (n, F, F).
+def _details(fine: Iterable[np.ndarray], mean: np.ndarray, whitener: np.ndarray, roi=None) -> np.ndarray:
+    """`detail` of each image's fine features (F*F, C'), float32 (n, F, F); 0 where no pixel inside reads it.
 
     It may be an image that was fitted on: leaving it out of the mean scales all its density alike, and a
     detail is a ratio; its share of the covariance is one of many.
     """
     mean, side = mean.astype(np.float32), math.isqrt(len(mean))
-    return np.array([detail(fine_density(x, mean, whitener).reshape(side, side)) for x in fine],
+    from scipy import ndimage
+    near = ndimage.binary_dilation(_inside(roi, side, 1e-9).reshape(side, side), np.ones((3, 3)))
+    return np.array([near * detail(fine_density(x, mean, whitener).reshape(side, side)) for x in fine],
                     np.float32).reshape(-1, side, side)
 
 
@@ -2409,18 +2485,19 @@ def _calibrate(nll: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
             away * (n / (n - 1)) / deviation(others))
 
 
-def _read_scores(raw: np.ndarray, nll: np.ndarray, details: np.ndarray,
-                 settings: Settings) -> dict[str, np.ndarray]:
+def _read_scores(raw: np.ndarray, nll: np.ndarray, details: np.ndarray, settings: Settings,
+                 roi=None) -> dict[str, np.ndarray]:
     """raw (n,): worst means of good images; nll (n, N): moments, sorted scores and peaks of maps.
 
     details (m, F, F), of the first m images: those whose maps are read. Zero and unit of the score are the
     median and the spread of the middle half, zero of the map a median too: one wild image hardly moves them.
     """
-    grid, fine = math.isqrt(nll.shape[1]), details.shape[1]
-    enlarge = map_operator(grid, fine, settings.smooth)
+    inside = _inside(roi, settings.grid)
+    enlarge = map_operator(settings.grid, details.shape[1], settings.smooth)
     low, middle, high = np.quantile(raw, [.25, .5, .75])
     moments = np.array([middle, max((high - low) / 1.349, 1e-6), np.median(nll.mean(1))])
-    maps = (enlarge @ (x - moments[2]).reshape(grid, grid) @ enlarge.T * own for x, own in zip(nll, details))
+    cells = (_spread(inside, x - moments[2]).reshape([settings.grid] * 2) for x in nll)
+    maps = (enlarge @ x @ enlarge.T * own for x, own in zip(cells, details))
     return {"moments": moments, "scores": np.sort((raw - moments[0]) / moments[1]),
             "peaks": np.sort([m.max() for m in maps]) + moments[2]}
 
@@ -2470,6 +2547,7 @@ class _Whitened:
     fine: tuple[np.ndarray, np.ndarray]  # see `_fit_fine`
     details: np.ndarray  # see `_details`: of the clean rows' images, or of the fresh ones if there are any
     summary: dict
+    roi: RegionOfInterest | None
 
 
 def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
@@ -2518,8 +2596,8 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
     clean, held_out, fresh = part.clean, np.flatnonzero(away & lone), e.of(away & lone)
     trained_on, calibrates = e.of(~aside).keys, _first_of(kind) & ~unlike
     clean[clean] = calibrates
-    fine = _fit_fine(part.fine, config)
-    details = _details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine)
+    fine = _fit_fine(part.fine, config, e.roi)
+    details = _details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine, e.roi)
     fresh = _apply_whitener(fresh.features[fresh.clean], mean, whitener)
     if not holdout:
         aside[np.flatnonzero(used)[unlike]] = True
@@ -2531,7 +2609,7 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
                "held_out_aside": int(aside[away].sum() if holdout else aside.sum()),
                "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
                "near_duplicates": count - groups, "unreadable": e.unreadable[:20], "trained_on": trained_on}
-    return _Whitened(x0, rows, clean, mean, whitener, fresh, fine, details, summary)
+    return _Whitened(x0, rows, clean, mean, whitener, fresh, fine, details, summary, e.roi)
 
 
 def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations: int | None,
@@ -2562,16 +2640,16 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
         if len(w.fresh):  # zero and unit of each place from all others: to these images it is all new
             nll = _nll_of(w.fresh, denoiser, grid, prediction, threads)
             z = nll * own["gain"] + own["offset"]
-        calibrations[steps] = own | _read_scores(worst_mean(z, config.worst), nll, w.details, config)
+        calibrations[steps] = own | _read_scores(worst_mean(z, config.worst), nll, w.details, config, w.roi)
         progress("calibration", len(calibrations), len({config.steps, *_CALIBRATED_STEPS}))
     whitener = pack_lower(whitener) if whitener.ndim == 3 else whitener
     factors = None if factors is None else pack_factors(factors)
     return Prior(config, backbone, w.mean.astype(np.float32), whitener, denoiser, calibrations,
-                 w.summary | trained, threads, factors=factors, fine=w.fine)
+                 w.summary | trained, threads, factors=factors, fine=w.fine, roi=w.roi)
 
 
 def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,
-        keep_all: bool = False, progress: Progress = _quiet, **settings) -> Prior:
+        keep_all: bool = False, roi=None, progress: Progress = _quiet, **settings) -> Prior:
     """Train a prior on good images. See `Settings` for the keywords; `Prior.fit` is this function.
 
     Parameters
@@ -2582,6 +2660,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     minutes : at most this long in the denoiser's training.
     keep_all : images that are unlike the others calibrate too. Else they are set aside (at most a tenth),
         and named in `summary["set_aside"]`; those that are so by far do not train either.
+    roi : the region that counts: a mask (H, W) of the images' size, not 0 inside, or a file (see
+        examples/region.py). The model keeps it. See `RegionOfInterest`.
 
     Raises
     ------
@@ -2604,7 +2684,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
                          "more are better")
     backbone = load_backbone(config.backbone)
     config = dataclasses.replace(config, backbone=backbone.name, bits=config.bits or find_depth(images))
-    extracted = extract_features(images, config, backbone, threads, progress)
+    roi = None if roi is None else _room("region").region_of(roi, images, config)
+    extracted = extract_features(images, config, backbone, threads, progress, roi=roi)
     unreadable = locked + extracted.unreadable
     if 2 * len(unreadable) > len(images):
         raise ImageError(f"{len(unreadable)} of {len(images) + len(locked)} images cannot be read, "

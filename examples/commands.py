@@ -64,12 +64,17 @@ def build_app() -> "typer.Typer":
                                        help="Of 16-bit images: 8, 10, 12, 14 or 16 (default: found in "
                                             "them)."),
               keep_all: bool = keep_all_option,
+              roi: Path = typer.Option(None,
+                                       help="Where to look: an image, black elsewhere, or polygons (.json); "
+                                            "the model keeps it."),
               multi: bool = typer.Option(False, "--multi",
                                          help="GOOD holds a folder for each product; one model for all."),
               threads: int = threads_option):
         """Train a model on good images.
 
         Example: fastprior train photos/good -o part.npz
+
+        Example: fastprior train photos/good --roi mask.png -o part.npz
 
         Example: fastprior train --multi products -o all.npz
         """
@@ -80,7 +85,7 @@ def build_app() -> "typer.Typer":
             made = (fp.fit_many if multi else fp.fit)(
                 good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
                 variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits, keep_all=keep_all,
-                **chosen | own)
+                roi=roi, **chosen | own)
         made.save(output)
         console.tell_training(made)
         print(output)

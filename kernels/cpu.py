@@ -1593,7 +1593,7 @@ class Engine:
 
     def run(self, images: Sequence[np.ndarray] | None, *, with_map: bool = False, outputs: bool = False,
             shifts: Sequence[tuple[float, float]] | None = None,
-            given: Sequence[np.ndarray] | None = None) -> Frames:
+            given: Sequence[np.ndarray] | None = None, masks: Sequence[np.ndarray] | None = None) -> Frames:
         batch = len(given[0]) if images is None else len(images)
         images, shifts = images or [None] * batch, shifts or [(0.0, 0.0)] * batch
         maps = [np.empty(image.shape[:2], np.float32) if with_map else None for image in images]
@@ -1612,6 +1612,8 @@ class Engine:
             for x, shape, c in self._kept if outputs else ():
                 places = states[:, x:x + shape[0] * shape[1]].reshape(batch, *shape)
                 kept.append(places[:, :, 0].copy() if c is None else places[:, :, :c].copy())
+        for m, mask in zip(maps, masks or ()):
+            m *= mask
         return Frames(scores, maps, kept)
 
     def run_only(self, stages: Sequence[str], images: Sequence[np.ndarray], with_map: bool = True) -> None:

@@ -590,7 +590,8 @@ class Engine:
         return self.cupy.ascontiguousarray(a)
 
     def run(self, images: Sequence | None, *, with_map: bool = False, outputs: bool = False,
-            shifts: Sequence[tuple[float, float]] | None = None, given=None) -> Frames:
+            shifts: Sequence[tuple[float, float]] | None = None, given=None,
+            masks: Sequence[np.ndarray] | None = None) -> Frames:
         """Enqueue a batch on the caller's stream; nothing waits for it."""
         batch = len(given[0]) if images is None else len(images)
         shifts = shifts or [(0.0, 0.0)] * batch
@@ -622,6 +623,8 @@ class Engine:
                 self.frames[batch] = _Frame(stages, launches, self.capture(launches))
             else:
                 frame.graph.launch(stream)
+            for m, mask in zip(maps, masks or ()):
+                m *= self.cupy.asarray(mask)
             kept = []
             for x, shape, c in self._kept if outputs else ():
                 places = self._view(x, batch, *shape)
