@@ -1392,8 +1392,7 @@ class RegionOfInterest:
         """uint8 (H, W, 3) -> GREY outside. ShapeError unless it has the mask's proportions, to a pixel."""
         (h, w), (height, width) = self.mask.shape, image.shape[:2]
         if abs(height * w - width * h) > max(height, width, h, w):
-            raise ShapeError(f"{width}x{height} pixels, but the region of interest is for images of {w}x{h}, or "
-                             "of these proportions")
+            raise ShapeError(f"{width}x{height} pixels, but the region is for {w}x{h} or these proportions")
         _, keep, fill = self.at(height, width, shift)
         return image & keep | fill
 

@@ -113,6 +113,14 @@ def promise(prior) -> str:
     return text
 
 
+def looks_at(prior) -> str:
+    """How much of an image, in words."""
+    if prior.roi is None:
+        return "the whole image"
+    return (f"{prior.roi.mask.mean():.1%} of the image, {prior.inside.sum()} of {prior.inside.size} places "
+            "(region of interest)")
+
+
 def numbers(text: str, name: str) -> list[int]:
     try:
         return [int(n) for n in text.split(",")]
@@ -148,6 +156,8 @@ def tell_training(made) -> None:
         say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out "
             f"({prior.settings.calibration}); "
              f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
+        if prior.roi:
+            say(f"looks at {looks_at(prior)}")
         say(promise(prior))
 
 
@@ -217,7 +227,7 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
             row = {"path": str(path)}
             try:
                 image = load(path, fp._bits(prior), told)
-                seen += fp.image_key(image) in known_images
+                seen += fp.image_key(prior.roi.paint(image) if prior.roi else image) in known_images
                 r = judge(prior, image, bool(map_folder or mask_folder or as_json or page))
             except (fp.FastPriorError, MemoryError) as e:
                 refuse(str(e) if isinstance(e, fp.ImageError) else f"{path}: {str(e) or 'out of memory'}",
@@ -370,7 +380,7 @@ def info(model: Path | None, as_json: bool) -> None:
                   "backbone": made.backbone.name, "grid": f"{made.grid}x{made.grid}",
                   "channels": sum(made.backbone.channels)}
         for name, prior in fp._products(made).items():
-            own = {**dataclasses.asdict(prior.settings),
+            own = {**dataclasses.asdict(prior.settings), "looks_at": looks_at(prior),
                    "timesteps": prior.timesteps.tolist(), "calibrated_steps": sorted(prior.calibrations),
                    "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()),
                    **prior.summary,

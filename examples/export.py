@@ -105,9 +105,21 @@ def sides(g: Graph, pixels: str) -> list[str]:
     return [g("Squeeze", g("Shape", pixels, start=axis, end=axis + 1), g.integers(0)) for axis in (1, 2)]
 
 
-def resize_normalize(g: Graph, pixels: str, size: int, mean, std) -> str:
-    """uint8 (N, H, W, 3) -> float32 (N, 3, size, size): resized, then (x/255 - mean)/std."""
+def mask_at(g: Graph, mask: np.ndarray, pixels: str) -> str:
+    """A region's mask at the images' own size, bool (H, W), by the rule of `RegionOfInterest.at`."""
+    def nearest(n_in: int, n_out: str) -> str:
+        odd = g("Range", g.constant("one", 1, np.int64), g("Mul", two, n_out), two)
+        return g("Div", g("Mul", odd, g.constant(f"{n_in}", n_in, np.int64)), g("Mul", two, n_out))
+    two, x = g.constant("two", 2, np.int64), g.constant("region", mask, bool)
+    for axis, (n_in, n_out) in enumerate(zip(mask.shape, sides(g, pixels))):
+        x = g("Gather", x, nearest(n_in, n_out), axis=axis)
+    return x
+
+
+def resize_normalize(g: Graph, pixels: str, size: int, mean, std, mask: str = "") -> str:
+    """uint8 (N, H, W, 3) -> float32 (N, 3, size, size): painted outside mask, resized, (x/255 - mean)/std."""
     x = g("Transpose", g("Cast", pixels, to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+    x = g("Where", mask, x, g.constant("grey", fp.GREY)) if mask else x
     out = g.constant("size", size, np.int64)
     x = resample(g, x, *(resize_taps(g, side, out) for side in sides(g, pixels)))
     x = g("Reshape", x, g.integers(0, 3, size, size))  # runtimes plan ahead with sizes that they know
@@ -139,6 +151,12 @@ def backbone_outputs(g: Graph, x: str, net) -> list[tuple[str, int]]:
         x = g("Add", y, x) if block.skip else y
         outputs.append((x, stride))
     return outputs
+
+
+def spread(g: Graph, x: str, inside: np.ndarray) -> str:
+    """Values of the places inside (N, n) -> of all places (N, G G), 0 outside."""
+    source = np.where(inside, inside.cumsum() - 1, inside.sum())  # the last is a 0
+    return g("Gather", g("Pad", x, g.integers(0, 0, 0, 1)), g.constant("places", source, np.int64), axis=1)
 
 
 def features(g: Graph, outputs: list[tuple[str, int]], size: int, grid: int) -> str:
@@ -257,19 +275,25 @@ def prior_model(prior, name: str, metadata: dict[str, str]) -> bytes:
     zero, unit = calibration["moments"][:2]
     whitener, factors = prior._preconditioning
     g = Graph()
-    x = resize_normalize(g, "pixels", s.size, net.mean, net.std)
+    mask = mask_at(g, prior.roi.mask, "pixels") if prior.roi else ""
+    x = resize_normalize(g, "pixels", s.size, net.mean, net.std, mask)
     outputs = backbone_outputs(g, x, net)
     x, fine = (features(g, [outputs[i] for i in blocks], s.size, grid) for grid, blocks in net.views(s))
+    if not prior.inside.all():
+        x = g("Gather", x, g.constant("inside", np.flatnonzero(prior.inside), np.int64), axis=2)
     x = whiten(g, x, prior.mean, whitener)
     x = x if factors is None else remove_factors(g, x, factors)
     x = ddim_invert(g, x, prior.denoiser, prior.timesteps, prior.prediction)
     z = standardise(g, x, calibration["gain"], calibration["offset"])
-    worst = worst_mean(g, z, fp._worst_count(s.worst, s.grid ** 2))
+    worst = worst_mean(g, z, fp._worst_count(s.worst, len(prior.mean)))
     score = g("Div", g("Sub", worst, g.constant("score/zero", zero)), g.constant("score/unit", unit))
     weight, offset = prior._map_weights()
     cells = g("Add", g("Mul", z, g.constant("map/weight", weight)), g.constant("map/offset", offset))
+    cells = cells if prior.inside.all() else spread(g, cells, prior.inside)
     fine_map = sharpen(g, cells, fine_density(g, fine, *prior.fine), prior._map_operator)
-    for value, output in ((score, "score"), (anomaly_map(g, fine_map, "pixels"), "map")):
+    m = anomaly_map(g, fine_map, "pixels")
+    m = g("Where", mask, m, g.constant("0", 0)) if mask else m
+    for value, output in ((score, "score"), (m, "map")):
         g.nodes.append(helper.make_node("Identity", [value], [output]))
     return g.model(name, {"pixels": (TensorProto.UINT8, ["N", "H", "W", 3])},
                    {"score": ["N"], "map": ["N", "H", "W"]}, metadata)
@@ -280,6 +304,9 @@ def describe(prior, name: str, product: str) -> dict[str, str]:
     bits = prior.settings.bits
     deep = "" if bits is None else (f"; of images with 16 bits a value, {bits} of them used: "
                                     f"min(value, {(1 << bits) - 1}) >> {bits - 8}")
+    if prior.roi:
+        deep += "; {1}x{0} pixels or in these proportions: it has a region of interest".format(
+            *prior.roi.mask.shape)
     return {
         "fastprior": fp.__version__, "model": name, **({"product": product} if product else {}),
         "backbone": prior.backbone.name, "steps": str(prior.settings.steps),

@@ -47,12 +47,13 @@ def tiny_backbone(rng, act=fp.RELU6, squeeze=False, channels=(5, 7, 8, 17, 6)):
                        tuple(range(5)))
 
 
-def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whitened", backbone=None):
+def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whitened", backbone=None,
+               roi=None):
     rng = np.random.default_rng(seed)
     backbone = backbone or tiny_backbone(rng, act, squeeze)
     settings = fp.Settings(backbone="tiny", size=64, factors=3 * (variant == "whitened"), width=16,
                            variant=variant)
-    n, c = 16, sum(backbone.channels)
+    n, c = int(fp._inside(roi, 4).sum()), sum(backbone.channels)
     whitener = 1 + rng.random((n, c)).astype("f4")
     if variant == "whitened":
         whitener = fp.pack_lower(np.tril(.1 * rng.standard_normal((n, c, c))) + np.eye(c))
@@ -66,7 +67,14 @@ def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whit
     factors = fp.pack_factors(.05 * rng.standard_normal((3, n, c))) if settings.factors else None
     return fp.Prior(settings, backbone, rng.random((n, c)).astype("f4"), whitener, weights, calibrations,
                     {"images": 12, "unreadable": ["a.png: no"], "loss": .5}, 1, factors=factors,
-                    fine=fine_of(rng, backbone, settings))
+                    fine=fine_of(rng, backbone, settings), roi=roi)
+
+
+def half():
+    """A region for images of 56 x 40 pixels, with a hole."""
+    mask = np.zeros((40, 56), bool)
+    mask[3:, :33], mask[10:18, 12:20] = True, False
+    return fp.RegionOfInterest(mask)
 
 
 def fine_of(rng, backbone, settings):
@@ -324,7 +332,11 @@ def verdict(path):
         return "refused"
     finally:
         assert time.process_time() - began < 2, "slow to load"
-    for result in model.score_batch(IMAGES):
+    own = [np.full((*model.roi.mask.shape, 3), 99, np.uint8)] if model.roi else []
+    results = model.score_batch(IMAGES + own, errors="return")
+    assert model.roi or not any(isinstance(result, Exception) for result in results)
+    assert isinstance(results[-1], fp.Result), results[-1]
+    for result in (r for r in results if not isinstance(r, fp.ShapeError)):  # of another region's proportions
         assert np.isfinite([result.score, result.p_value, result.threshold]).all(), result
         assert np.isfinite(result.anomaly_map).all(), "map"
     return "scored"
@@ -338,7 +350,7 @@ def main(seconds=20.0, seed=0):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         models = [tiny_prior(), tiny_prior(1, fp.SILU, True), tiny_prior(2, denoiser=False),
-                  tiny_prior(3, variant="plain")]
+                  tiny_prior(3, variant="plain"), tiny_prior(6, roi=half())]
         one = tiny_backbone(np.random.default_rng(9))
         models.append(fp.MultiPrior({"a": tiny_prior(4, backbone=one), "b": tiny_prior(5, backbone=one)}))
         for i, model in enumerate(models):

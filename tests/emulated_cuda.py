@@ -142,6 +142,12 @@ class DeviceArray:
             raise TypeError(f"Unsupported type {type(value)}")  # a host array is no source
         self.host[key] = value.host if isinstance(value, DeviceArray) else value
 
+    def __imul__(self, other):
+        if not isinstance(other, DeviceArray):
+            raise TypeError(f"Unsupported type {type(other)}")
+        self.host *= other.host
+        return self
+
     def reshape(self, *shape):
         return self._seen_as(self.host.reshape(*shape))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastprior as fp
-from damaged_models import fine_of
+from damaged_models import fine_of, half, tiny_prior
 from emulated_cuda import DeviceArray, FakeCupy, LaunchError, gxx
 
 engines = fp._engines("cuda")
@@ -116,6 +116,21 @@ def test_whole_model_agrees_with_the_cpu(cuda, case, precision):
         assert relative(a.anomaly_map, b.anomaly_map) < TOLERANCE[precision]
         assert abs(b.score - b.threshold) > .02, "too close to call: choose another seed"
         assert a.is_anomaly == b.is_anomaly and a.verdict == b.verdict and a.threshold == b.threshold
+
+
+def test_a_region_of_interest_agrees_with_the_cpu(cuda):
+    """By the same launches; images that lie on the GPU too, whose maps stay there."""
+    prior = tiny_prior(roi=half())
+    batch = images(sizes=((40, 56), (80, 112)))
+    want = prior.score_batch(batch)
+    prior.device = "cuda"
+    gpu = prior.with_steps(2)
+    for given in (batch, [cuda.asarray(image) for image in batch]):
+        for a, b in zip(gpu.score_batch(given), want):
+            assert relative(a.score, b.score) < TOLERANCE["float32"]
+            assert relative(a.anomaly_map, b.anomaly_map) < TOLERANCE["float32"]
+            assert (a.anomaly_map[~prior.roi.at(*a.anomaly_map.shape)[0]] == 0).all()
+            assert isinstance(a.device_map, DeviceArray)
 
 
 @pytest.mark.parametrize("schedule", [1, 7])
