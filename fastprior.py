@@ -2418,10 +2418,10 @@ class _Gaussians:
 
 def _fit_fine(fine: Sequence[np.ndarray], settings: Settings, roi=None) -> tuple[np.ndarray, np.ndarray]:
     """Mean (F*F, C') float16 and whitener (C', C') of fine features: one covariance about places' means."""
-    mean = sum(x.astype(np.float32) for x in fine) / len(fine)
+    mean, inside = sum(x.astype(np.float32) for x in fine) / len(fine), _inside(roi, math.isqrt(len(fine[0])))
     cov = np.zeros((mean.shape[1],) * 2)
     for x in fine:
-        d = (x - mean)[_inside(roi, settings.fine)]
+        d = (x - mean)[inside]
         cov += d.T @ d / (len(fine) * len(d))
     return mean.astype(np.float16), inverse_cholesky(shrink_covariance(cov, cov, 0, settings.floor)[None])[0]
 

@@ -250,7 +250,7 @@ def test_holdout_touches_nothing_before_the_threshold():
 
 def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
     """200 simulated trainings, the denoiser's early stopping on: false alarms as split conformal promises."""
-    monkeypatch.setattr(fp, "Prior", lambda config, backbone, *parts, factors, fine: parts[:4])
+    monkeypatch.setattr(fp, "Prior", lambda config, backbone, *parts, factors, fine, roi: parts[:4])
     torch = pytest.importorskip("torch", reason="torch is in the extras `train` and `test`")
     torch.set_num_threads(1)
     monkeypatch.setattr(fp, "_CALIBRATED_STEPS", (1,))
