@@ -690,7 +690,7 @@ class Engine(Protocol):
         """No more operations come."""
 
     def run(self, images, *, with_map=False, outputs=False, shifts=None, given=None, masks=None) -> Any:
-        """A batch -> frames: `scores` (B,), `maps` (in `masks`), `outputs` (what was kept), and `to_host`.
+        """A batch -> frames: `scores` (B,), `maps`, 0 outside `masks`, `outputs` (what was kept), `to_host`.
 
         images: uint8 (H, W, 3), contiguous, or None where everything is `given`: (B, N, C) for each view, of
         which the fine one may lack if no map is wanted. shifts: of each image, see `resize_taps`.
@@ -1985,8 +1985,7 @@ class Prior:
 
         z_n = (|x_T,n|^2 / 2) * scale_n + location_n, in standard deviations of held-out good images.
         """
-        chunks = _load_chunks(self, images, 16, "raise", [])
-        rows = [self._z(self._frames(pixels, False)) for _, pixels in chunks]
+        rows = [self._z(self._frames(a, False)) for _, a in _load_chunks(self, images, 16, "raise", [])]
         return np.concatenate([np.empty((0, len(self.mean)), np.float32), *rows])
 
     def _z(self, frames) -> np.ndarray:
@@ -2138,6 +2137,8 @@ class MultiPrior:
         self.backbone, self.settings, self.grid = first.backbone, first.settings, first.grid
         self.device, self.backend, self.threads = first.device, first.backend, first.threads
         self.roi, self._built = first.roi, None
+        for prior in priors.values():
+            prior.roi = first.roi  # the same, and what it keeps of a size is then made once
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_built": None}
@@ -2659,8 +2660,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     minutes : at most this long in the denoiser's training.
     keep_all : images that are unlike the others calibrate too. Else they are set aside (at most a tenth),
         and named in `summary["set_aside"]`; those that are so by far do not train either.
-    roi : the region that counts: a mask (H, W) of the images' size, not 0 inside, or a file (see
-        examples/region.py). The model keeps it. See `RegionOfInterest`.
+    roi : mask (H, W) of the images' size, not 0 inside, or a file (examples/region.py): `RegionOfInterest`.
 
     Raises
     ------

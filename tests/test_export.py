@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import fastprior as fp
 from conftest import ROOT
-from damaged_models import tiny_prior
+from damaged_models import half, tiny_prior
 
 onnx = pytest.importorskip("onnx", reason="onnx is in the extras `export` and `test`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra `test`")
@@ -81,6 +81,11 @@ def test_a_trained_denoiser(trained, pictures, runtime, steps):
     {"act": fp.SILU, "squeeze": True}, {"squeeze": True, "denoiser": False}, {"variant": "plain"}])
 def test_other_networks_and_variants(runtime, model):
     check(tiny_prior(**model), runtime, pictures_of(1, 3, 70, 50), pictures_of(2, 1, 64, 64))
+
+
+@runtimes
+def test_a_region_of_interest(runtime):
+    check(tiny_prior(roi=half()), runtime, pictures_of(1, 3, 40, 56), pictures_of(2, 2, 33, 46))
 
 
 def test_the_settings_travel(trained):

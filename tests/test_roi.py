@@ -1,4 +1,5 @@
 """The region of interest: what lies outside changes nothing, and what is promised is promised inside."""
+import dataclasses
 import json
 import pickle
 
@@ -100,12 +101,14 @@ def test_a_place_counts_if_half_of_it_is_inside(prior):
     assert 0 < prior.inside.sum() < 16 and len(prior.mean) == prior.inside.sum()
 
 
-def test_the_score_is_the_mean_of_the_worst_share_of_the_places_inside(scoring):
-    image = scratched(parts(1, 1)[0])
+@pytest.mark.parametrize("worst", [.2, .8, 1.0])
+def test_the_score_is_the_mean_of_the_worst_share_of_the_places_inside(scoring, worst):
+    scoring = scoring._with(dataclasses.replace(scoring.settings, worst=worst), scoring.calibrations, {})
+    image = parts(1, 1)[0]
     z, n = scoring.z([image])[0], int(scoring.inside.sum())
-    assert z.shape == (n,) and round(.2 * n) != round(.2 * 16)
+    assert z.shape == (n,) and round(worst * n) != round(worst * 16) and (z < 0).any()
     zero, unit = scoring.calibration["moments"][:2]
-    want = (np.sort(z)[-round(.2 * n):].mean() - zero) / unit
+    want = (np.sort(z)[-round(worst * n):].mean() - zero) / unit
     assert scoring.score(image).score == pytest.approx(want, rel=1e-5)
 
 
@@ -145,6 +148,28 @@ def test_the_exported_graph_agrees(size):
 
 def test_training_does_not_see_what_is_outside(prior):
     same(fp.fit([spoilt(image) for image in parts(0, 24)], roi=MASK, **SETTINGS), prior)
+
+
+def test_what_is_painted_stays_in_place_when_a_copy_is_shifted():
+    hole = np.ones((64, 64), bool)
+    hole[20:40, 28:36] = False
+    shift = 8 / 64, -4 / 64  # whole pixels, so that nothing is interpolated
+    painted = fp.RegionOfInterest(hole).paint(np.full((64, 64, 3), 255, np.uint8), shift)
+    moved = fp.resize_normalize(painted, 64, (0, 0, 0), (1 / 255,) * 3, shift)
+    np.testing.assert_allclose(moved, np.where(hole, 255, fp.GREY)[:, :, None].repeat(3, 2), atol=1e-9)
+
+
+def test_copies_are_painted_too(monkeypatch):
+    seen, tokens = [], fp._reference_tokens
+    monkeypatch.setattr(fp, "_feature_engine", lambda *_, **__: None)
+    monkeypatch.setattr(fp, "_reference_tokens",
+                        lambda image, *at: seen.append((image, at[2])) or tokens(image, *at))
+    region = fp.RegionOfInterest(MASK)
+    e = fp.extract_features(parts(0, 1), fp.Settings(size=64, copies=3), fp.load_backbone("lite0"), roi=region)
+    assert len(seen) == 4 and e.features.shape[:2] == (4, fp._inside(region, 4).sum())
+    for image, shift in seen:
+        outside = ~region.at(HEIGHT, WIDTH, shift)[0]
+        assert (image[outside] == fp.GREY).all() and (image[~outside] != fp.GREY).mean() > .9
 
 
 def test_the_denoiser_knows_the_places_inside_only():

@@ -61,6 +61,7 @@ class Slow:
 
     def __init__(self, prior, seconds):
         self.prior, self.seconds, self.settings, self.calls = prior, seconds, prior.settings, 0
+        self.roi = prior.roi
 
     def score(self, image, **how):
         self.calls += 1
