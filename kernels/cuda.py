@@ -523,7 +523,7 @@ class Engine:
 
     def capture(self, launches: Iterable[Launch]):
         """A CUDA graph of launches that have all run before (so that nothing is loaded while capturing)."""
-        trunk, launches = self.capture_stream, list(launches)
+        trunk = self.capture_stream
         streams, pending = {None: trunk}, set()
 
         def wait(stream, branch: str | None) -> None:
@@ -533,7 +533,7 @@ class Engine:
         with trunk:
             trunk.begin_capture()
             try:
-                for launch in launches:
+                for i, launch in enumerate(launches):
                     if launch.beside not in streams:
                         streams[launch.beside] = self.cupy.cuda.Stream(non_blocking=True)
                     stream = streams[launch.beside]
@@ -541,8 +541,8 @@ class Engine:
                         if branch in streams:
                             wait(stream, branch)
                     pending = pending | {launch.beside} if launch.beside else pending - {*launch.waits}
-                    alone = not (launch.beside or launch.waits or launch is launches[0])
-                    if not (alone and self.overlaps and launch_overlapping(launch, stream)):
+                    follows = i > 0 and not (launch.beside or launch.waits)  # one other launch, and nothing else
+                    if not (follows and self.overlaps and launch_overlapping(launch, stream)):
                         with stream:
                             self.launch([launch])
                 for branch in pending:

@@ -98,6 +98,17 @@ def test_all_supported_architectures_are_there(build):
     assert {75, 80, 90} <= set(architectures())
 
 
+def test_every_kernel_lets_the_next_launch_start_and_awaits_the_one_before():
+    for name in FILES:
+        text = (KERNELS / f"{name}.cu").read_text()
+        bodies = re.split(r'(?:extern "C" __global__|__forceinline__) void ', text)[1:]
+        bodies = [b for b in bodies if not b.startswith("__launch_bounds__(MOST_PLACES")]  # call convolve
+        assert bodies
+        for body in bodies:
+            first, _, rest = body.partition("{\n")[2].partition("\n")
+            assert first.strip() == "allow_next_launch();" and rest.count("await_launch();") == 1, (name, body[:60])
+
+
 def test_every_kernel_file_has_a_head_that_names_its_references():
     for name in FILES:
         head = (KERNELS / f"{name}.cu").read_text().split("#include")[0]
