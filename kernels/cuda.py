@@ -541,7 +541,7 @@ class Engine:
                         if branch in streams:
                             wait(stream, branch)
                     pending = pending | {launch.beside} if launch.beside else pending - {*launch.waits}
-                    follows = i > 0 and not (launch.beside or launch.waits)  # one other launch, and nothing else
+                    follows = i > 0 and not (launch.beside or launch.waits)
                     if not (follows and self.overlaps and launch_overlapping(launch, stream)):
                         with stream:
                             self.launch([launch])

@@ -106,7 +106,8 @@ def test_every_kernel_lets_the_next_launch_start_and_awaits_the_one_before():
         assert bodies
         for body in bodies:
             first, _, rest = body.partition("{\n")[2].partition("\n")
-            assert first.strip() == "allow_next_launch();" and rest.count("await_launch();") == 1, (name, body[:60])
+            assert first.strip() == "allow_next_launch();", (name, body[:60])
+            assert rest.count("await_launch();") == 1, (name, body[:60])
 
 
 def test_every_kernel_file_has_a_head_that_names_its_references():
