@@ -186,7 +186,8 @@ class Engine:
             raise Unavailable(f"device 'cuda': {properties['name'].decode()} has compute capability "
                               f"{capability / 10}, 7.5 (Turing) or newer is needed: use device='cpu'")
         self.processors = properties["multiProcessorCount"]
-        self.overlaps = capability >= 90 and overlapping_launch() is not None
+        driver = self.cupy.cuda.runtime.driverGetVersion()  # from 12.3 on graphs hold such launches
+        self.overlaps = capability >= 90 and driver >= 12030 and overlapping_launch() is not None
         self.real = np.dtype(precision)
         self.steps: list[tuple[str, Callable[[int], Launch]]] = []
         self.frames: dict[int, _Frame] = {}
