@@ -842,6 +842,19 @@ def denoise(p: dict[str, np.ndarray], x: np.ndarray, t: int) -> np.ndarray:
     return linear(layer_norm(h, p["norm_gain"], p["norm_bias"]), p["out_w"], p["out_b"])
 
 
+def denoiser_loss(x0: np.ndarray, p: dict[str, np.ndarray] | None, prediction: str) -> float:
+    """Mean |F(x_t, t) - target|^2 of x0 (M, N, C), what training lowers, at four t; None: F = 0."""
+    rng, losses = np.random.default_rng(0), []
+    for x in x0:
+        for t in (50, 100, 200, 400):
+            eps, abar = rng.standard_normal(x.shape, np.float32), _alpha_bar_table()[t]
+            signal, noise = np.float32(abar ** .5), np.float32((1 - abar) ** .5)
+            target = signal * eps - noise * x if prediction == "v" else eps
+            f = denoise(p, signal * x + noise * eps, t) if p else 0
+            losses.append(np.mean((f - target) ** 2))
+    return float(np.mean(losses))
+
+
 def _num_mixers(p: dict) -> int:
     return sum(name.endswith("_token1") for name in p)
 
@@ -1915,7 +1928,7 @@ class Prior:
         """
         images, unreadable, _ = _good_images(images)
         e = extract_features(images, dataclasses.replace(self.settings, copies=2), self.backbone,
-                             self.threads, progress, np.float32, self.roi)
+                             self.threads, progress, np.float32, roi=self.roi)
         unreadable += e.unreadable
         if seen := len(set(e.keys) & set(self.summary.get("trained_on", ()))):
             raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
@@ -1944,6 +1957,23 @@ class Prior:
         told = {"calibrated_on": int(kept.sum()), "held_out_aside": len(aside), "set_aside_today": aside,
                 "near_duplicates_today": len(e.keys) - count, "unreadable": unreadable[:20]}
         return self._with(dataclasses.replace(self.settings, **settings), calibrations, self.summary | told)
+
+    def update(self, images, known: str | os.PathLike, *, iterations: int | None = 0, **options) -> "Prior":
+        """This model trained on `images` too, without the images it was trained on.
+
+        images: as for `fit`, may repeat old ones. known: the features that `fit(features=)` kept of the old
+        ones. Gaussians, factors and calibration are bit for bit those of a training on all. iterations: 0
+        keeps the denoiser while it still lowers the held-out loss; `summary["gain_kept"]` is by what share,
+        which at its training was 1 - loss / loss_start. Else it is trained again. options: those of `fit`.
+        """
+        kept = self.denoiser if iterations == 0 else None
+        factors = self.settings.factors and Settings.factors  # it may have less, for it had few images
+        settings = dataclasses.asdict(self.settings) | {
+            "backbone": self.backbone, "factors": factors, "roi": self.roi}
+        prior = fit(images, known=known, denoiser=kept, iterations=iterations, **settings | options)
+        before = {k: self.summary[k] for k in ("loss_start", "loss") if k in self.summary and kept}
+        prior.summary |= before
+        return prior
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -2124,7 +2154,7 @@ class MultiPrior:
         if len(kinds) != 1:
             raise ModelError("products of one model need one backbone, size, cell and number of steps, "
                              f"got {sorted(kinds)}")
-        if len({p.roi and (p.roi.mask.shape, p.roi.mask.tobytes()) for p in priors.values()}) != 1:
+        if len({p.roi and image_key(p.roi.mask) for p in priors.values()}) != 1:
             raise ModelError("products of one model need one region of interest")
         if len({p.settings.bits for p in priors.values()} - {None}) > 1:
             raise ModelError("products of one model need one depth of their 16-bit images (bits)")
@@ -2237,7 +2267,28 @@ class Extracted(NamedTuple):
     repeated: int  # images left out since their pixels were there already
     unreadable: list[str]  # a line for each image that could not be read
     fine: Sequence[np.ndarray]  # float16 (F*F, C') of each image itself, of the first _MOST_FINE
+    names: Sequence[str] = ()  # of what `sources` counts, where a file keeps it
     roi: RegionOfInterest | None = None  # N above counts the places inside
+
+    def save(self, path: str | os.PathLike, about: dict) -> None:
+        """Into a file that `load` reads if it is about the same; FastPriorError if it cannot be written."""
+        arrays = {"features": self.features, "owner": self.owner, "looks": self.looks.view(np.float32),
+                  "sources": np.array(self.sources, np.int64), "fine": np.array(self.fine)}
+        _write_npz(path, {"kind": "features", "about": about, "keys": self.keys, "names": self.names}, arrays)
+
+    @staticmethod
+    def load(path: str | os.PathLike, about: dict) -> "Extracted":
+        """ModelError if it is no such file, or another network, size, seed ... made its features."""
+        header, a = _read_npz(path)
+        if header.get("kind") != "features":
+            raise ModelError(f"{path}: expected features that `train --keep-features` wrote, got a "
+                             f"{header.get('kind')!r:.40}")
+        about = json.loads(json.dumps(about))
+        if other := [k for k, v in about.items() if header["about"].get(k) != v]:
+            raise ModelError(f"{path}: its features were made with another {', '.join(other)}: give what "
+                             "made them, or train anew")
+        return Extracted(a["features"], a["owner"], a["looks"].view(np.complex64), header["keys"],
+                         a["sources"].tolist(), 0, [], a["fine"], header["names"])
 
     @property
     def clean(self) -> np.ndarray:
@@ -2260,15 +2311,33 @@ def _readable(images: Iterable, bits: int | None, roi: RegionOfInterest | None) 
             yield load_image(source, bits, roi)
 
 
+def features_are_about(settings: Settings, backbone: Backbone, roi: RegionOfInterest | None = None) -> dict:
+    """All that decides the features of an image and of its copies, for `Extracted.save`."""
+    network = hashlib.sha256()
+    for a in backbone.to_arrays().values():
+        network.update(a.tobytes())
+    return {"network": network.hexdigest(), "revision": FIT_REVISION, "region": roi and image_key(roi.mask)} | {
+        k: getattr(settings, k) for k in ("size", "cell", "copies", "seed", "bits")}
+
+
 def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
-                     progress: Progress = _quiet, dtype=np.float16, roi=None) -> Extracted:
-    """Features of every different image and of its jittered copies (whose jitter its pixels decide)."""
-    kept, fine, repeated, unreadable = {}, {}, 0, []
-    n, c = settings.grid ** 2, sum(backbone.channels)
-    inside = _inside(roi, settings.grid)
-    different = len(images)
+                     progress: Progress = _quiet, dtype=np.float16, known: Extracted | None = None,
+                     roi: RegionOfInterest | None = None) -> Extracted:
+    """Features of every different image and of its jittered copies (whose jitter its pixels decide).
+
+    known: images whose features are there already. They come first in what `sources` counts.
+    """
+    kept, fine, repeated, unreadable, before = {}, {}, 0, [], 0
+    if known:
+        before = len(known.names)
+        rows = np.split(known.features, np.flatnonzero(known.clean)[1:])
+        kept = {key: (f, source, look) for key, f, source, look in zip(
+            known.keys, rows, known.sources, known.looks)}
+        fine = dict(zip(known.keys, known.fine))
+    inside, c = _inside(roi, settings.grid), sum(backbone.channels)
+    different = len(images) + len(kept)
     if different > 2400 // (settings.copies + 1):  # at most 2400 rows in memory, whatever was given twice
-        different = len({image_key(a) for a in _readable(images, settings.bits, roi)})
+        different = len({*kept, *(image_key(a) for a in _readable(images, settings.bits, roi))})
     copies = max(0, min(settings.copies, 2400 // max(different, 1) - 1))
     engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
     for i, source in enumerate(images):
@@ -2287,17 +2356,18 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
                 f, own = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs
             else:
                 f, own = map(np.stack, zip(*(_reference_tokens(a, backbone, settings, s) for a, s in batch)))
-            kept[key], fine[key] = (f[:, inside].astype(dtype), i, look(image)), own[0].astype(np.float16)
+            kept[key] = f[:, inside].astype(dtype), before + i, look(image)
+            fine[key] = own[0].astype(np.float16)
             if len(fine) > _MOST_FINE:
                 del fine[max(fine)]
         progress("features", i + 1, len(images))
     keys = sorted(kept)
-    rows = [kept[key][0] for key in keys]
-    return Extracted(np.concatenate(rows) if rows else np.empty((0, n, c), dtype),
+    rows = [kept[key][0][:copies + 1] for key in keys]
+    return Extracted(np.concatenate(rows) if rows else np.empty((0, inside.sum(), c), dtype),
                      np.repeat(np.arange(len(keys)), [len(f) for f in rows]),
                      np.array([kept[key][2] for key in keys]), keys,
                      [kept[key][1] for key in keys], repeated, unreadable,
-                     [fine[key] for key in sorted(fine)], roi)
+                     [fine[key] for key in sorted(fine)], roi=roi)
 
 
 def near_duplicates(e: Extracted) -> np.ndarray:
@@ -2613,9 +2683,9 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
 
 
 def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations: int | None,
-                  minutes: float | None = None, threads: int | None = None,
-                  progress: Progress = _quiet) -> Prior:
-    """Factors, denoiser and calibration; works in w.x0, w.fresh and w.whitener."""
+                  minutes: float | None = None, threads: int | None = None, progress: Progress = _quiet,
+                  kept: dict[str, np.ndarray] | None = None) -> Prior:
+    """Factors, denoiser (trained, or `kept`) and calibration; works in w.x0, w.fresh and w.whitener."""
     x0, fold, whitener, factors = w.x0, w.fold, w.whitener, None
     factors_at_most = int(w.clean.sum()) // 2 if whitener.ndim == 3 else 0
     config = dataclasses.replace(config, factors=min(config.factors, factors_at_most))
@@ -2629,7 +2699,11 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
             _to_unit_variance(x0, whitener, w.fresh)
     prediction = "v" if config.variant == "whitened" else "eps"
     denoiser, trained = None, {"iterations": 0}
-    if iterations is None or iterations > 0:
+    if kept is not None:
+        held = x0[(fold == 0) & w.clean][:32].astype(np.float32)
+        gain = 1 - denoiser_loss(held, kept, prediction) / denoiser_loss(held, None, prediction)
+        denoiser, trained = kept if gain > 0 else None, {"iterations": 0, "gain_kept": round(gain, 5)}
+    elif iterations is None or iterations > 0:
         denoiser, trained = train_denoiser(x0, fold == 0, config, iterations or 900, minutes, prediction,
                                            progress)
     calibrations = {}
@@ -2649,7 +2723,8 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
 
 
 def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,
-        keep_all: bool = False, roi=None, progress: Progress = _quiet, **settings) -> Prior:
+        keep_all: bool = False, roi=None, progress: Progress = _quiet, features=None, known=None,
+        denoiser=None, **settings) -> Prior:
     """Train a prior on good images. See `Settings` for the keywords; `Prior.fit` is this function.
 
     Parameters
@@ -2661,6 +2736,9 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     keep_all : images that are unlike the others calibrate too. Else they are set aside (at most a tenth),
         and named in `summary["set_aside"]`; those that are so by far do not train either.
     roi : mask (H, W) of the images' size, not 0 inside, or a file (examples/region.py): `RegionOfInterest`.
+    features : file to keep the images' features in, for `Prior.update`.
+    known, denoiser : what `Prior.update` hands in: a file of features, whose images take part too, and
+        weights to keep instead of training.
 
     Raises
     ------
@@ -2676,22 +2754,27 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     images, locked, found = _good_images(images)
     config = Settings(**settings)
     config.check()
-    if iterations is None or iterations > 0:
+    if denoiser is None and (iterations is None or iterations > 0):
         _import_torch()  # fail before the work, not after
-    if len(images) < MIN_IMAGES:
+    if len(images) < MIN_IMAGES and not known:
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or "
                          "more are better")
     backbone = load_backbone(config.backbone)
     config = dataclasses.replace(config, backbone=backbone.name, bits=config.bits or find_depth(images))
     roi = None if roi is None else _room("region").region_of(roi, images, config)
-    extracted = extract_features(images, config, backbone, threads, progress, roi=roi)
+    about = features_are_about(config, backbone, roi)
+    known = Extracted.load(known, about) if known else None
+    extracted = extract_features(images, config, backbone, threads, progress, known=known, roi=roi)
+    images = [*(known.names if known else ()), *images]
+    if features:
+        extracted._replace(names=_names(images, range(len(images)), False)).save(features, about)
     unreadable = locked + extracted.unreadable
     if 2 * len(unreadable) > len(images):
         raise ImageError(f"{len(unreadable)} of {len(images) + len(locked)} images cannot be read, "
                          f"the first: {unreadable[0]}")
     whitened = _whiten_features(extracted._replace(unreadable=unreadable), config, keep_all, progress)
     whitened.summary["set_aside"] = _names(images, whitened.summary["set_aside"])
-    prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress)
+    prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress, denoiser)
     prior.summary |= {"seconds": round(time.perf_counter() - began, 1),
                       "found": found, "not_read": len(unreadable)}
     return prior
@@ -2700,9 +2783,9 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
 Prior.fit = staticmethod(fit)
 
 
-def _names(images: Sequence, places: Iterable[int]) -> list[str]:
-    return sorted(str(images[i]) if isinstance(images[i], (str, os.PathLike)) else f"image {i}"
-                  for i in places)
+def _names(images: Sequence, places: Iterable[int], ordered: bool = True) -> list[str]:
+    names = [str(images[i]) if isinstance(images[i], (str, os.PathLike)) else f"image {i}" for i in places]
+    return sorted(names) if ordered else names
 
 
 def fit_many(root: str | os.PathLike, *, progress: Progress = _quiet, **options) -> MultiPrior:

@@ -309,17 +309,14 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
     @functools.cache
     def features() -> fp.Extracted:
         file = kept("features", config.size, config.cell, config.copies, config.seed)
+        about = fp.features_are_about(config, backbone)
         try:
-            header, arrays = fp._read_npz(file)
+            return fp.Extracted.load(file, about)
         except fp.ModelError:  # not there yet, or spoilt
             made = fp.extract_features(category.train, config, backbone, threads, progress)
-            header, arrays = {"keys": made.keys}, {
-                "features": made.features, "owner": made.owner, "looks": made.looks.view(np.float32),
-                "sources": np.array(made.sources), "fine": np.array(made.fine)}
             file.parent.mkdir(0o700, parents=True, exist_ok=True)
-            fp._write_npz(file, header, arrays)
-        return fp.Extracted(arrays["features"], arrays["owner"], arrays["looks"].view(np.complex64),
-                            header["keys"], arrays["sources"].tolist(), 0, [], arrays["fine"])
+            made.save(file, about)
+            return made
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):

@@ -34,6 +34,8 @@ def build_app() -> "typer.Typer":
 
     keep_all_option = typer.Option(False, "--keep-all", help="Also use images unlike the others.")
 
+    check_output = fp._room("folders").check_output
+
     def preset(tier: str) -> dict:
         if tier not in fp.TIERS:
             raise fp.ShapeError(f"--tier: expected {', '.join(fp.TIERS)}, got {tier!r}")
@@ -69,6 +71,8 @@ def build_app() -> "typer.Typer":
                                             "the model keeps it."),
               multi: bool = typer.Option(False, "--multi",
                                          help="GOOD holds a folder for each product; one model for all."),
+              keep_features: bool = typer.Option(False, "--keep-features",
+                                                 help="Also write OUTPUT.features.npz, for `update`."),
               threads: int = threads_option):
         """Train a model on good images.
 
@@ -78,17 +82,41 @@ def build_app() -> "typer.Typer":
 
         Example: fastprior train --multi products -o all.npz
         """
-        fp._room("folders").check_output(output)
+        check_output(output)
+        features = console.features_file(output) if keep_features else None
+        if multi and features:
+            raise fp.ShapeError("--keep-features: of one product; leave out --multi")
         chosen = preset(tier)
         own = {k: v for k, v in {"backbone": backbone, "size": size, "cell": cell}.items() if v is not None}
         with console.Bars() as bars:
             made = (fp.fit_many if multi else fp.fit)(
                 good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
                 variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits, keep_all=keep_all,
-                roi=roi, **chosen | own)
+                roi=roi, **chosen | own | ({"features": features} if features else {}))
         made.save(output)
         console.tell_training(made)
         print(output)
+
+    @app.command()
+    def update(good: str = typer.Argument(..., help="Folder of more good images."),
+               model: Path = typer.Option(..., "-m", "--model", help="Model file to start from; its features "
+                                                                     "(--keep-features) lie beside it."),
+               output: Path = typer.Option(..., "-o", "--output", help="Model file to write (.npz), and its "
+                                                                       "features beside it."),
+               iterations: int = typer.Option(0, min=0, help="Train the denoiser again, at most this long; 0 "
+                                                             "keeps the model's."),
+               keep_all: bool = keep_all_option, threads: int = threads_option):
+        """Add good images to a model without those it was trained on.
+
+        Gaussians, factors and thresholds become those of a training on all images, old and new. The denoiser
+        stays, while it helps; what it still gains is printed, and when to train it again.
+
+        Example: fastprior train photos/good -o part.npz --keep-features
+
+        Example: fastprior update -m part.npz photos/more_good -o new.npz
+        """
+        check_output(output)
+        console.update(good, model, output, iterations, keep_all, threads)
 
     @app.command()
     def score(paths: list[str] = typer.Argument(..., help="Files, folders or globs."),
@@ -165,7 +193,7 @@ def build_app() -> "typer.Typer":
 
         Example: fastprior calibrate -m part.npz photos/good_today -o today.npz --known-bad photos/bad
         """
-        fp._room("folders").check_output(output)
+        check_output(output)
         console.calibrate(good, model, output, known_bad, fpr, threshold, keep_all, device, threads)
 
     @app.command()

@@ -137,6 +137,34 @@ def tell_doubts(near_duplicates: int, aside: list[str]) -> None:
             "them: fastprior score --map): " + ", ".join(aside))
 
 
+def features_file(model: Path) -> Path:
+    """Where the features of a model's images are kept: part.npz -> part.features.npz."""
+    return model.with_suffix(".features" + model.suffix)
+
+
+def update(good: str, model: Path, output: Path, iterations: int, keep_all: bool,
+           threads: int | None) -> None:
+    prior, known, kept = fp.Prior.load(model, threads=threads), features_file(model), features_file(output)
+    if isinstance(prior, fp.MultiPrior):
+        raise fp.FastPriorError(f"{model}: holds {len(prior.priors)} products; update takes a model of one")
+    if not known.is_file():
+        raise fp.FastPriorError(f"{known} is not there: it holds what update needs of the first images; "
+                                "write it with train --keep-features")
+    fp._room("folders").check_output(kept)
+    with Bars() as bars:
+        new = prior.update(good, known, iterations=iterations, keep_all=keep_all, threads=threads,
+                           features=kept, progress=bars)
+    new.save(output)
+    tell_training(new)
+    summary = new.summary
+    if "gain_kept" in summary:
+        now, then = summary["gain_kept"], 1 - summary["loss"] / summary["loss_start"]
+        again = "" if now > then / 2 else ": train it again, with update --iterations 900"
+        what = "denoiser kept" if now > 0 else "denoiser left out"
+        say(f"{what}: it explains {now:.2%} of what is held out, {then:.2%} when it was trained{again}")
+    print(output)
+
+
 def tell_training(made) -> None:
     """What a training has to say, on stderr."""
     for name, prior in fp._products(made).items():

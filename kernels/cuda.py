@@ -87,12 +87,14 @@ def byte_fragments(w: np.ndarray) -> np.ndarray:
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute
-    _fields_ = [("id", ctypes.c_int), ("unused", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
+    _fields_ = [("id", ctypes.c_int), ("unused", ctypes.c_int), ("value", ctypes.c_int),
+                ("rest", ctypes.c_int * 15)]
 
 
 class _Configuration(ctypes.Structure):  # CUlaunchConfig
     _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
-                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint)]
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)),
+                ("count", ctypes.c_uint)]
 
 
 @functools.cache
@@ -115,8 +117,7 @@ def launch_overlapping(launch: "Launch", stream) -> bool:
     attribute = _Attribute(6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     block = *launch.block, 1, 1
     configuration = _Configuration(launch.grid, block[:3], 0, stream.ptr, ctypes.pointer(attribute), 1)
-    values = [np.uint64(a.data.ptr) if hasattr(a, "data") and hasattr(a.data, "ptr") else a for a in launch.args]
-    values = [np.array(v) for v in values]
+    values = [np.array(a if isinstance(a, np.generic) else np.uint64(a.data.ptr)) for a in launch.args]
     arguments = (ctypes.c_void_p * len(values))(*[v.ctypes.data for v in values])
     return not overlapping_launch()(ctypes.byref(configuration), ctypes.c_void_p(function), arguments, None)
 
@@ -185,7 +186,8 @@ class Engine:
             raise Unavailable(f"device 'cuda': {properties['name'].decode()} has compute capability "
                               f"{capability / 10}, 7.5 (Turing) or newer is needed: use device='cpu'")
         self.processors = properties["multiProcessorCount"]
-        self.overlaps = capability >= 90 and overlapping_launch() is not None
+        driver = self.cupy.cuda.runtime.driverGetVersion()  # from 12.3 on graphs hold such launches
+        self.overlaps = capability >= 90 and driver >= 12030 and overlapping_launch() is not None
         self.real = np.dtype(precision)
         self.steps: list[tuple[str, Callable[[int], Launch]]] = []
         self.frames: dict[int, _Frame] = {}
@@ -229,10 +231,11 @@ class Engine:
             raise Unavailable(f"device 'cuda': CuPy cannot compile kernels/{file}.cu ({reason}); if NVRTC is "
                               "missing: pip install 'cupy-cuda12x[ctk]' or 'cupy-cuda13x[ctk]'") from e
 
-    def emit(self, make: Callable[[int], Launch], beside: str | None = None, waits: tuple[str, ...] = ()) -> None:
+    def emit(self, make: Callable[[int], Launch], beside: str | None = None,
+             waits: tuple[str, ...] = ()) -> None:
         """Append a launch, given the batch; see `Launch` for the rest.
 
-        A branch starts from where the trunk stands. What its launches name lives until the trunk waits for it.
+        A branch starts where the trunk stands. What its launches name lives until the trunk waits for it.
         """
         self.steps.append((self._stage, lambda batch: make(batch)._replace(beside=beside, waits=waits)))
 
@@ -248,7 +251,7 @@ class Engine:
         wide = self.real == np.float32 and not np.array_equal(w, w.astype(np.float16))
         packed = self.constant(fragments(w, wide).view(np.int16), np.int16)
         across = -(-n // 32)
-        # warps that share K: what a batch has too little of, one image decides, so that all have the same bits
+        # warps that share K: one image decides, not the batch, so that a score has the same bits in any
         split = max(s for s in (1, 2, 4, 8) if s == 1 or
                     32 * s <= round_up(k, 16) and s * across * -(-rows // 32) <= _MOST_SHARES)
 
@@ -257,10 +260,12 @@ class Engine:
             # the large tile reads less, the small one spreads a small product over more processors
             tile = 32 if -(-m // 32) * across * images * split >= 8 * self.processors else 16
             warps = max(4, split)
-            args = (a, np.int64(k * lda if transposed else 0), lda, packed, bias, ldbias, gate, residual, out, m,
-                    n, k, rows, act, split)
-            kernel = self.kernel("product", TILE=tile, WARPS=warps, WIDE=int(wide), TRANSPOSED=int(transposed))
-            return Launch(kernel, (-(-(-(-m // tile) * across) * split // warps), 1, images), (32 * warps,), args)
+            args = (a, np.int64(k * lda if transposed else 0), lda, packed, bias, ldbias, gate, residual, out,
+                    m, n, k, rows, act, split)
+            kernel = self.kernel("product", TILE=tile, WARPS=warps, WIDE=int(wide),
+                                 TRANSPOSED=int(transposed))
+            shares = -(-m // tile) * across * split
+            return Launch(kernel, (-(-shares // warps), 1, images), (32 * warps,), args)
         self.emit(make)
         return out
 
@@ -312,8 +317,8 @@ class Engine:
                       waits=("pools",))
         else:
             w = self.constant(byte_fragments(w).view(np.uint8), np.uint8)
-            self.emit(lambda batch: Launch(self.kernel("whiten"), (n * c // PANEL, 1, -(-batch // 16)), (128,),
-                                           (f, mean, w, x, n, c, batch)), waits=("pools",))
+            self.emit(lambda batch: Launch(self.kernel("whiten"), (n * c // PANEL, 1, -(-batch // 16)),
+                                           (128,), (f, mean, w, x, n, c, batch)), waits=("pools",))
         return x
 
     def remove_factors(self, x: Buffer, n: int, c: int, factors: np.ndarray) -> Buffer:
@@ -336,8 +341,8 @@ class Engine:
         self._stage = "denoiser"
         m, k = round_up(w.shape[1], 8), round_up(k, 8)
         bias = self.constant(padded_to(b, *b.shape[:-1], m))
-        return self.product(x, lda or k, w, n, k, bias=bias, ldbias=m if b.ndim == 2 else 0, residual=residual,
-                            act=act), m
+        return self.product(x, lda or k, w, n, k, bias=bias, ldbias=m if b.ndim == 2 else 0, act=act,
+                            residual=residual), m
 
     def mix(self, x: Buffer, d: int, w: np.ndarray, act: int = NONE,
             residual: Buffer | None = None) -> Buffer:
@@ -410,8 +415,8 @@ class Engine:
         c_in, mid, c_out = (round_up(c, 8) for c in block.channels)
         y = x
         if "expand_w" in p:
-            y = self.product(x, c_in, p["expand_w"], h * w, c_in, bias=self.constant(padded_to(p["expand_b"], mid)),
-                             act=block.act)
+            y = self.product(x, c_in, p["expand_w"], h * w, c_in, act=block.act,
+                             bias=self.constant(padded_to(p["expand_b"], mid)))
         size, stride = p["dw_w"].shape[0], block.stride
         h_out, w_out = -(-h // stride), -(-w // stride)
         middle = self.buffer(h_out, w_out, mid)
@@ -449,8 +454,8 @@ class Engine:
         reduce_w, reduce_b, expand_w, expand_b = (self.constant(padded_to(a, *shape)) for a, shape in (
             (p["se_reduce_w"].T, (s, c)), (p["se_reduce_b"], (s,)), (p["se_expand_w"], (s, c)),
             (p["se_expand_b"], (c,))))
-        self.emit(lambda batch: Launch(self.kernel("squeeze_excite", "squeeze"), (runs, pieces, batch), (512,),
-                                       (sums, reduce_w, hidden, parts, c, s, pixels)))
+        self.emit(lambda batch: Launch(self.kernel("squeeze_excite", "squeeze"), (runs, pieces, batch),
+                                       (512,), (sums, reduce_w, hidden, parts, c, s, pixels)))
         self.emit(lambda batch: Launch(self.kernel("squeeze_excite", "excite"), (runs, 1, batch), (512,),
                                        (hidden, reduce_b, expand_w, expand_b, gate, runs * pieces, c, s)))
         return gate
@@ -463,8 +468,9 @@ class Engine:
         lives: dict[Buffer, list[int]] = {given[0]: [0, 0] for given in self._given}
         launches, last = [make(1) for _, make in self.steps], len(self.steps)
         for i, launch in enumerate(launches):
-            joined = (k for k in range(i, last) if launch.beside in launches[k].waits and not launches[k].beside)
-            end = next(joined, last) if launch.beside else i
+            joins = (k for k in range(i, last)
+                     if launch.beside in launches[k].waits and not launches[k].beside)
+            end = next(joins, last) if launch.beside else i
             for a in launch.args:
                 if isinstance(a, Buffer):
                     live = lives.setdefault(a, [i, end])
@@ -518,7 +524,7 @@ class Engine:
 
     def capture(self, launches: Iterable[Launch]):
         """A CUDA graph of launches that have all run before (so that nothing is loaded while capturing)."""
-        trunk, launches = self.capture_stream, list(launches)
+        trunk = self.capture_stream
         streams, pending = {None: trunk}, set()
 
         def wait(stream, branch: str | None) -> None:
@@ -528,7 +534,7 @@ class Engine:
         with trunk:
             trunk.begin_capture()
             try:
-                for launch in launches:
+                for i, launch in enumerate(launches):
                     if launch.beside not in streams:
                         streams[launch.beside] = self.cupy.cuda.Stream(non_blocking=True)
                     stream = streams[launch.beside]
@@ -536,8 +542,8 @@ class Engine:
                         if branch in streams:
                             wait(stream, branch)
                     pending = pending | {launch.beside} if launch.beside else pending - {*launch.waits}
-                    alone = not (launch.beside or launch.waits or launch is launches[0])
-                    if not (alone and self.overlaps and launch_overlapping(launch, stream)):
+                    follows = i > 0 and not (launch.beside or launch.waits)
+                    if not (follows and self.overlaps and launch_overlapping(launch, stream)):
                         with stream:
                             self.launch([launch])
                 for branch in pending:

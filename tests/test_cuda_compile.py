@@ -17,7 +17,8 @@ from twins import OPS
 
 FILES = sorted(p.stem for p in KERNELS.glob("*.cu"))
 VARIANTS = {  # macros that the engine sets
-    "product": [f"-DTILE={t} -DWIDE={w} -DTRANSPOSED={x} -DWARPS={p}" for t, w, x, p in ((32, 0, 0, 4), (16, 1, 0, 8), (16, 1, 1, 8))],
+    "product": ["-DTILE=32 -DWARPS=4", "-DTILE=16 -DWARPS=8 -DWIDE=1",
+                "-DTILE=16 -DWARPS=8 -DWIDE=1 -DTRANSPOSED=1"],
     "depthwise": ["-DSMALL=0", "-DSMALL=1"]}
 
 
@@ -95,6 +96,18 @@ def test_a_wrong_kernel_does_not_compile(build):
 
 def test_all_supported_architectures_are_there(build):
     assert {75, 80, 90} <= set(architectures())
+
+
+def test_every_kernel_lets_the_next_launch_start_and_awaits_the_one_before():
+    for name in FILES:
+        text = (KERNELS / f"{name}.cu").read_text()
+        bodies = re.split(r'(?:extern "C" __global__|__forceinline__) void ', text)[1:]
+        bodies = [b for b in bodies if not b.startswith("__launch_bounds__(MOST_PLACES")]  # call convolve
+        assert bodies
+        for body in bodies:
+            first, _, rest = body.partition("{\n")[2].partition("\n")
+            assert first.strip() == "allow_next_launch();", (name, body[:60])
+            assert rest.count("await_launch();") == 1, (name, body[:60])
 
 
 def test_every_kernel_file_has_a_head_that_names_its_references():

@@ -55,7 +55,7 @@ def small_backbone(rng):
                        w(12, scale=.1), blocks, (0, 2, 3, 5, 6))
 
 
-def model(backbone="small", size=96, steps=2, variant="whitened", denoiser=True, seed=0, **where):
+def model(backbone="small", size=64, steps=2, variant="whitened", denoiser=True, seed=0, **where):
     """A prior with random weights; calibrated so that scores are of the order of one."""
     rng = np.random.default_rng(seed)
     backbone = small_backbone(rng) if backbone == "small" else fp.load_backbone(backbone)
@@ -194,8 +194,9 @@ def test_a_frame_is_launched_as_the_kernels_expect(cuda):
               *[["product", "depthwise_51", *gate, "pool"]] * 2]
     step = ["product", "layer_norm", "product", "product", "layer_norm", "product", "product", "layer_norm",
             "product", "rotate_density"]
-    assert names == ["resize_normalize", "stem", *sum(blocks, []), "fine_density", "whiten", "project_factors",
-                     "sum_factors", "remove_factors", *step, *step, "worst_mean", "sharpen", "anomaly_map"]
+    assert names == [
+        "resize_normalize", "stem", *sum(blocks, []), "fine_density", "whiten", "project_factors",
+        "sum_factors", "remove_factors", *step, *step, "worst_mean", "sharpen", "anomaly_map"]
     rotations = [args for name, _, _, args in cuda.launches if name == "rotate_density"][:2]
     assert (rotations[0][4] != 0, rotations[1][4] != 0) == (True, False)  # at the last step x' goes nowhere
     assert (rotations[0][7] != 0, rotations[1][7] != 0) == (False, True)  # and z only there
@@ -271,7 +272,7 @@ def test_a_prior_is_copied_with_its_device(cuda, twin_of):
 def test_several_products_on_the_gpu_are_those_of_the_cpu(cuda, precision):
     def products(prior, **where):
         """Two that differ by little: each takes some of the images."""
-        shifted = fp.Prior(prior.settings, prior.backbone, prior.mean - np.float32(.03), prior.whitener,
+        shifted = fp.Prior(prior.settings, prior.backbone, prior.mean + np.float32(.03), prior.whitener,
                            prior.denoiser, prior.calibrations, {}, factors=prior.factors, fine=prior.fine,
                            **where)
         return fp.MultiPrior({"one": prior, "two": shifted})
@@ -281,7 +282,7 @@ def test_several_products_on_the_gpu_are_those_of_the_cpu(cuda, precision):
         images(sizes=((96, 96), (41, 33), (90, 80), (60, 61))))]
     want = cpu.score_batch(batch)
     z = np.array([prior.z(batch).mean(-1) for prior in cpu.priors.values()])
-    assert set(z.argmin(0)) == {0, 1} and np.abs(z[0] - z[1]).min() > .002, "choose another shift"
+    assert set(z.argmin(0)) == {0, 1} and np.abs(z[0] - z[1]).min() > .0015, "choose another shift"
     mixed = [cuda.asarray(i) if k % 2 else i for k, i in enumerate(batch)]
     for given in (batch, mixed, [cuda.asarray(i) for i in batch]):
         for a, b in zip(gpu.score_batch(given, chunk=3), want, strict=True):
@@ -321,7 +322,8 @@ def test_buffers_share_memory_but_never_while_both_live(cuda):
     launches, lives = [make(1) for _, make in engine.steps], {}
     for i, launch in enumerate(launches):
         # what a branch names lives on until the trunk has waited for the branch
-        joins = [k for k, later in enumerate(launches) if k > i and not later.beside and launch.beside in later.waits]
+        joins = [k for k, later in enumerate(launches)
+                 if k > i and not later.beside and launch.beside in later.waits]
         end = min(joins, default=len(launches)) if launch.beside else i
         for a in launch.args:
             if isinstance(a, engines.Buffer):

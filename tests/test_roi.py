@@ -165,7 +165,8 @@ def test_copies_are_painted_too(monkeypatch):
     monkeypatch.setattr(fp, "_reference_tokens",
                         lambda image, *at: seen.append((image, at[2])) or tokens(image, *at))
     region = fp.RegionOfInterest(MASK)
-    e = fp.extract_features(parts(0, 1), fp.Settings(size=64, copies=3), fp.load_backbone("lite0"), roi=region)
+    settings, backbone = fp.Settings(size=64, copies=3), fp.load_backbone("lite0")
+    e = fp.extract_features(parts(0, 1), settings, backbone, roi=region)
     assert len(seen) == 4 and e.features.shape[:2] == (4, fp._inside(region, 4).sum())
     for image, shift in seen:
         outside = ~region.at(HEIGHT, WIDTH, shift)[0]
@@ -235,6 +236,13 @@ def test_calibrate_keeps_the_region_in_force(prior):
     assert max(r.anomaly_map.max() for r in a.score_batch(new)) <= 1.005  # fine features are kept in float16
     with pytest.raises(fp.ImageError, match="trained on"):
         prior.calibrate([spoilt(image) for image in parts(0, 24)])
+
+
+def test_update_is_training_at_once_with_the_same_region(tmp_path):
+    few = fp.fit(parts(0, 12), roi=MASK, features=tmp_path / "features.npz", **SETTINGS)
+    same(few.update(parts(0, 24)[12:], tmp_path / "features.npz"), fp.fit(parts(0, 24), roi=MASK, **SETTINGS))
+    with pytest.raises(fp.ModelError, match="another region"):
+        fp.fit(parts(0, 12), **SETTINGS).update(parts(0, 24)[12:], tmp_path / "features.npz")
 
 
 def test_several_products_have_one_region(prior):

@@ -50,7 +50,8 @@ class DeviceBench(emulated.Bench):
 def test_kernel_agrees_with_its_reference(name, dtype):
     run, variants = emulated.OPERATIONS[name]
     for options in variants:
-        run(DeviceBench(emulated.FILES.get(name, name), dtype, emulated.macros(name, dtype, **options)), **options)
+        macros = emulated.macros(name, dtype, **options)
+        run(DeviceBench(emulated.FILES.get(name, name), dtype, macros), **options)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

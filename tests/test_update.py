@@ -1,0 +1,154 @@
+"""`update`: a model that grows by good images, without those it was trained on."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastprior as fp
+from conftest import ROOT
+
+SIZE = {"size": 64, "copies": 2, "iterations": 0}
+
+
+@pytest.fixture(scope="module")
+def parts(washers):
+    files = sorted((washers / "train" / "good").iterdir())
+    return files[:14], files[14:]
+
+
+@pytest.fixture(scope="module")
+def grown(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    first = fp.fit(parts[0], features=folder / "first.npz", **SIZE)
+    new = first.update(parts[1], folder / "first.npz", features=folder / "all.npz")
+    return folder, first, new, fp.fit(parts[0] + parts[1], features=folder / "both.npz", **SIZE)
+
+
+def arrays_of(prior):
+    return fp._pack_model({"": prior})[1]
+
+
+def test_it_is_the_training_on_all_images_bit_for_bit(grown):
+    folder, first, new, both = grown
+    assert new.settings == both.settings and first.summary["images"] < new.summary["images"]
+    of_new, of_both = arrays_of(new), arrays_of(both)
+    assert of_new.keys() == of_both.keys()
+    for name, a in of_new.items():
+        np.testing.assert_array_equal(a, of_both[name], err_msg=name)
+    for name in ("images", "held_out", "trained_on", "near_duplicates"):
+        assert new.summary[name] == both.summary[name]
+    about = fp.features_are_about(new.settings, new.backbone)
+    kept, wanted = (fp.Extracted.load(folder / f"{name}.npz", about) for name in ("all", "both"))
+    assert kept.keys == wanted.keys
+    assert [kept.names[i] for i in kept.sources] == [wanted.names[i] for i in wanted.sources]
+    np.testing.assert_array_equal(kept.features, wanted.features)
+
+
+def test_old_images_among_the_new_count_once(grown, parts):
+    folder, _, new, _ = grown
+    again = new.update(parts[0][:3], folder / "all.npz")
+    assert again.summary["repeated"] == 3 and again.summary["images"] == new.summary["images"]
+    for name, a in arrays_of(again).items():
+        np.testing.assert_array_equal(a, arrays_of(new)[name], err_msg=name)
+    third = new.update([np.asarray(fp.load_image(parts[0][0]))[::-1].copy()], folder / "all.npz",
+                       keep_all=True)
+    assert third.summary["images"] == new.summary["images"] + 1
+
+
+def test_where_more_images_leave_room_for_fewer_copies_old_ones_lose_some(grown):
+    folder, first, *_ = grown
+    e = fp.Extracted.load(folder / "first.npz", fp.features_are_about(first.settings, first.backbone))
+    fewer = fp.extract_features([], fp.dataclasses.replace(first.settings, copies=1), first.backbone, known=e)
+    assert np.bincount(fewer.owner).tolist() == [2] * len(e.keys)
+    np.testing.assert_array_equal(fewer.features[::2], e.features[::3])
+    np.testing.assert_array_equal(fewer.features[1::2], e.features[1::3])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"size": 96}, "another size"), ({"seed": 3}, "another seed"), ({"copies": 3}, "another copies"),
+    ({"bits": 12}, "another bits"), ({"backbone": "lite2"}, "another network")])
+def test_features_of_another_kind_are_refused(grown, parts, change, message):
+    folder, first, *_ = grown
+    with pytest.raises(fp.ModelError, match=f"first.npz.*{message}.*train anew"):
+        fp.fit(parts[1], known=folder / "first.npz", **SIZE | change)
+
+
+def test_a_model_is_no_file_of_features(grown, parts, tmp_path):
+    _, first, *_ = grown
+    first.save(tmp_path / "model.npz")
+    with pytest.raises(fp.ModelError, match="expected features"):
+        first.update(parts[1], tmp_path / "model.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "model.npz").read_bytes()[:5000])
+    with pytest.raises(fp.ModelError):
+        first.update(parts[1], tmp_path / "cut.npz")
+
+
+def test_the_denoiser_stays_while_it_helps(grown, parts, monkeypatch):
+    folder, first, new, _ = grown
+    n, c = first.mean.shape
+    own = fp.initial_denoiser(n, c, first.settings)
+    had = first._with(first.settings, first.calibrations, first.summary | {"loss_start": 1.0, "loss": .95})
+    had.denoiser, seen = own, []
+
+    def loss(x0, p, prediction):
+        seen.append((len(x0), x0.dtype, prediction))
+        return with_it if p else 1.0
+    monkeypatch.setattr(fp, "denoiser_loss", loss)
+    with_it = .97
+    kept = had.update(parts[1], folder / "first.npz")
+    for name, a in own.items():
+        np.testing.assert_array_equal(kept.denoiser[name], a)
+    assert kept.summary["gain_kept"] == pytest.approx(.03) and kept.summary["loss"] == .95
+    assert seen == [(5, np.float32, "v")] * 2  # a fold of 24
+    np.testing.assert_array_equal(kept.whitener, new.whitener)
+    with_it = 1.01
+    dropped = had.update(parts[1], folder / "first.npz")
+    assert dropped.denoiser is None and dropped.summary["gain_kept"] == pytest.approx(-.01)
+
+
+def test_the_loss_is_the_one_that_training_lowers(trained):
+    held = np.random.default_rng(1).standard_normal((2, *trained.mean.shape)).astype(np.float32)
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(held)
+    total = []
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        for t in (50, 100, 200, 400):
+            eps, abar = rng.standard_normal(held.shape[1:], np.float32), float(fp._alpha_bar_table()[t])
+            noisy = abar ** .5 * x[i] + (1 - abar) ** .5 * torch.from_numpy(eps)
+            p = {k: torch.from_numpy(a) for k, a in trained.denoiser.items()}
+            f = fp.torch_denoise(torch, p, noisy[None], torch.tensor([t]))[0]
+            target = abar ** .5 * torch.from_numpy(eps) - (1 - abar) ** .5 * x[i]
+            total.append(float(((f - target) ** 2).mean()))
+    assert fp.denoiser_loss(held, trained.denoiser, "v") == pytest.approx(np.mean(total), rel=1e-4)
+
+
+def test_the_loss_without_a_denoiser_is_that_of_the_target():
+    x = np.random.default_rng(1).standard_normal((3, 4, 500)).astype(np.float32)
+    assert fp.denoiser_loss(x, None, "v") == pytest.approx(1, abs=.03)  # both have unit variance
+    assert fp.denoiser_loss(3 * x, None, "eps") == pytest.approx(1, abs=.03)
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "fastprior.py"), *map(str, arguments)],
+                          capture_output=True, text=True)
+
+
+def test_the_command(washers, parts, tmp_path):
+    for name, files in zip(("old", "more"), parts):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    options = "--size", "64", "--iterations", "0"
+    done = run("train", tmp_path / "old", "-o", tmp_path / "part.npz", "--keep-features", *options)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "part.features.npz").is_file()
+    done = run("update", tmp_path / "more", "-m", tmp_path / "part.npz", "-o", tmp_path / "new.npz")
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "new.npz"), done.stderr
+    assert "24 images" in done.stderr and (tmp_path / "new.features.npz").is_file()
+    new = fp.Prior.load(tmp_path / "new.npz")
+    assert new.summary["images"] == 24
+    (tmp_path / "part.features.npz").unlink()
+    done = run("update", tmp_path / "more", "-m", tmp_path / "part.npz", "-o", tmp_path / "no.npz")
+    assert done.returncode == 2 and "--keep-features" in done.stderr and not (tmp_path / "no.npz").exists()
