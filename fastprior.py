@@ -2316,8 +2316,8 @@ def features_are_about(settings: Settings, backbone: Backbone, roi: RegionOfInte
     network = hashlib.sha256()
     for a in backbone.to_arrays().values():
         network.update(a.tobytes())
-    return {"network": network.hexdigest(), "revision": FIT_REVISION, "region": roi and image_key(roi.mask)} | {
-        k: getattr(settings, k) for k in ("size", "cell", "copies", "seed", "bits")}
+    about = {"network": network.hexdigest(), "revision": FIT_REVISION, "region": roi and image_key(roi.mask)}
+    return about | {k: getattr(settings, k) for k in ("size", "cell", "copies", "seed", "bits")}
 
 
 def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
