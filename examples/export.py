@@ -109,7 +109,7 @@ def mask_at(g: Graph, mask: np.ndarray, pixels: str) -> str:
     """A region's mask at the images' own size, bool (H, W), by the rule of `RegionOfInterest.at`."""
     def nearest(n_in: int, n_out: str) -> str:
         odd = g("Range", g.constant("one", 1, np.int64), g("Mul", two, n_out), two)
-        return g("Div", g("Mul", odd, g.constant(f"{n_in}", n_in, np.int64)), g("Mul", two, n_out))
+        return g("Div", g("Mul", odd, g.constant(f"region/{n_in}", n_in, np.int64)), g("Mul", two, n_out))
     two, x = g.constant("two", 2, np.int64), g.constant("region", mask, bool)
     for axis, (n_in, n_out) in enumerate(zip(mask.shape, sides(g, pixels))):
         x = g("Gather", x, nearest(n_in, n_out), axis=axis)
