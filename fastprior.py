@@ -2475,16 +2475,19 @@ class _Gaussians:
         use = [k for k in range(len(self.count)) if k != left_out]
         m = self.count[use].sum()
         mean = self.first[use].sum(0) / m
-        second = self.second[use].sum(0) / m
         if settings.variant == "plain":  # one mean and deviation a channel, over images and positions
+            second = self.second[use].sum(0) / m
             overall = (self.centre + mean).mean(0)
             square = (second + 2 * self.centre * mean + self.centre ** 2).mean(0)
             deviation = np.sqrt(np.maximum(square - overall ** 2, 1e-8))
             return tuple(np.broadcast_to(a, mean.shape).copy() for a in (overall, 1 / deviation))
-        second -= mean[:, :, None] * mean[:, None, :]
-        average = second.mean(0)
-        second = shrink_covariance(second, average, settings.shrink, settings.floor)
-        return mean + self.centre, inverse_cholesky(second)
+        cov = np.empty(self.second.shape[1:])
+        for i, own in enumerate(cov):  # a place after the other: it stays in the cache
+            own[:] = np.sum([self.second[k, i] for k in use], 0) / m - np.outer(mean[i], mean[i])
+        average = cov.mean(0)
+        for own in cov:
+            own[:] = shrink_covariance(own, average, settings.shrink, settings.floor)
+        return mean + self.centre, inverse_cholesky(cov)
 
 
 def _fit_fine(fine: Sequence[np.ndarray], settings: Settings, roi=None) -> tuple[np.ndarray, np.ndarray]:

@@ -290,6 +290,30 @@ VARIANTS = {  # settings, and training steps (None: as many as asked for)
 }
 
 
+def cache_files(name: str, images: Sequence[Path], backbone) -> Callable[..., Path]:
+    """(kind, key ...) -> a file of the cache folder, under a digest of all that decides a fit of these images."""
+    common = hashlib.sha256(repr([fp.__version__, fp.FORMAT, fp.FIT_REVISION]).encode())
+    for part in itertools.chain(backbone.to_arrays().values(), (p.read_bytes() for p in images)):
+        common.update(part)
+
+    def kept(kind: str, *key) -> Path:
+        digest = common.copy()
+        digest.update(json.dumps(key).encode())
+        return _cache_folder() / f"{name}-{kind}-{digest.hexdigest()[:24]}.npz"
+    return kept
+
+
+def kept_features(file: Path, make: Callable[[], fp.Extracted]) -> fp.Extracted:
+    """What `make` returns, from the file, whose name says what it is of, if it is there."""
+    try:
+        return fp.Extracted.load(file, {})
+    except fp.ModelError:  # not there yet, or spoilt
+        made = make()
+        file.parent.mkdir(0o700, parents=True, exist_ok=True)
+        made.save(file, {})
+        return made
+
+
 def train(category: Category, backbone, config, variants: Sequence[str], counts: Sequence[int | None],
           iterations: int | None, threads: int | None, progress: Callable) -> Iterator[tuple[tuple, Path]]:
     """((variant, count), model file) for each variant and number of images (None: all of them).
@@ -297,26 +321,12 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
     Everything is kept in the cache folder, under a digest of all that decides it: the features, which are
     computed once, and the models. Gaussians are fitted once a number of images (and once more for "plain").
     """
-    common = hashlib.sha256(repr([fp.__version__, fp.FORMAT, fp.FIT_REVISION]).encode())
-    for part in itertools.chain(backbone.to_arrays().values(), (p.read_bytes() for p in category.train)):
-        common.update(part)
-
-    def kept(kind: str, *key) -> Path:
-        digest = common.copy()
-        digest.update(json.dumps(key).encode())
-        return _cache_folder() / f"{category.name}-{kind}-{digest.hexdigest()[:24]}.npz"
+    kept = cache_files(category.name, category.train, backbone)
 
     @functools.cache
     def features() -> fp.Extracted:
-        file = kept("features", config.size, config.cell, config.copies, config.seed)
-        about = fp.features_are_about(config, backbone)
-        try:
-            return fp.Extracted.load(file, about)
-        except fp.ModelError:  # not there yet, or spoilt
-            made = fp.extract_features(category.train, config, backbone, threads, progress)
-            file.parent.mkdir(0o700, parents=True, exist_ok=True)
-            made.save(file, about)
-            return made
+        return kept_features(kept("features", config.size, config.cell, config.copies, config.seed),
+                             lambda: fp.extract_features(category.train, config, backbone, threads, progress))
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):

@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""Can verdicts on real images be trusted? The tables of BENCHMARKS.md, "Trust".
+
+    python examples/trust_tables.py refits mvtec --splits 67     # false alarms, images set aside, drift
+    python examples/trust_tables.py mixtures mvtec               # defects among the training images
+    python examples/trust_tables.py products mvtec               # several products, and strangers
+
+Joint Gaussian (no torch), default settings, one thread. Features of all images are computed once and kept
+in the cache folder, as by `bench --data`; a fit takes some of them. A row of JSON a fit, then the table of
+what is done, also after Ctrl-C.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage, stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import fastprior as fp  # noqa: E402
+
+RATES = .01, .05, .1  # false-alarm rates wished for
+FRAMES = 40  # images that drift is judged by
+SHARES = .01, .02, .05  # of bad images among the good
+
+
+def shifted(image: np.ndarray) -> np.ndarray:
+    """Right and down by 2 % of a side; the edge repeats."""
+    n = round(.02 * len(image))
+    return np.pad(image, ((n, 0), (n, 0), (0, 0)), "edge")[:len(image), :image.shape[1]]
+
+
+DRIFTS = {"darker": lambda a: (a * .9 + .5).astype(np.uint8),  # every value, by a tenth
+          "shifted": shifted,
+          "defocused": lambda a: ndimage.gaussian_filter(a, (s := .003 * len(a), s, 0))}  # of a side
+
+
+class Changed(list):
+    """Files that are read, and changed, one after the other."""
+    change = None
+
+    def __iter__(self):
+        return (self.change(fp.load_image(file)) for file in super().__iter__())
+
+
+class Kept:
+    """Features of a category's images."""
+
+    def __init__(self, category, config, net):
+        bench = fp._room("benchmark")
+
+        def kept(images, kind, change=None):
+            own, files, key = config, images, (config.size, config.cell, config.copies, config.seed)
+            if change:
+                own, files, key = dataclasses.replace(config, copies=0), Changed(images), key[:2]
+                files.change = change
+            return bench.kept_features(bench.cache_files(category.name, images, net)(kind, *key),
+                                       lambda: fp.extract_features(files, own, net, 1))
+        self.name, self.good = category.name, kept(category.train, "features")
+        self.test, self.drifts = kept(category.test, "features"), {}
+        self.files, self.bad = (np.asarray(a)[self.test.sources] for a in (category.test, category.labels))
+        for name, change in DRIFTS.items():
+            e = kept(category.train, name, change)
+            self.drifts[name] = e.features[[e.sources.index(s) for s in self.good.sources]]
+
+
+def refit(e: fp.Extracted, config, net) -> fp.Prior:
+    return fp._fit_whitened(fp._whiten_features(e, config), config, net, 0, threads=1)
+
+
+def frames_of(prior: fp.Prior, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of features (B, N, C): scores (B,) and z (B, N)."""
+    frames = [prior._frames(None, False, [tokens[i:i + 16]]) for i in range(0, len(tokens), 16)]
+    return tuple(map(np.concatenate, zip(*((f.scores, f.outputs[0]) for f in frames))))
+
+
+def holdout(prior: fp.Prior, tokens: np.ndarray) -> np.ndarray:
+    """Scores that calibrate "holdout", of images kept away from the fit; those set aside left out."""
+    scores, z = frames_of(prior, tokens)
+    nll = (z - prior.calibration["offset"]) / prior.calibration["gain"]
+    return scores[~fp.outliers(nll, prior.settings.worst)[0]]
+
+
+def alarms(scores: np.ndarray, calibration: np.ndarray, aside: int) -> list:
+    """[promised on average as printed, seen, more than in 95 % of draws] for each of RATES."""
+    rows = []
+    for t in (fp.conformal_threshold(calibration, rate) for rate in RATES):
+        t = dataclasses.replace(t, count=t.count + aside)  # as it is printed: those set aside count as good
+        seen = int(np.sum(scores > t.value))
+        most = stats.betabinom(len(scores), t.count + 1 - t.rank, t.rank).ppf(.95)
+        rows.append([t.expected, seen / len(scores), bool(seen > most)])
+    return rows
+
+
+def refits(kept: list[Kept], config, net, args):
+    """Fits n images, calibrates "holdout" by n / 4 others, and scores the rest."""
+    low, high = args.images
+    for seed, own in itertools.product(range(args.splits), kept):
+        rng, count = np.random.default_rng(seed), len(own.good.keys)
+        n = round(np.exp(rng.uniform(np.log(low), np.log(min(high, (count - FRAMES) / 1.25)))))
+        fitted, held, new = np.split(rng.permutation(count), (n, n + n // 4))
+        prior = refit(own.good.of(np.sort(fitted)), dataclasses.replace(config, seed=seed), net)
+        clean, aside = own.good.features[own.good.clean], prior.summary["held_out_aside"]
+        scores, away = frames_of(prior, clean[new])[0], holdout(prior, clean[held])
+        known = prior.calibration["scores"], prior.threshold.value
+        parts = scores[:len(new) // FRAMES * FRAMES].reshape(-1, FRAMES)
+        row = {"category": own.name, "seed": seed, "images": n, "new": len(new), "set_aside": aside,
+               "cross": alarms(scores, known[0], aside),
+               "holdout": alarms(scores, away, len(held) - len(away)),
+               "false_warnings": [bool(fp.drift(s, *known)) for s in (scores, *parts)]}
+        for name, features in own.drifts.items():
+            s = frames_of(prior, features[new[:FRAMES]])[0]
+            row[name] = [bool(fp.drift(s, *known)), float(np.mean(s > known[1])),
+                         float(np.median(s) - np.median(scores[:FRAMES]))]
+        yield row
+
+
+def refits_table(rows: list[dict]) -> list[list]:
+    names = [*dict.fromkeys(r["category"] for r in rows), "all"]
+    groups, table = [[r for r in rows if name in (r["category"], "all")] for name in names], [["", *names]]
+
+    def line(label, figure):
+        table.append([label, *map(figure, groups)])
+
+    def means(own, pick, forms):
+        return " / ".join(f"{mean:{form}}" for mean, form in zip(np.mean([pick(r) for r in own], 0), forms))
+    line("refits; images", lambda own: "{}; {} to {}".format(len(own), *(f(r["images"] for r in own)
+                                                                        for f in (min, max))))
+    line("set aside", lambda own: f"{sum(r['set_aside'] for r in own) / sum(r['images'] for r in own):.2%}")
+    for way, (i, rate) in itertools.product(("cross", "holdout"), enumerate(RATES)):
+        line(f"{way}, wished {rate:.0%}: promised / seen / refits above 95 % of draws",
+             lambda own: means(own, lambda r: r[way][i], (".1%", ".1%", ".0%")))
+    for what, part in (("all new images", slice(1)), (f"{FRAMES} at a time", slice(1, None))):
+        line(f"false warnings of drift, {what}", lambda own: "{} of {}".format(
+            *(sum(f(r["false_warnings"][part]) for r in own) for f in (sum, len))))
+    for name in DRIFTS:
+        line(f"{name}: warned / called anomalies / rise of the median",
+             lambda own: means(own, lambda r: r[name], (".0%", ".1%", ".2f")))
+    return table
+
+
+def merged(a: fp.Extracted, b: fp.Extracted) -> fp.Extracted:
+    """As `extract_features` would return the images of both; sources of b become negative."""
+    keys, owner = np.array([*a.keys, *b.keys]), np.r_[a.owner, b.owner + len(a.keys)]
+    order, sources, fine = np.argsort(keys), [*a.sources, *(-1 - s for s in b.sources)], [*a.fine, *b.fine]
+    rows = np.concatenate([np.flatnonzero(owner == i) for i in order])
+    return fp.Extracted(np.concatenate([a.features, b.features])[rows],
+                        np.repeat(np.arange(len(order)), np.bincount(owner)[order]),
+                        np.concatenate([a.looks, b.looks])[order], keys[order].tolist(),
+                        [sources[i] for i in order], 0, [], [fine[i] for i in order])
+
+
+def mixtures(kept: list[Kept], config, net, args):
+    """Fits n good images, then with some defects of a kind among them; judged by the other test images."""
+    for seed, own in itertools.product(range(args.seeds), kept):
+        seeded, rng = dataclasses.replace(config, seed=seed), np.random.default_rng(seed)
+        good = own.good.of(np.sort(rng.permutation(len(own.good.keys))[:args.images[1]]))
+        kinds, tokens = np.array([p.parent.name for p in own.files]), own.test.features[own.test.clean]
+        clean = refit(good, seeded, net)
+        for i, (kind, share) in enumerate(itertools.product(np.unique(kinds[own.bad]), SHARES)):
+            if not args.all_seeds and (i // len(SHARES) + i) % args.seeds != seed:
+                continue  # each kind at each share once, by the seeds in turn
+            inside = np.sort(rng.permutation(np.flatnonzero(kinds == kind))[:round(share * len(good.keys))])
+            prior, rest = refit(merged(good, own.test.of(inside)), seeded, net), np.ones(len(kinds), bool)
+            rest[inside], aside = False, prior.summary["set_aside"]
+            row = {"category": own.name, "kind": str(kind), "share": share, "seed": seed,
+                   "inside": len(inside), "named": sum(s < 0 for s in aside),
+                   "good_aside": sum(s >= 0 for s in aside)}
+            for name, p in (("clean", clean), ("mixed", prior)):
+                s, bad = frames_of(p, tokens[rest])[0], own.bad[rest]
+                auroc = fp._room("benchmark").image_metrics(bad, s)["image_auroc"]
+                row[name] = [float(np.mean(s[bad] > p.threshold.value)), auroc]
+            yield row
+
+
+def mixtures_table(rows: list[dict]) -> list[list]:
+    table = [["", *(f"{s:.0%}: named; detection; AUROC" for s in SHARES)]]
+    for name, kind in dict.fromkeys((r["category"], r["kind"]) for r in rows):
+        table.append([f"{name}, {kind}"])
+        for share in SHARES:
+            own = [r for r in rows if (r["category"], r["kind"], r["share"]) == (name, kind, share)]
+            if not own:
+                table[-1].append("–")
+                continue
+            (was, before), (now, after) = np.mean([[r["clean"], r["mixed"]] for r in own], 0)
+            named, inside = (sum(r[k] for r in own) for k in ("named", "inside"))
+            table[-1].append(f"{named} of {inside}; {was:.2f} → {now:.2f}; {after - before:+.4f}")
+    return table
+
+
+def products(kept: list[Kept], config, net, args):
+    """One model of all categories, and one without each: what each kind of image is taken for."""
+    priors = {own.name: refit(own.good, config, net) for own in kept}
+    known = fp.MultiPrior(priors)
+    for own in kept:
+        others = fp.MultiPrior({name: p for name, p in priors.items() if name != own.name})
+        yield taken(known, f"{own.name}, good", own.files[~own.bad])
+        yield taken(known, f"{own.name}, defective", own.files[own.bad])
+        yield taken(others, f"{own.name}, unknown to the model", own.files[~own.bad])
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("washer", "plate"):
+            fp._room("make_demo").write_dataset(Path(folder) / part, 0, args.drawn, 0, part=part)
+            yield taken(known, f"{part}, drawn, unknown to the model", fp.find_images(Path(folder) / part))
+
+
+def taken(model, label: str, files) -> dict:
+    results = model.score_batch(list(files), with_map=False)
+    return {"images": label, "count": len(files), "anomalies": sum(r.is_anomaly for r in results),
+            **{name: sum(r.product == name for r in results) for name in (*model.priors, "unknown")}}
+
+
+def products_table(rows: list[dict]) -> list[list]:
+    names = list(rows[0])
+    return [names, *([r.get(name, "–") for name in names] for r in rows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=("refits", "mixtures", "products"))
+    parser.add_argument("data", help="a data set, as of bench --data")
+    parser.add_argument("--splits", type=int, default=67, help="refits of a category")
+    parser.add_argument("--images", type=int, nargs=2, default=(50, 150), metavar=("FEWEST", "MOST"),
+                        help="good ones in a refit; in a mixture MOST")
+    parser.add_argument("--seeds", type=int, default=3, help="of mixtures")
+    parser.add_argument("--all-seeds", action="store_true", help="each mixture with each of them")
+    parser.add_argument("--drawn", type=int, default=30, help="images of a drawn product")
+    parser.add_argument("--size", type=int, default=fp.Settings.size, help="pixels")
+    args, net, rows = parser.parse_args(), fp.load_backbone(fp.Settings.backbone), []
+    fp._CALIBRATED_STEPS = ()  # but the default: with F = 0 the number of steps changes no score
+    config = fp.Settings(backbone=net.name, size=args.size)
+    kept = [Kept(c, config, net) for c in fp._room("benchmark").find_categories(args.data)]
+    with contextlib.suppress(KeyboardInterrupt):
+        for row in globals()[args.table](kept, config, net, args):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    for i, cells in enumerate(globals()[f"{args.table}_table"](rows)):
+        print("| " + " | ".join(map(str, cells)) + " |" + ("\n" + "|---" * len(cells) + "|") * (i == 0))
+
+
+if __name__ == "__main__":
+    main()
