@@ -291,7 +291,7 @@ VARIANTS = {  # settings, and training steps (None: as many as asked for)
 
 
 def cache_files(name: str, images: Sequence[Path], backbone) -> Callable[..., Path]:
-    """(kind, key ...) -> a file of the cache folder, under a digest of all that decides a fit of these images."""
+    """(kind, key ...) -> a file of the cache folder, under a digest of what decides a fit of these images."""
     common = hashlib.sha256(repr([fp.__version__, fp.FORMAT, fp.FIT_REVISION]).encode())
     for part in itertools.chain(backbone.to_arrays().values(), (p.read_bytes() for p in images)):
         common.update(part)

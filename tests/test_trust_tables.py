@@ -15,8 +15,8 @@ def parts(tmp_path_factory):
     """Two products, drawn."""
     root = tmp_path_factory.mktemp("parts")
     for part in ("washer", "plate"):
-        subprocess.run([sys.executable, ROOT / "examples" / "make_demo.py", root / part, "--part", part, "--good",
-                        "66", "--test-good", "4", "--defects-per-type", "4", "--size", "64"], check=True,
+        subprocess.run([sys.executable, ROOT / "examples" / "make_demo.py", root / part, "--part", part,
+                        "--good", "66", "--test-good", "4", "--defects-per-type", "4", "--size", "64"], check=True,
                        capture_output=True)
     return root
 
