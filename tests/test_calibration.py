@@ -92,7 +92,7 @@ def test_false_alarms_of_refitted_models_stay_below_the_promise(calibration, mon
     everything = fp.extract_features(files, settings, fp.load_backbone("lite0"))
     features = everything.features
     monkeypatch.setattr(fp, "extract_features",
-                        lambda images, *_: everything.of(images)._replace(sources=list(range(len(images)))))
+                        lambda images, *_, **__: everything.of(images)._replace(sources=list(range(len(images)))))
     rng = np.random.default_rng(0)
     alarms, count = 0, 0
     for seed in range(12):
