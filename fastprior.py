@@ -41,6 +41,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -1240,7 +1241,24 @@ def _decode(path: str | os.PathLike, deep_only: bool) -> np.ndarray | None:
         if image.format == "PNG":  # the decoder does not look at the checksums of what it decodes
             image.verify()
             image = _open_pillow(f)
+        elif image.format == "JPEG" and (unended := _without_end_mark(f)):
+            f = unended
+            image = _open_pillow(f)
         return _from_pillow(image, deep_only, lambda: _open_pillow(f))
+
+
+def _without_end_mark(f):
+    """A baseline JPEG of one scan with zeros for its end mark: with it, libjpeg paints what was cut off grey."""
+    f.seek(0)
+    data, at, colours = f.read().rstrip(b"\0"), 2, 0
+    while data[at:at + 1] == b"\xff" and at + 10 < len(data) and data.endswith(b"\xff\xd9"):
+        kind, size = data[at + 1], int.from_bytes(data[at + 2:at + 4], "big")
+        if kind in (0xc0, 0xc1):
+            colours = data[at + 9]
+        elif kind == 0xda:
+            return io.BytesIO(data[:-2] + bytes(16)) if data[at + 4] == colours else None
+        at += 2 + size
+    return None
 
 
 def _open_pillow(f):

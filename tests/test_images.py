@@ -1,9 +1,14 @@
 """Every kind of image file, array and PIL image: the pixels of its plain twin, or refused in one line."""
 import io
+import os
 import struct
+import sys
 import threading
+import time
 import warnings
 import zlib
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +104,10 @@ def as_pillow_shows(data):
         return data, np.asarray(image.convert("RGB"))
 
 
+def cut_but_ended(data):
+    return data[:len(data.rstrip(b"\0")) * 6 // 10] + b"\xff\xd9" + data[len(data.rstrip(b"\0")):]
+
+
 PALETTE = Image.fromarray(RGB // 64 * 64).quantize(64)
 CMYK = Image.fromarray(RGB).convert("CMYK")
 BITS = np.where(GREY > 127, 255, 0).astype(np.uint8)
@@ -125,6 +134,13 @@ SAME = {  # name: (file, its plain twin)
     "grey.jpg": as_pillow_shows(saved(GREY, "JPEG")),
     "cmyk.jpg": as_pillow_shows(saved(CMYK, "JPEG")),
     "progressive.jpg": as_pillow_shows(saved(RGB, "JPEG", progressive=True)),
+    "padded.jpg": as_pillow_shows(saved(RGB, "JPEG") + bytes(2000)),
+    "more behind.jpg": as_pillow_shows(saved(RGB, "JPEG") + b"more"),
+    **{f"{name}.jpg": as_pillow_shows(saved(array, "JPEG", **how)) for name, array, how in (
+        ("fine", RGB, {"quality": 100, "subsampling": 0}), ("coarse", RGB, {"quality": 1}),
+        ("restarts", RGB, {"restart_marker_rows": 1}), ("optimised", RGB, {"optimize": True}),
+        ("a flat end", np.concatenate([RGB] + [0 * RGB] * 20), {}), ("flat", 0 * RGB, {}),
+        ("commented", RGB, {"comment": b"\xff\xda\0\1\xff\xd9"}))},
     "rgb as such.jpg": as_pillow_shows(saved(RGB, "JPEG", keep_rgb=True)),
     "turned.jpg": (turned("JPEG"), np.rot90(as_pillow_shows(saved(RGB, "JPEG"))[1], -1)),
     "first of two.jpg": (several("MPO"), as_pillow_shows(saved(RGB, "JPEG"))[1]),
@@ -189,6 +205,10 @@ REFUSED = {  # name: (file, words of the reason)
     "moving.webp": (several("WEBP"), "several pages or frames"),
     "pages.tif": (several("TIFF"), "several pages or frames"),
     "cut.jpg": (saved(RGB, "JPEG")[:-200], "truncated"),
+    **{f"cut, with an end mark, {how}.jpg": (cut_but_ended(data), "truncated|not a readable") for how, data in {
+        "rgb": saved(RGB, "JPEG"), "grey": saved(GREY, "JPEG", quality=30), "cmyk": saved(CMYK, "JPEG"),
+        "padded": saved(RGB, "JPEG") + bytes(2000), "restarts": saved(RGB, "JPEG", restart_marker_rows=1),
+        "turned": turned("JPEG"), "a flat end": saved(np.concatenate([RGB] + [0 * RGB] * 20), "JPEG")}.items()},
     "cut.bmp": (saved(RGB, "BMP")[:-200], "truncated"),
     "cut.tif": (saved(RGB, "TIFF", compression="tiff_lzw")[:-2000], "not a readable image"),
     "cut.ppm": (netpbm("P6", 255, RGB)[:-20], "not a readable image"),
@@ -454,18 +474,43 @@ def mutated(data: bytes, rng) -> bytes:
     return bytes(data)
 
 
+def try_mutated(path, rng):
+    """Writes a mutated file: it is read or refused in one line. Anything else is raised."""
+    files = [data for data, _ in SAME.values()] + [data for data, _ in REFUSED.values() if data]
+    path.write_bytes(mutated(files[rng.integers(len(files))], rng))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = fp.load_image(path, bits=rng.choice([None, 12, 16]))
+        assert image.dtype == np.uint8 and image.flags.c_contiguous
+        assert image.ndim == 3 and image.shape[2] == 3
+        return "read"
+    except fp.ImageError as e:
+        assert str(e).isprintable()
+        return "refused"
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_files_are_read_or_refused(seed, tmp_path):
     rng = np.random.default_rng(seed)
-    files = [data for data, _ in SAME.values()] + [data for data, _ in REFUSED.values() if data]
-    path = tmp_path / "a.png"
     for _ in range(500):
-        path.write_bytes(mutated(files[rng.integers(len(files))], rng))
+        try_mutated(tmp_path / "a.png", rng)
+
+
+def main(seconds, seed=0):
+    """Mutated files for so long; the one that broke stays, with its seed."""
+    path, tried, until, slowest = Path(f"mutated_{os.getpid()}.img"), Counter(), time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        began = time.process_time()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image = fp.load_image(path, bits=rng.choice([None, 12, 16]))
-            assert image.dtype == np.uint8 and image.flags.c_contiguous
-            assert image.ndim == 3 and image.shape[2] == 3
-        except fp.ImageError as e:
-            assert str(e).isprintable()
+            tried[try_mutated(path, np.random.default_rng(seed))] += 1
+        except BaseException:
+            print(f"seed {seed}: {path}", file=sys.stderr)
+            raise
+        slowest, seed = max(slowest, time.process_time() - began), seed + 1
+    path.unlink()
+    print({"files": sum(tried.values()), **tried, "slowest_s": round(slowest, 2)})
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:3]))
