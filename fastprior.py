@@ -701,12 +701,6 @@ class Engine(Protocol):
         """Only the operations of these of STAGES, again: for timing."""
 
 
-@functools.cache
-def _is_installed(name: str) -> bool:
-    from importlib.util import find_spec
-    return find_spec(name) is not None
-
-
 STAGES = "resize", "features", "whitening", "denoiser", "density", "map"
 
 
@@ -1085,27 +1079,6 @@ def conformal_threshold(calibration: np.ndarray, fpr: float, value: float | None
     return Threshold(float(value), fpr, k, n, float(estimate))
 
 
-def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) -> str:
-    """Why the good-looking `scores` cannot be as good as the calibration's; "" if they can, or are below 20.
-
-    A one-sided two-sample Kolmogorov-Smirnov test, p < 0.001, of what lies below the threshold in both: only
-    higher scores are a drift, since those of a cross-fitted calibration lie a little above new ones.
-    """
-    new, old = np.asarray(scores), calibration[calibration <= threshold]
-    if len(new) < 20:
-        return ""
-    kept = new[new <= threshold]
-    if 2 * len(kept) < len(new):
-        return (f"{len(new) - len(kept)} of {len(new)} images are called anomalies: another "
-                "product, camera or lighting? If they are good: fastprior calibrate, or train")
-    from scipy.stats import ks_2samp
-    if len(old) >= 10 and ks_2samp(kept, old, alternative="less").pvalue < .001:
-        return (f"the good-looking images have drifted: their median score is {np.median(kept):.2f}, that of "
-                f"held-out good images {np.median(old):.2f}; the false-alarm rate is no longer promised. "
-                "See fastprior calibrate")
-    return ""
-
-
 # ------------------------------------------------------------------------------------------------
 # Images
 # ------------------------------------------------------------------------------------------------
@@ -1147,28 +1120,6 @@ def load_image(source, bits: int | None = None, roi: "RegionOfInterest | None" =
         text = text if isinstance(e, FastPriorError) else f"not a readable image ({text})"
         name = os.fsdecode(source) if is_file else "image"
         raise (ImageError if is_file else ShapeError)(_printable(f"{name}: {text}")) from e
-
-
-def find_depth(images: Iterable) -> int | None:
-    """The smallest depth (see `load_image`) that holds all but 1/1000 of the 16-bit values; None without.
-
-    ShapeError where most images use 4 bits less: then two depths are mixed.
-    """
-    beyond, counts = [], []
-    for source in images:
-        with contextlib.suppress(Exception):  # what cannot be read is said when it is to be used
-            a = _pixels(source, deep_only=True)
-            if a is not None:
-                beyond.append(_beyond(a))
-                counts.append(a.size)
-    if not counts:
-        return None
-    depth = _depth(sum(beyond), sum(counts))
-    lower = [own for own in map(_depth, beyond, counts) if own <= depth - 4]
-    if 2 * len(lower) > len(counts):
-        raise ShapeError(f"{len(lower)} of {len(counts)} images use at most {max(lower)} bits, "
-                         f"others {depth}: say which is meant (--bits)")
-    return depth
 
 
 def _beyond(a: np.ndarray) -> np.ndarray:
@@ -1248,7 +1199,7 @@ def _decode(path: str | os.PathLike, deep_only: bool) -> np.ndarray | None:
 
 
 def _without_end_mark(f):
-    """A baseline JPEG of one scan with zeros for its end mark: with it, libjpeg paints what was cut off grey."""
+    """A baseline JPEG of one scan, zeros for its end mark: libjpeg paints what was cut before one grey."""
     f.seek(0)
     data, at, colours = f.read().rstrip(b"\0"), 2, 0
     while data[at:at + 1] == b"\xff" and at + 10 < len(data) and data.endswith(b"\xff\xd9"):
@@ -1944,14 +1895,15 @@ class Prior:
         the others are set aside (`summary["set_aside_today"]`) unless keep_all. settings: `fpr`, `threshold`.
         Nothing is trained, and the order of scores does not change. ImageError if fewer than 10 can be read.
         """
-        images, unreadable, _ = _good_images(images)
+        images, unreadable, _ = _room("folders").good_images(images)
         e = extract_features(images, dataclasses.replace(self.settings, copies=2), self.backbone,
                              self.threads, progress, np.float32, roi=self.roi)
         unreadable += e.unreadable
         if seen := len(set(e.keys) & set(self.summary.get("trained_on", ()))):
             raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
                              "images that the model has not seen")
-        lone = e.of(_first_of(near_duplicates(e)))
+        curation = _room("curation")
+        lone = e.of(curation.first_of(curation.near_duplicates(e)))
         count, tokens = len(lone.keys), _spread(self.inside, lone.features[lone.clean], 1)
         if count < MIN_HELD_OUT:
             raise ImageError(f"{count} readable, different good images (near-duplicates count once): at "
@@ -1964,7 +1916,7 @@ class Prior:
             z = np.concatenate([prior._z(f) for f in frames]).astype(np.float64)
             nll[steps] = (z - own["offset"]) / own["gain"]
             progress("calibration", len(nll), len(self.calibrations))
-        kept = ~outliers(nll[self.settings.steps], self.settings.worst)[0] | keep_all
+        kept = ~curation.outliers(nll[self.settings.steps], self.settings.worst)[0] | keep_all
         details = _details(itertools.compress(lone.fine, kept), *self.fine, self.roi)
         calibrations = {}
         for steps, own in self.calibrations.items():
@@ -1976,22 +1928,9 @@ class Prior:
                 "near_duplicates_today": len(e.keys) - count, "unreadable": unreadable[:20]}
         return self._with(dataclasses.replace(self.settings, **settings), calibrations, self.summary | told)
 
-    def update(self, images, known: str | os.PathLike, *, iterations: int | None = 0, **options) -> "Prior":
-        """This model trained on `images` too, without the images it was trained on.
-
-        images: as for `fit`, may repeat old ones. known: the features that `fit(features=)` kept of the old
-        ones. Gaussians, factors and calibration are bit for bit those of a training on all. iterations: 0
-        keeps the denoiser while it still lowers the held-out loss; `summary["gain_kept"]` is by what share,
-        which at its training was 1 - loss / loss_start. Else it is trained again. options: those of `fit`.
-        """
-        kept = self.denoiser if iterations == 0 else None
-        factors = self.settings.factors and Settings.factors  # it may have less, for it had few images
-        settings = dataclasses.asdict(self.settings) | {
-            "backbone": self.backbone, "factors": factors, "roi": self.roi}
-        prior = fit(images, known=known, denoiser=kept, iterations=iterations, **settings | options)
-        before = {k: self.summary[k] for k in ("loss_start", "loss") if k in self.summary and kept}
-        prior.summary |= before
-        return prior
+    def update(self, images, known: str | os.PathLike, **options) -> "Prior":
+        """This model trained on `images` too, without its old ones: `update` of examples/kept.py."""
+        return _room("kept").update(self, images, known, **options)
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -2279,7 +2218,7 @@ class Extracted(NamedTuple):
     """Features of different images, ordered by their keys, so that names and order decide nothing."""
     features: np.ndarray  # (M, N, C), a row an image or a jittered copy, an image's own row first
     owner: np.ndarray  # (M,), ascending: the image of each row
-    looks: np.ndarray  # complex64 (I, 128, 65), see `look`
+    looks: np.ndarray  # complex64 (I, 128, 65), see `look` of examples/curation.py
     keys: list[str]  # of each image
     sources: list[int]  # of each image, its place in the sequence that was given
     repeated: int  # images left out since their pixels were there already
@@ -2287,26 +2226,6 @@ class Extracted(NamedTuple):
     fine: Sequence[np.ndarray]  # float16 (F*F, C') of each image itself, of the first _MOST_FINE
     names: Sequence[str] = ()  # of what `sources` counts, where a file keeps it
     roi: RegionOfInterest | None = None  # N above counts the places inside
-
-    def save(self, path: str | os.PathLike, about: dict) -> None:
-        """Into a file that `load` reads if it is about the same; FastPriorError if it cannot be written."""
-        arrays = {"features": self.features, "owner": self.owner, "looks": self.looks.view(np.float32),
-                  "sources": np.array(self.sources, np.int64), "fine": np.array(self.fine)}
-        _write_npz(path, {"kind": "features", "about": about, "keys": self.keys, "names": self.names}, arrays)
-
-    @staticmethod
-    def load(path: str | os.PathLike, about: dict) -> "Extracted":
-        """ModelError if it is no such file, or another network, size, seed ... made its features."""
-        header, a = _read_npz(path)
-        if header.get("kind") != "features":
-            raise ModelError(f"{path}: expected features that `train --keep-features` wrote, got a "
-                             f"{header.get('kind')!r:.40}")
-        about = json.loads(json.dumps(about))
-        if other := [k for k, v in about.items() if header["about"].get(k) != v]:
-            raise ModelError(f"{path}: its features were made with another {', '.join(other)}: give what "
-                             "made them, or train anew")
-        return Extracted(a["features"], a["owner"], a["looks"].view(np.complex64), header["keys"],
-                         a["sources"].tolist(), 0, [], a["fine"], header["names"])
 
     @property
     def clean(self) -> np.ndarray:
@@ -2329,15 +2248,6 @@ def _readable(images: Iterable, bits: int | None, roi: RegionOfInterest | None) 
             yield load_image(source, bits, roi)
 
 
-def features_are_about(settings: Settings, backbone: Backbone, roi: RegionOfInterest | None = None) -> dict:
-    """All that decides the features of an image and of its copies, for `Extracted.save`."""
-    network = hashlib.sha256()
-    for a in backbone.to_arrays().values():
-        network.update(a.tobytes())
-    about = {"network": network.hexdigest(), "revision": FIT_REVISION, "region": roi and image_key(roi.mask)}
-    return about | {k: getattr(settings, k) for k in ("size", "cell", "copies", "seed", "bits")}
-
-
 def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
                      progress: Progress = _quiet, dtype=np.float16, known: Extracted | None = None,
                      roi: RegionOfInterest | None = None) -> Extracted:
@@ -2353,6 +2263,7 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
             known.keys, rows, known.sources, known.looks)}
         fine = dict(zip(known.keys, known.fine))
     inside, c = _inside(roi, settings.grid), sum(backbone.channels)
+    look = _room("curation").look
     different = len(images) + len(kept)
     if different > 2400 // (settings.copies + 1):  # at most 2400 rows in memory, whatever was given twice
         different = len({*kept, *(image_key(a) for a in _readable(images, settings.bits, roi))})
@@ -2386,84 +2297,6 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
                      np.array([kept[key][2] for key in keys]), keys,
                      [kept[key][1] for key in keys], repeated, unreadable,
                      [fine[key] for key in sorted(fine)], roi=roi)
-
-
-def near_duplicates(e: Extracted) -> np.ndarray:
-    """(I,) a number for each image, 0, 1, 2 ...: frames of a video, crops, re-compressed copies share one.
-
-    Two are linked if they look the same (`look_alike`), or if their features are as close as an image's to
-    those of its own jittered copy (the median): by cosine, where images differ more than such copies, in the
-    generalised eigenvectors of the copies' covariance W about their image in the images' covariance T, both
-    pooled over the places, W v = lambda T v, each weighted by sqrt(1 - lambda). Linked ones share a group.
-    """
-    from scipy import linalg, sparse
-    first, copies, (_, n, c) = np.flatnonzero(e.clean), np.flatnonzero(~e.clean), e.features.shape
-    linked = look_alike(e.looks)
-    if len(first) > 1 and len(copies):
-        mean = e.features[first].mean(0, dtype=np.float32)
-        total, within = np.zeros((2, c, c))
-        for i in range(n):
-            x = e.features[first, i].astype(np.float32)
-            d = e.features[copies, i] - x[e.owner[copies]]
-            x -= mean[i]
-            total += x.T @ x / len(x)
-            within += d.T @ d / len(d)
-        total += 1e-3 * max(np.trace(total) / c, 1e-12) * np.eye(c)
-        ratio, v = linalg.eigh(within, total)
-        v = (v * np.sqrt(np.maximum(1 - ratio, 0)))[:, ratio < .95].astype(np.float32)
-
-        def directions(rows):
-            x = ((e.features[rows].astype(np.float32) - mean) @ v).reshape(len(rows), -1)
-            return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        own = np.concatenate([directions(first[i:i + 64]) for i in range(0, len(first), 64)])
-        alike = [(directions(rows) * own[e.owner[rows]]).sum(1)
-                 for rows in np.array_split(copies, -(-len(copies) // 64))]
-        linked |= own @ own.T >= max(np.median(np.concatenate(alike)), .3)  # below, nothing is alike
-    return sparse.csgraph.connected_components(linked, directed=False)[1]
-
-
-_LOOK = 128  # side, pixels
-
-
-def look(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) -> complex64 spectrum (128, 65) of its grey middle band, see `look_alike`."""
-    x = resize_normalize(image, _LOOK, (0, 0, 0), (1, 1, 1), dtype=np.float32).mean(-1)
-    f = np.fft.rfft2((x - x.mean()) * np.sqrt(np.outer(np.hanning(_LOOK), np.hanning(_LOOK))))
-    square = (2 * np.pi * np.hypot(np.fft.fftfreq(_LOOK)[:, None], np.fft.rfftfreq(_LOOK))) ** 2
-    f *= np.exp(-square * .7 ** 2 / 2) - np.exp(-square * 4 ** 2 / 2)  # Gaussians of 0.7 and 4 pixels
-    return f.astype(np.complex64)
-
-
-def look_alike(looks: np.ndarray) -> np.ndarray:
-    """bool (I, I): which correlate by 0.965, and by 0.96 in what they do not have in common with all others.
-
-    Each where it is highest within a shift of 5 % of a side.
-    """
-    reach = np.arange(-_LOOK // 20, _LOOK // 20 + 1)
-    root = np.full(looks.shape[-1], 2 ** .5 / _LOOK, np.float32)  # energy: a real image's other half counts
-    root[[0, -1]] = 1 / _LOOK
-
-    def unit(f):
-        energy = np.linalg.norm((np.abs(f) * root).reshape(len(f), -1), axis=1)
-        return f / np.maximum(energy, 1e-3)[:, None, None]
-
-    def correlation(f, i, j):
-        return np.fft.irfft2(f[j] * f[i].conj(), (_LOOK, _LOOK))[:, reach][:, :, reach].max((1, 2))
-    whole, own = unit(looks), unit(looks - looks.mean(0))
-    size = (np.abs(whole) * root).reshape(len(looks), -1)
-    linked = np.eye(len(looks), dtype=bool)
-    for i, row in enumerate(size):
-        at = i + 1 + np.flatnonzero(size[i + 1:] @ row >= .965)  # no shift can give more than that
-        for j in np.array_split(at, -(-len(at) // 64)) if len(at) else ():
-            linked[i, j] = (correlation(whole, i, j) >= .965) & (correlation(own, i, j) >= .96)
-    return linked | linked.T
-
-
-def _first_of(group: np.ndarray) -> np.ndarray:
-    """bool: the first of each group."""
-    first = np.zeros(len(group), bool)
-    first[np.unique(group, return_index=True)[1]] = True
-    return first
 
 
 @dataclasses.dataclass
@@ -2596,29 +2429,6 @@ def _read_scores(raw: np.ndarray, nll: np.ndarray, details: np.ndarray, settings
 _MOST_ASIDE = .1  # of the images may be set aside
 
 
-def outliers(nll: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which images are unlike the others, and which of them by far? Held-out nll (n, N) -> bool (n,), twice.
-
-    None of fewer than MIN_HELD_OUT, a tenth at most. Each place is standardised by median and quartiles, an
-    image judged by the mean of its worst places. The tail of good images is taken as exponential beyond the
-    median, its rate from the 90 % quantile; of those p-values the false-discovery rate is held at 5 %
-    (Benjamini, Hochberg 1995). By far: twice as far from the median as the farthest of the rest.
-    """
-    unlike, far = np.zeros((2, len(nll)), bool)
-    if len(nll) < MIN_HELD_OUT:
-        return unlike, far
-    low, middle, high = np.quantile(nll, [.25, .5, .75], 0)
-    variance = ((high - low) / 1.349) ** 2
-    raw = worst_mean((nll - middle) / (np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12), worst)
-    centre, top = np.quantile(raw, [.5, .9])
-    p = .5 * np.exp(-(raw - centre) * math.log(5) / max(top - centre, 1e-12))
-    order = np.argsort(p, kind="stable")
-    passed = np.flatnonzero(p[order] <= .05 * np.arange(1, len(p) + 1) / len(p))
-    unlike[order[:min(passed[-1] + 1, int(_MOST_ASIDE * len(nll))) if len(passed) else 0]] = True
-    far[unlike] = raw[unlike] - centre > 2 * (raw[~unlike].max() - centre)
-    return unlike, far
-
-
 def _to_unit_variance(x0: np.ndarray, whitener: np.ndarray, fresh: np.ndarray) -> None:
     """Scale all, in place, so that x0, images not fitted on, has unit variance: F = 0 starts right."""
     scale = np.float16(1 / math.sqrt(np.mean([np.mean(np.square(x, dtype=np.float32)) for x in x0])))
@@ -2655,8 +2465,9 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
     if count < MIN_IMAGES:
         raise ImageError(f"{count} readable, different good images{alike}: at least {MIN_IMAGES} are needed"
                          + first_problem)
-    group = near_duplicates(e)
-    lone, groups = _first_of(group), len(np.unique(group))
+    curation = _room("curation")
+    group = curation.near_duplicates(e)
+    lone, groups = curation.first_of(group), len(np.unique(group))
     alike += f", {count} with near-duplicates" if groups < count else ""
     holdout = config.calibration == "holdout"
     needed = 5 * MIN_HELD_OUT if holdout else MIN_IMAGES
@@ -2679,13 +2490,13 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
             x0[rows == k] = _apply_whitener(part.features[rows == k], *gaussians.without(k, config))
             progress("whitening", k + 1, _FOLDS)
         nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[part.clean]])
-        unlike, far = outliers(nll, config.worst) if not keep_all else np.zeros((2, len(nll)), bool)
+        unlike, far = curation.outliers(nll, config.worst) if not keep_all else np.zeros((2, len(nll)), bool)
         if not far.any() or aside.sum() + far.sum() > _MOST_ASIDE * count:
             break
         aside[np.flatnonzero(used)[far]] = True
     mean, whitener = gaussians.without(None, config)
     clean, held_out, fresh = part.clean, np.flatnonzero(away & lone), e.of(away & lone)
-    trained_on, calibrates = e.of(~aside).keys, _first_of(kind) & ~unlike
+    trained_on, calibrates = e.of(~aside).keys, curation.first_of(kind) & ~unlike
     clean[clean] = calibrates
     fine = _fit_fine(part.fine, config, e.roi)
     details = _details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine, e.roi)
@@ -2693,7 +2504,7 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
     if not holdout:
         aside[np.flatnonzero(used)[unlike]] = True
     elif not keep_all:  # what lies among them is judged by them alone, after all fits
-        unlike, _ = outliers(.5 * np.square(fresh, dtype=np.float32).sum(-1), config.worst)
+        unlike, _ = curation.outliers(.5 * np.square(fresh, dtype=np.float32).sum(-1), config.worst)
         aside[held_out[unlike]], fresh = True, fresh[~unlike]
         details = details[~unlike[:len(details)]]
     summary = {"images": len(trained_on), "held_out": len(fresh) or int(clean.sum()),
@@ -2772,7 +2583,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     fifth of the images away from everything: exact split-conformal, at some cost in accuracy.
     """
     began = time.perf_counter()
-    images, locked, found = _good_images(images)
+    images, locked, found = _room("folders").good_images(images)
     config = Settings(**settings)
     config.check()
     if denoiser is None and (iterations is None or iterations > 0):
@@ -2781,14 +2592,17 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or "
                          "more are better")
     backbone = load_backbone(config.backbone)
-    config = dataclasses.replace(config, backbone=backbone.name, bits=config.bits or find_depth(images))
+    bits = config.bits or _room("curation").find_depth(images)
+    config = dataclasses.replace(config, backbone=backbone.name, bits=bits)
     roi = None if roi is None else _room("region").region_of(roi, images, config)
-    about = features_are_about(config, backbone, roi)
-    known = Extracted.load(known, about) if known else None
+    kept = _room("kept")
+    about = kept.about(config, backbone, roi)
+    known = kept.read(known, about) if known else None
     extracted = extract_features(images, config, backbone, threads, progress, known=known, roi=roi)
     images = [*(known.names if known else ()), *images]
     if features:
-        extracted._replace(names=_names(images, range(len(images)), False)).save(features, about)
+        extracted = extracted._replace(names=_names(images, range(len(images)), False))
+        kept.write(extracted, features, about)
     unreadable = locked + extracted.unreadable
     if 2 * len(unreadable) > len(images):
         raise ImageError(f"{len(unreadable)} of {len(images) + len(locked)} images cannot be read, "
@@ -2809,23 +2623,9 @@ def _names(images: Sequence, places: Iterable[int], ordered: bool = True) -> lis
     return sorted(names) if ordered else names
 
 
-def fit_many(root: str | os.PathLike, *, progress: Progress = _quiet, **options) -> MultiPrior:
+def fit_many(root: str | os.PathLike, **options) -> MultiPrior:
     """`fit` for every product of ROOT, a folder each (of good images, or a data set's), in one model."""
-    found = _room("folders").find_products(root)
-    bits = options.pop("bits", None) or find_depth(file for own in found.values() for file in own.images)
-    options = {"backbone": load_backbone(options.pop("backbone", Settings.backbone)), "bits": bits} | options
-    return MultiPrior({product: fit(own, progress=lambda what, done, of, name=product:
-                                    progress(f"{name}: {what}", done, of), **options)
-                       for product, own in found.items()})
-
-
-def _good_images(images) -> tuple[list, list[str], str]:
-    """A folder of good images, or what `find_good` found in one -> images, unreadable ones, the left out."""
-    if isinstance(images, (str, os.PathLike)):
-        images = _room("folders").find_good(images)
-    if hasattr(images, "problems"):
-        return list(images.images), images.problems(), str(images)
-    return list(images), [], ""
+    return _room("folders").fit_many(root, **options)
 
 
 # ------------------------------------------------------------------------------------------------

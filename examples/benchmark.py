@@ -306,11 +306,11 @@ def cache_files(name: str, images: Sequence[Path], backbone) -> Callable[..., Pa
 def kept_features(file: Path, make: Callable[[], fp.Extracted]) -> fp.Extracted:
     """What `make` returns, from the file, whose name says what it is of, if it is there."""
     try:
-        return fp.Extracted.load(file, {})
+        return fp._room("kept").read(file, {})
     except fp.ModelError:  # not there yet, or spoilt
         made = make()
         file.parent.mkdir(0o700, parents=True, exist_ok=True)
-        made.save(file, {})
+        fp._room("kept").write(made, file, {})
         return made
 
 
@@ -363,7 +363,7 @@ def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable,
         _import_figure()
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise fp.ShapeError(f"--variants: expected some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
-    if any(VARIANTS[v][1] is None for v in variants) and not fp._is_installed("torch"):
+    if any(VARIANTS[v][1] is None for v in variants) and not fp._room("console").is_installed("torch"):
         fp._import_torch()  # says what to install
     other = [n for n in steps if n not in fp._CALIBRATED_STEPS]
     if len(other) > 1:
@@ -710,7 +710,7 @@ def check_runtimes(names: Sequence[str], device: str) -> None:
         if name not in known:
             raise fp.ShapeError(f"--against: expected some of {', '.join(known)}, got {name!r}")
         for package in (name,) if name == "torch" else (name, "onnx"):
-            if not fp._is_installed(package):
+            if not fp._room("console").is_installed(package):
                 raise fp.BackendUnavailable(f"--against {name} needs {package}: pip install {package}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -25,6 +26,12 @@ if "fp" not in globals():
     import fastprior as fp
 
 
+@functools.cache
+def is_installed(name: str) -> bool:
+    from importlib.util import find_spec
+    return find_spec(name) is not None
+
+
 def machine() -> dict[str, str | int]:
     """What a figure needs beside it."""
     import platform
@@ -35,7 +42,7 @@ def machine() -> dict[str, str | int]:
     except (OSError, StopIteration):
         pass
     versions = {"python": platform.python_version(), "numpy": np.__version__}
-    if fp._is_installed("numba"):
+    if is_installed("numba"):
         from importlib.metadata import version
         versions["numba"] = version("numba")
     return {"cpu": name, "cores": os.cpu_count() or 1, **versions}
@@ -291,7 +298,8 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
                          "nothing of new ones")
         for product, own in scores.items():
             known = fp._products(prior).get(product)
-            moved = known and fp.drift(own, known.calibration["scores"], known.threshold.value)
+            moved = known and fp._room("curation").drift(own, known.calibration["scores"],
+                                                         known.threshold.value)
             if moved:
                 notes.append("warning: " + f"{product}: " * bool(product) + moved)
         for note in notes[len(told):]:

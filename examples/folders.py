@@ -285,3 +285,24 @@ def find_products(root: str | os.PathLike) -> dict[str, Found]:
     if not folders:
         raise fp.ImageError(f"{root}: expected a folder of good images for each product")
     return {folder.name: find_good(folder) for folder in folders}
+
+
+def good_images(images) -> tuple[list, list[str], str]:
+    """A folder of good images, or what `find_good` found in one -> images, unreadable ones, the left out."""
+    if isinstance(images, (str, os.PathLike)):
+        images = find_good(images)
+    if hasattr(images, "problems"):
+        return list(images.images), images.problems(), str(images)
+    return list(images), [], ""
+
+
+def fit_many(root: str | os.PathLike, *, progress=fp._quiet, **options) -> "fp.MultiPrior":
+    """`fit` for every product of ROOT, a folder each (of good images, or a data set's), in one model."""
+    found = find_products(root)
+    bits = options.pop("bits", None) or fp._room("curation").find_depth(
+        file for own in found.values() for file in own.images)
+    backbone = fp.load_backbone(options.pop("backbone", fp.Settings.backbone))
+    options = {"backbone": backbone, "bits": bits} | options
+    return fp.MultiPrior({product: fp.fit(own, progress=lambda what, done, of, name=product:
+                                    progress(f"{name}: {what}", done, of), **options)
+                       for product, own in found.items()})

@@ -85,7 +85,7 @@ def holdout(prior: fp.Prior, tokens: np.ndarray) -> np.ndarray:
     """Scores that calibrate "holdout", of images kept away from the fit; those set aside left out."""
     scores, z = frames_of(prior, tokens)
     nll = (z - prior.calibration["offset"]) / prior.calibration["gain"]
-    return scores[~fp.outliers(nll, prior.settings.worst)[0]]
+    return scores[~fp._room("curation").outliers(nll, prior.settings.worst)[0]]
 
 
 def alarms(scores: np.ndarray, calibration: np.ndarray, aside: int) -> list:
@@ -114,10 +114,10 @@ def refits(kept: list[Kept], config, net, args):
         row = {"category": own.name, "seed": seed, "images": n, "new": len(new), "set_aside": aside,
                "cross": alarms(scores, known[0], aside),
                "holdout": alarms(scores, away, len(held) - len(away)),
-               "false_warnings": [bool(fp.drift(s, *known)) for s in (scores, *parts)]}
+               "false_warnings": [bool(fp._room("curation").drift(s, *known)) for s in (scores, *parts)]}
         for name, features in own.drifts.items():
             s = frames_of(prior, features[new[:FRAMES]])[0]
-            row[name] = [bool(fp.drift(s, *known)), float(np.mean(s > known[1])),
+            row[name] = [bool(fp._room("curation").drift(s, *known)), float(np.mean(s > known[1])),
                          float(np.median(s) - np.median(scores[:FRAMES]))]
         yield row
 

@@ -310,7 +310,7 @@ def damage(r, source, path):
     if kind < .65:
         try:
             entries = with_header(entries, lambda text: header_damage(r, text))
-        except (ValueError, OverflowError, TypeError, RecursionError):  # 1e300 as an int, a nest to be damaged
+        except (ValueError, OverflowError, TypeError, RecursionError):  # 1e300 as an int, a deep nest
             entries = with_header(entries, lambda text: text[1:])
         what = "header"
     else:

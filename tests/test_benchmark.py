@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 import fastprior as fp
 from conftest import ROOT
 
+console = fp._room("console")
+
 benchmark = fp._room("benchmark")
 
 
@@ -262,7 +264,7 @@ def test_categories_of_one_name_and_missing_libraries_are_named(bench, data, tmp
         assert need in str(error) and "pip install 'fastprior[bench]'" in str(error)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr(fp, "_is_installed", lambda name: name != "torch")
+    monkeypatch.setattr(console, "is_installed", lambda name: name != "torch")
     error = bench("--backbone", "lite0").exception
     assert isinstance(error, fp.BackendUnavailable) and "needs torch" in str(error)
 
@@ -297,11 +299,11 @@ def test_against_times_both(small):
 
 
 def test_a_runtime_that_fails_is_named(small, monkeypatch):
-    monkeypatch.setattr(fp, "_is_installed", lambda name: True)
+    monkeypatch.setattr(console, "is_installed", lambda name: True)
     monkeypatch.setitem(benchmark.RUNTIMES, "odd", None)  # unknown to the child
     with pytest.raises(fp.BackendUnavailable, match="--against: odd failed"):
         benchmark.bench_against(small, ["odd"], rounds=1, calls=1)
-    monkeypatch.setattr(fp, "_is_installed", lambda name: name != "onnx")
+    monkeypatch.setattr(console, "is_installed", lambda name: name != "onnx")
     with pytest.raises(fp.BackendUnavailable, match="openvino needs onnx: pip install onnx"):
         benchmark.bench_against(small, ["openvino"])
 

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 import fastprior as fp
 
+curation = fp._room("curation")
+
 BOTTLES = Path(__file__).resolve().parents[2] / "shared" / "data" / "mvtec" / "bottle" / "train" / "good"
 
 
@@ -92,7 +94,8 @@ def test_false_alarms_of_refitted_models_stay_below_the_promise(calibration, mon
     everything = fp.extract_features(files, settings, fp.load_backbone("lite0"))
     features = everything.features
     monkeypatch.setattr(fp, "extract_features",
-                        lambda images, *_, **__: everything.of(images)._replace(sources=list(range(len(images)))))
+                        lambda images, *_, **__: everything.of(images)._replace(
+                            sources=list(range(len(images)))))
     rng = np.random.default_rng(0)
     alarms, count = 0, 0
     for seed in range(12):
@@ -204,14 +207,14 @@ def test_drift_is_seen_and_not_invented():
     rng = np.random.default_rng(0)
     calibration = np.sort(rng.standard_normal(200))
     threshold = fp.conformal_threshold(calibration, .01).value
-    invented = sum(bool(fp.drift(rng.standard_normal(60), calibration, threshold)) for _ in range(300))
+    invented = sum(bool(curation.drift(rng.standard_normal(60), calibration, threshold)) for _ in range(300))
     assert invented <= stats.binom.ppf(.999, 300, .001)
     anomalies = np.r_[rng.standard_normal(60), rng.normal(12, 3, 40)]
-    assert fp.drift(anomalies, calibration, threshold) == ""  # bad parts are no drift
-    assert "drifted" in fp.drift(rng.normal(.9, 1, 60), calibration, threshold)
-    assert "80 of 100 images" in fp.drift(np.r_[rng.standard_normal(20) * .1, np.full(80, 50.)], calibration,
-                                          threshold)
-    assert fp.drift(np.full(19, 50.), calibration, threshold) == ""
+    assert curation.drift(anomalies, calibration, threshold) == ""  # bad parts are no drift
+    assert "drifted" in curation.drift(rng.normal(.9, 1, 60), calibration, threshold)
+    mostly_bad = np.r_[rng.standard_normal(20) * .1, np.full(80, 50.)]
+    assert "80 of 100 images" in curation.drift(mostly_bad, calibration, threshold)
+    assert curation.drift(np.full(19, 50.), calibration, threshold) == ""
 
 
 def test_the_proposed_threshold_has_the_smallest_sum_of_errors():

@@ -5,6 +5,8 @@ from scipy import ndimage
 
 import fastprior as fp
 
+curation = fp._room("curation")
+
 
 @pytest.fixture(scope="module")
 def prior(washers):
@@ -92,7 +94,7 @@ def test_peaks_are_those_of_the_maps_of_images_that_are_held_out(prior, washers)
 
 
 def extracted(rng):
-    looks = np.stack([fp.look(image) for image in rng.integers(0, 256, (60, 64, 64, 3), np.uint8)])
+    looks = np.stack([curation.look(image) for image in rng.integers(0, 256, (60, 64, 64, 3), np.uint8)])
     return fp.Extracted(rng.standard_normal((60, 9, 16)).astype(np.float16), np.arange(60), looks,
                         [f"{i:016x}" for i in range(60)], list(range(60)), 0, [],
                         rng.standard_normal((60, 144, 4)).astype(np.float16))

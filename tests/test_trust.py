@@ -15,6 +15,8 @@ import fastprior as fp
 from conftest import ROOT, SHARED
 from test_calibration import washers as discs
 
+curation = fp._room("curation")
+
 BOTTLE = SHARED / "data" / "mvtec" / "bottle"
 
 
@@ -89,7 +91,7 @@ def test_one_broken_bottle_among_forty_does_not_switch_detection_off():
 
 def test_hardly_any_clean_image_is_set_aside():
     rng = np.random.default_rng(0)  # places of 16 correlated channels: |x|^2 / 2, skewed as real ones are
-    share = [fp.outliers(.5 * rng.chisquare(16, (n, 64)), .03)[0].mean()
+    share = [curation.outliers(.5 * rng.chisquare(16, (n, 64)), .03)[0].mean()
              for n in (40, 100, 300) for _ in range(60)]
     assert np.mean(share) < .02
 
@@ -154,7 +156,7 @@ def test_near_duplicates_share_a_fold_and_count_once(grained, tmp_path, how, cou
     assert made.summary["near_duplicates"] == 20 * count and made.summary["held_out"] == 20
     assert made.threshold.count == 20 and made.summary["images"] == len(images)
     e = fp.extract_features(images, fp.Settings(size=128), fp.load_backbone("lite0"))
-    group, owner = fp.near_duplicates(e), np.array(e.sources)
+    group, owner = curation.near_duplicates(e), np.array(e.sources)
     for i in range(20):  # the image and its likes, and nothing else
         assert set(owner[group == group[owner == i]]) == {i, *range(20 + i * count, 20 + (i + 1) * count)}
     fold = fp._whiten_features(e, fp.Settings(size=128), keep_all=True).fold
@@ -164,7 +166,7 @@ def test_near_duplicates_share_a_fold_and_count_once(grained, tmp_path, how, cou
 def test_different_images_are_no_near_duplicates(good, grained):
     for images, size in ((good, 64), (good, 128), (grained, 128)):
         e = fp.extract_features(images, fp.Settings(size=size), fp.load_backbone("lite0"))
-        assert len(set(fp.near_duplicates(e))) == len(images)
+        assert len(set(curation.near_duplicates(e))) == len(images)
 
 
 def test_near_duplicates_calibrate_once(good, grained, tmp_path):

@@ -9,6 +9,8 @@ import fastprior as fp
 import trust_tables
 from conftest import ROOT
 
+curation = fp._room("curation")
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
@@ -16,8 +18,8 @@ def parts(tmp_path_factory):
     root = tmp_path_factory.mktemp("parts")
     for part in ("washer", "plate"):
         subprocess.run([sys.executable, ROOT / "examples" / "make_demo.py", root / part, "--part", part,
-                        "--good", "66", "--test-good", "4", "--defects-per-type", "4", "--size", "64"], check=True,
-                       capture_output=True)
+                        "--good", "66", "--test-good", "4", "--defects-per-type", "4", "--size", "64"],
+                       check=True, capture_output=True)
     return root
 
 
@@ -31,9 +33,9 @@ def test_holdout_is_what_the_product_does(parts, config):
     e = fp.extract_features(fp.find_images(parts / "washer" / "train"), config, net)
     held = fp.Settings(size=64, copies=1, factors=4, calibration="holdout")
     kept_away = trust_tables.refit(e, held, net)
-    group = fp.near_duplicates(e)
+    group = curation.near_duplicates(e)
     away = (np.random.default_rng(0).permutation(group.max() + 1) < (group.max() + 1) // 5)[group]
-    prior, lone = trust_tables.refit(e.of(~away), config, net), e.of(away & fp._first_of(group))
+    prior, lone = trust_tables.refit(e.of(~away), config, net), e.of(away & curation.first_of(group))
     for name in ("mean", "whitener", "factors"):
         np.testing.assert_array_equal(getattr(prior, name), getattr(kept_away, name))
     for name in ("gain", "offset"):

@@ -8,6 +8,8 @@ import pytest
 import fastprior as fp
 from conftest import ROOT
 
+kept = fp._room("kept")
+
 SIZE = {"size": 64, "copies": 2, "iterations": 0}
 
 
@@ -38,11 +40,11 @@ def test_it_is_the_training_on_all_images_bit_for_bit(grown):
         np.testing.assert_array_equal(a, of_both[name], err_msg=name)
     for name in ("images", "held_out", "trained_on", "near_duplicates"):
         assert new.summary[name] == both.summary[name]
-    about = fp.features_are_about(new.settings, new.backbone)
-    kept, wanted = (fp.Extracted.load(folder / f"{name}.npz", about) for name in ("all", "both"))
-    assert kept.keys == wanted.keys
-    assert [kept.names[i] for i in kept.sources] == [wanted.names[i] for i in wanted.sources]
-    np.testing.assert_array_equal(kept.features, wanted.features)
+    about = kept.about(new.settings, new.backbone)
+    have, wanted = (kept.read(folder / f"{name}.npz", about) for name in ("all", "both"))
+    assert have.keys == wanted.keys
+    assert [have.names[i] for i in have.sources] == [wanted.names[i] for i in wanted.sources]
+    np.testing.assert_array_equal(have.features, wanted.features)
 
 
 def test_old_images_among_the_new_count_once(grown, parts):
@@ -58,7 +60,7 @@ def test_old_images_among_the_new_count_once(grown, parts):
 
 def test_where_more_images_leave_room_for_fewer_copies_old_ones_lose_some(grown):
     folder, first, *_ = grown
-    e = fp.Extracted.load(folder / "first.npz", fp.features_are_about(first.settings, first.backbone))
+    e = kept.read(folder / "first.npz", kept.about(first.settings, first.backbone))
     fewer = fp.extract_features([], fp.dataclasses.replace(first.settings, copies=1), first.backbone, known=e)
     assert np.bincount(fewer.owner).tolist() == [2] * len(e.keys)
     np.testing.assert_array_equal(fewer.features[::2], e.features[::3])

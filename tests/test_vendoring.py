@@ -154,14 +154,28 @@ def test_scoring_imports_nothing_that_it_does_not_need(host, trained, pictures):
 def test_what_is_missing_is_named(host):
     code = START + """
 prior = fp.Prior.load("model.npz")
-for attempt in (lambda: prior.score("x.png"), lambda: fp.load_backbone("lite0")):
+for attempt in (lambda: prior.score("x.png"), lambda: fp.load_backbone("lite0"),
+                lambda: fp.fit([], iterations=0)):
     try: attempt()
     except fp.FastPriorError as e: print(e)
 """
     (host / "x.png").write_bytes(b"")
-    pillow, weights = python(host, code, *OPTIONAL).stdout.splitlines()
+    pillow, weights, examples = python(host, code, *OPTIONAL).stdout.splitlines()
     assert "pip install pillow" in pillow
     assert "vendor/weights" in weights and "copy the folder weights/" in weights
+    assert "vendor/examples" in examples and "copy the folder examples/" in examples
+
+
+def test_a_copy_with_weights_and_examples_trains(host):
+    with_examples(host)
+    shutil.copytree(ROOT / "weights", host / "host" / "vendor" / "weights")
+    code = START + """
+images = list(np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), np.uint8))
+prior = fp.fit(images, size=64, copies=1, iterations=0)
+print(prior.summary["images"], np.isfinite(prior.score(images[0]).score))
+"""
+    hidden = (name for name in OPTIONAL if name != "scipy")
+    assert python(host, code, *hidden).stdout.split() == ["12", "True"]
 
 
 def with_examples(host):

@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Curation of good images: near-duplicates, images unlike the others, the depth of 16-bit ones, drift.
+
+fastprior loads this file by its path and hands itself in as `fp`.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+from typing import Iterable, Sequence
+
+import numpy as np
+
+if "fp" not in globals():
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import fastprior as fp
+
+
+def find_depth(images: Iterable) -> int | None:
+    """The smallest depth (see `load_image`) that holds all but 1/1000 of the 16-bit values; None without.
+
+    ShapeError where most images use 4 bits less: then two depths are mixed.
+    """
+    beyond, counts = [], []
+    for source in images:
+        with contextlib.suppress(Exception):  # what cannot be read is said when it is to be used
+            a = fp._pixels(source, deep_only=True)
+            if a is not None:
+                beyond.append(fp._beyond(a))
+                counts.append(a.size)
+    if not counts:
+        return None
+    depth = fp._depth(sum(beyond), sum(counts))
+    lower = [own for own in map(fp._depth, beyond, counts) if own <= depth - 4]
+    if 2 * len(lower) > len(counts):
+        raise fp.ShapeError(f"{len(lower)} of {len(counts)} images use at most {max(lower)} bits, "
+                         f"others {depth}: say which is meant (--bits)")
+    return depth
+
+
+def near_duplicates(e: fp.Extracted) -> np.ndarray:
+    """(I,) a number for each image, 0, 1, 2 ...: frames of a video, crops, re-compressed copies share one.
+
+    Two are linked if they look the same (`look_alike`), or if their features are as close as an image's to
+    those of its own jittered copy (the median): by cosine, where images differ more than such copies, in the
+    generalised eigenvectors of the copies' covariance W about their image in the images' covariance T, both
+    pooled over the places, W v = lambda T v, each weighted by sqrt(1 - lambda). Linked ones share a group.
+    """
+    from scipy import linalg, sparse
+    first, copies, (_, n, c) = np.flatnonzero(e.clean), np.flatnonzero(~e.clean), e.features.shape
+    linked = look_alike(e.looks)
+    if len(first) > 1 and len(copies):
+        mean = e.features[first].mean(0, dtype=np.float32)
+        total, within = np.zeros((2, c, c))
+        for i in range(n):
+            x = e.features[first, i].astype(np.float32)
+            d = e.features[copies, i] - x[e.owner[copies]]
+            x -= mean[i]
+            total += x.T @ x / len(x)
+            within += d.T @ d / len(d)
+        total += 1e-3 * max(np.trace(total) / c, 1e-12) * np.eye(c)
+        ratio, v = linalg.eigh(within, total)
+        v = (v * np.sqrt(np.maximum(1 - ratio, 0)))[:, ratio < .95].astype(np.float32)
+
+        def directions(rows):
+            x = ((e.features[rows].astype(np.float32) - mean) @ v).reshape(len(rows), -1)
+            return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        own = np.concatenate([directions(first[i:i + 64]) for i in range(0, len(first), 64)])
+        alike = [(directions(rows) * own[e.owner[rows]]).sum(1)
+                 for rows in np.array_split(copies, -(-len(copies) // 64))]
+        linked |= own @ own.T >= max(np.median(np.concatenate(alike)), .3)  # below, nothing is alike
+    return sparse.csgraph.connected_components(linked, directed=False)[1]
+
+
+_LOOK = 128  # side, pixels
+
+
+def look(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> complex64 spectrum (128, 65) of its grey middle band, see `look_alike`."""
+    x = fp.resize_normalize(image, _LOOK, (0, 0, 0), (1, 1, 1), dtype=np.float32).mean(-1)
+    f = np.fft.rfft2((x - x.mean()) * np.sqrt(np.outer(np.hanning(_LOOK), np.hanning(_LOOK))))
+    square = (2 * np.pi * np.hypot(np.fft.fftfreq(_LOOK)[:, None], np.fft.rfftfreq(_LOOK))) ** 2
+    f *= np.exp(-square * .7 ** 2 / 2) - np.exp(-square * 4 ** 2 / 2)  # Gaussians of 0.7 and 4 pixels
+    return f.astype(np.complex64)
+
+
+def look_alike(looks: np.ndarray) -> np.ndarray:
+    """bool (I, I): which correlate by 0.965, and by 0.96 in what they do not have in common with all others.
+
+    Each where it is highest within a shift of 5 % of a side.
+    """
+    reach = np.arange(-_LOOK // 20, _LOOK // 20 + 1)
+    root = np.full(looks.shape[-1], 2 ** .5 / _LOOK, np.float32)  # energy: a real image's other half counts
+    root[[0, -1]] = 1 / _LOOK
+
+    def unit(f):
+        energy = np.linalg.norm((np.abs(f) * root).reshape(len(f), -1), axis=1)
+        return f / np.maximum(energy, 1e-3)[:, None, None]
+
+    def correlation(f, i, j):
+        return np.fft.irfft2(f[j] * f[i].conj(), (_LOOK, _LOOK))[:, reach][:, :, reach].max((1, 2))
+    whole, own = unit(looks), unit(looks - looks.mean(0))
+    size = (np.abs(whole) * root).reshape(len(looks), -1)
+    linked = np.eye(len(looks), dtype=bool)
+    for i, row in enumerate(size):
+        at = i + 1 + np.flatnonzero(size[i + 1:] @ row >= .965)  # no shift can give more than that
+        for j in np.array_split(at, -(-len(at) // 64)) if len(at) else ():
+            linked[i, j] = (correlation(whole, i, j) >= .965) & (correlation(own, i, j) >= .96)
+    return linked | linked.T
+
+
+def first_of(group: np.ndarray) -> np.ndarray:
+    """bool: the first of each group."""
+    first = np.zeros(len(group), bool)
+    first[np.unique(group, return_index=True)[1]] = True
+    return first
+
+
+def outliers(nll: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which images are unlike the others, and which of them by far? Held-out nll (n, N) -> bool (n,), twice.
+
+    None of fewer than MIN_HELD_OUT, a tenth at most. Each place is standardised by median and quartiles, an
+    image judged by the mean of its worst places. The tail of good images is taken as exponential beyond the
+    median, its rate from the 90 % quantile; of those p-values the false-discovery rate is held at 5 %
+    (Benjamini, Hochberg 1995). By far: twice as far from the median as the farthest of the rest.
+    """
+    unlike, far = np.zeros((2, len(nll)), bool)
+    if len(nll) < fp.MIN_HELD_OUT:
+        return unlike, far
+    low, middle, high = np.quantile(nll, [.25, .5, .75], 0)
+    variance = ((high - low) / 1.349) ** 2
+    raw = fp.worst_mean((nll - middle) / (np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12), worst)
+    centre, top = np.quantile(raw, [.5, .9])
+    p = .5 * np.exp(-(raw - centre) * math.log(5) / max(top - centre, 1e-12))
+    order = np.argsort(p, kind="stable")
+    passed = np.flatnonzero(p[order] <= .05 * np.arange(1, len(p) + 1) / len(p))
+    unlike[order[:min(passed[-1] + 1, int(fp._MOST_ASIDE * len(nll))) if len(passed) else 0]] = True
+    far[unlike] = raw[unlike] - centre > 2 * (raw[~unlike].max() - centre)
+    return unlike, far
+
+
+def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) -> str:
+    """Why the good-looking `scores` cannot be as good as the calibration's; "" if they can, or are below 20.
+
+    A one-sided two-sample Kolmogorov-Smirnov test, p < 0.001, of what lies below the threshold in both: only
+    higher scores are a drift, since those of a cross-fitted calibration lie a little above new ones.
+    """
+    new, old = np.asarray(scores), calibration[calibration <= threshold]
+    if len(new) < 20:
+        return ""
+    kept = new[new <= threshold]
+    if 2 * len(kept) < len(new):
+        return (f"{len(new) - len(kept)} of {len(new)} images are called anomalies: another "
+                "product, camera or lighting? If they are good: fastprior calibrate, or train")
+    from scipy.stats import ks_2samp
+    if len(old) >= 10 and ks_2samp(kept, old, alternative="less").pvalue < .001:
+        return (f"the good-looking images have drifted: their median score is {np.median(kept):.2f}, that of "
+                f"held-out good images {np.median(old):.2f}; the false-alarm rate is no longer promised. "
+                "See fastprior calibrate")
+    return ""

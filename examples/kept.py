@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Features of good images, kept in a file, and a model that learns more images with them.
+
+fastprior loads this file by its path and hands itself in as `fp`.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+if "fp" not in globals():
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import fastprior as fp
+
+
+def about(settings: fp.Settings, backbone: fp.Backbone, roi: fp.RegionOfInterest | None = None) -> dict:
+    """All that decides the features of an image and of its copies."""
+    network = hashlib.sha256()
+    for a in backbone.to_arrays().values():
+        network.update(a.tobytes())
+    region = roi and fp.image_key(roi.mask)
+    made_by = {"network": network.hexdigest(), "revision": fp.FIT_REVISION, "region": region}
+    return made_by | {k: getattr(settings, k) for k in ("size", "cell", "copies", "seed", "bits")}
+
+
+def write(e: fp.Extracted, path: str | os.PathLike, made_by: dict) -> None:
+    """Into a file that `read` reads if `made_by` is the same; FastPriorError if it cannot be written."""
+    arrays = {"features": e.features, "owner": e.owner, "looks": e.looks.view(np.float32),
+              "sources": np.array(e.sources, np.int64), "fine": np.array(e.fine)}
+    fp._write_npz(path, {"kind": "features", "about": made_by, "keys": e.keys, "names": e.names}, arrays)
+
+
+def read(path: str | os.PathLike, made_by: dict) -> fp.Extracted:
+    """ModelError if it is no such file, or another network, size, seed ... made its features."""
+    header, a = fp._read_npz(path)
+    if header.get("kind") != "features":
+        raise fp.ModelError(f"{path}: expected features that `train --keep-features` wrote, got a "
+                            f"{header.get('kind')!r:.40}")
+    made_by = json.loads(json.dumps(made_by))
+    if other := [k for k, v in made_by.items() if header["about"].get(k) != v]:
+        raise fp.ModelError(f"{path}: its features were made with another {', '.join(other)}: give what "
+                            "made them, or train anew")
+    return fp.Extracted(a["features"], a["owner"], a["looks"].view(np.complex64), header["keys"],
+                        a["sources"].tolist(), 0, [], a["fine"], header["names"])
+
+
+def update(prior: fp.Prior, images, known: str | os.PathLike, *, iterations: int | None = 0,
+           **options) -> fp.Prior:
+    """The model trained on `images` too, without the images it was trained on.
+
+    images: as for `fit`, may repeat old ones. known: the features that `fit(features=)` kept of the old
+    ones. Gaussians, factors and calibration are bit for bit those of a training on all. iterations: 0
+    keeps the denoiser while it still lowers the held-out loss; `summary["gain_kept"]` is by what share,
+    which at its training was 1 - loss / loss_start. Else it is trained again. options: those of `fit`.
+    """
+    kept = prior.denoiser if iterations == 0 else None
+    factors = prior.settings.factors and fp.Settings.factors  # it may have less, for it had few images
+    settings = dataclasses.asdict(prior.settings) | {
+        "backbone": prior.backbone, "factors": factors, "roi": prior.roi}
+    new = fp.fit(images, known=known, denoiser=kept, iterations=iterations, **settings | options)
+    new.summary |= {k: prior.summary[k] for k in ("loss_start", "loss") if k in prior.summary and kept}
+    return new
