@@ -224,7 +224,8 @@ def activate(x: np.ndarray, act: int, out: np.ndarray | None = None) -> np.ndarr
     if act == RELU6:
         return np.clip(x, 0, 6, out=out)
     if act == SILU:
-        y = np.exp(-x)
+        with np.errstate(over="ignore"):  # x / inf is right
+            y = np.exp(-x)
         y += 1
         return np.divide(x, y, out=y if out is None else out)
     return x
@@ -342,7 +343,8 @@ def linear(x: np.ndarray, w: np.ndarray, b: np.ndarray, act: int = NONE,
 def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.ndarray:
     """x * sigmoid(W2 silu(W1 mean(x) + b1) + b2), the mean over both spatial axes of (H, W, C)."""
     hidden = activate(x.mean((0, 1)) @ reduce_w + reduce_b, SILU)
-    return x * (1 / (1 + np.exp(-(hidden @ expand_w + expand_b))))
+    with np.errstate(over="ignore"):  # 1 / inf is right
+        return x * (1 / (1 + np.exp(-(hidden @ expand_w + expand_b))))
 
 
 def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:

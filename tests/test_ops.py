@@ -199,3 +199,11 @@ def test_the_table_is_whole():
         assert op.cpu or op.cuda, name
         assert op.cuda is None or (KERNELS / f"{op.cuda}.cu").is_file(), name
     assert {p.stem for p in KERNELS.glob("*.cu")} == {op.cuda for op in OPS.values()} - {None}
+
+
+def test_the_far_tail_of_silu_and_sigmoid_is_zero_without_a_warning():
+    far = np.array([[[-1e4, 1e4]]])
+    np.testing.assert_array_equal(fp.activate(far, fp.SILU), [[[0, 1e4]]])
+    expand = np.array([[-1e4, 1e4]])
+    gated = fp.squeeze_excite(np.ones((1, 1, 2)), np.ones((2, 1)), np.ones(1), expand, np.zeros(2))
+    np.testing.assert_array_equal(gated, [[[0, 1]]])
