@@ -1507,6 +1507,7 @@ def _pack_model(priors: dict[str, Prior]) -> tuple[dict, dict[str, np.ndarray]]:
     for i, (name, p) in enumerate(priors.items()):
         arrays |= {f"{i}/{k}" if name else k: a for k, a in _arrays_of(p).items()}
         settings = dataclasses.asdict(p.settings) | {"backbone": backbone.name}
+        settings = {k: v for k, v in settings.items() if k != "tile" or v}
         parts.append((name, {"settings": settings, "summary": p.summary}))
     kind = parts[0][1] | {"kind": "prior"} if "" in priors else {"kind": "priors", "products": parts}
     return {"fastprior": __version__, "backbone": backbone.header()} | kind, arrays
@@ -1655,6 +1656,7 @@ class Settings:
     calibration: str = "cross"
     seed: int = 0
     bits: int | None = None  # of 16-bit images, see `load_image`; None: found in training, if it sees any
+    tile: int = 0  # side of the windows that an image is cut into (examples/tiles.py), pixels; 0: not cut
 
     def __post_init__(self) -> None:
         if self.cell == 0 and isinstance(self.size, int):
@@ -1675,7 +1677,7 @@ class Settings:
         last = NUM_TRAIN_TIMESTEPS - 1
         allowed = {"size": range(64, 1025, 32), "cell": range(16, 1025, 16), "steps": range(1, 201),
                    "first": range(last), "last": range(1, last + 1), "factors": range(_MOST_FACTORS + 1),
-                   "copies": range(65),
+                   "copies": range(65), "tile": range(4097),
                    "width": range(16, 1025, 16), "mixers": range(14), "seed": range(2 ** 63),
                    "bits": _DEPTHS, "variant": ("whitened", "plain"), "calibration": ("cross", "holdout"),
                    "shrink": [0, 1], "floor": [1e-9, 1], "worst": [1e-9, 1], "smooth": [0, 64],  # low, high
@@ -1845,9 +1847,8 @@ class Prior:
                 self.device = "cpu"
 
     def __getstate__(self) -> dict:
-        state = self.__dict__ | {"_built": {}}  # an engine is made of addresses
-        state.pop("_preconditioning", None)  # many times the rest
-        return state
+        kept = self.__dict__.keys() - {"_preconditioning", "_window"}  # many times the rest
+        return {k: self.__dict__[k] for k in kept} | {"_built": {}}  # an engine is made of addresses
 
     # -- file ------------------------------------------------------------------------------------
 
@@ -1898,6 +1899,8 @@ class Prior:
         Nothing is trained, and the order of scores does not change. ImageError if fewer than 10 can be read.
         """
         images, unreadable, _ = _room("folders").good_images(images)
+        if self.settings.tile:
+            return _room("tiles").calibrate(self, images, unreadable, keep_all, progress, settings)
         e = extract_features(images, dataclasses.replace(self.settings, copies=2), self.backbone,
                              self.threads, progress, np.float32, roi=self.roi)
         unreadable += e.unreadable
@@ -1962,6 +1965,8 @@ class Prior:
         With device="cuda" images may be CuPy or torch CUDA arrays, u8 (H, W, 3), and the results
         stay on the GPU until they are read; nothing here waits for it.
         """
+        if self.settings.tile:
+            return _room("tiles").score_batch(self, images, with_map, chunk, errors)
         results: list = [None] * len(images)
         for places, pixels in _load_chunks(self, images, chunk, errors, results):
             frames = self._frames(pixels, with_map)
@@ -2115,6 +2120,8 @@ class MultiPrior:
                              f"got {sorted(kinds)}")
         if len({p.roi and image_key(p.roi.mask) for p in priors.values()}) != 1:
             raise ModelError("products of one model need one region of interest")
+        if any(p.settings.tile for p in priors.values()):
+            raise ModelError("products of one model are not cut into windows (tile)")
         if len({p.settings.bits for p in priors.values()} - {None}) > 1:
             raise ModelError("products of one model need one depth of their 16-bit images (bits)")
         if not all(isinstance(k, str) and 0 < len(k) < 256 and k.isprintable() and k != "unknown"
@@ -2596,6 +2603,11 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     backbone = load_backbone(config.backbone)
     bits = config.bits or _room("curation").find_depth(images)
     config = dataclasses.replace(config, backbone=backbone.name, bits=bits)
+    if config.tile:
+        if roi is not None or known or features:
+            raise ShapeError("tile: not together with a region of interest or kept features")
+        return _room("tiles").fit(images, locked, found, config, backbone, keep_all, progress,
+                                  iterations=iterations, minutes=minutes, threads=threads)
     roi = None if roi is None else _room("region").region_of(roi, images, config)
     kept = _room("kept")
     about = kept.about(config, backbone, roi)

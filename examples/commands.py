@@ -69,6 +69,9 @@ def build_app() -> "typer.Typer":
               roi: Path = typer.Option(None,
                                        help="Where to look: an image, black elsewhere, or polygons (.json); "
                                             "the model keeps it."),
+              tiles: int = typer.Option(fp.Settings.tile, min=0,
+                                        help="Cut images into overlapping windows of so many pixels a side: "
+                                             "large images, odd shapes; 0: do not."),
               multi: bool = typer.Option(False, "--multi",
                                          help="GOOD holds a folder for each product; one model for all."),
               keep_features: bool = typer.Option(False, "--keep-features",
@@ -80,19 +83,23 @@ def build_app() -> "typer.Typer":
 
         Example: fastprior train photos/good --roi mask.png -o part.npz
 
+        Example: fastprior train --tiles 448 webs/good -o web.npz
+
         Example: fastprior train --multi products -o all.npz
         """
         check_output(output)
         features = console.features_file(output) if keep_features else None
         if multi and features:
             raise fp.ShapeError("--keep-features: of one product; leave out --multi")
+        if multi and tiles:
+            raise fp.ShapeError("--tiles: of one product; leave out --multi")
         chosen = preset(tier)
         own = {k: v for k, v in {"backbone": backbone, "size": size, "cell": cell}.items() if v is not None}
         with console.Bars() as bars:
             made = (fp.fit_many if multi else fp.fit)(
                 good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
                 variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits, keep_all=keep_all,
-                roi=roi, **chosen | own | ({"features": features} if features else {}))
+                roi=roi, tile=tiles, **chosen | own | ({"features": features} if features else {}))
         made.save(output)
         console.tell_training(made)
         print(output)

@@ -331,6 +331,8 @@ def export(model: Path, output: Path, product: str | None, **changes) -> None:
         got = f"; got {product!r:.80}" if product else ""
         raise fp.FastPriorError(f"{model}: a graph is of one product: give --product, one of "
                                 f"{', '.join(products)}{got}")
+    if products[product or ""].settings.tile:
+        raise fp.FastPriorError(f"{model}: cuts images into windows (--tiles), and a graph does not")
     told = describe(products[product or ""], fp._printable(model.name), product or "")
     data = prior_model(products[product or ""], fp._printable(model.stem), told)
     target = Path(os.path.realpath(output))  # a link stays a link

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Draw a small demo data set: lathe-turned steel washers on a conveyor belt, or drilled plates.
+"""Draw a small demo data set: lathe-turned steel washers on a conveyor belt, drilled plates, or webs.
 
 The plates come in two hands, one the mirror image of the other, both good. Their faults are of logic: every
 place of a bad plate looks as it does in good plates of one hand or the other, only not together.
+Webs are grained strips, eight times as wide as high, as a line scan sees them; their fault is a speck.
 
 Nothing is downloaded and nobody else's data is used: every image is computed
 from a seed. The folder follows the MVTec AD layout::
 
     OUT_DIR/train/good/000.png ...
     OUT_DIR/test/good/000.png ...
-    OUT_DIR/test/{scratch,dent,stain,chip}/000.png ...          (plates: mixed, missing, swapped)
+    OUT_DIR/test/{scratch,dent,stain,chip}/000.png ...          (plates: mixed, missing, swapped; webs: speck)
     OUT_DIR/ground_truth/{scratch,dent,stain,chip}/000_mask.png ...   (0 or 255)
 
 An image depends only on (part, seed, split, kind, number, size), so asking for more images
@@ -28,7 +29,8 @@ from scipy import ndimage
 
 DEFECTS = ("scratch", "dent", "stain", "chip")
 SPLITS = ("train", "test")
-PARTS = {"washer": ("good",) + DEFECTS, "plate": ("good", "mixed", "missing", "swapped")}
+PARTS = {"washer": ("good",) + DEFECTS, "plate": ("good", "mixed", "missing", "swapped"),
+         "web": ("good", "speck")}
 MARKER = "fastprior_demo.txt"  # says that the folder is ours, and may be overwritten
 SAMPLES = {"good_0": ("good", 0), "good_1": ("good", 1), **{k: (k, 0) for k in DEFECTS}}
 
@@ -256,6 +258,20 @@ def _add_defect(rng, kind, metal, depth, xy, radii, lamp):
     return metal, depth, mask & on_part
 
 
+def _render_web(rng, kind, size):
+    """Image (size, 8 size, 3) and mask of a grained strip; a speck is 8 x 8 pixels, whatever the size."""
+    shape = size, 8 * size
+    grain = sum(amount * layer / layer.std() for amount, layer in (
+        (14, ndimage.gaussian_filter(rng.standard_normal(shape), 1.5)),
+        (8, ndimage.gaussian_filter(rng.standard_normal(shape), (1, 12)))))
+    image, mask = 128 + grain, np.zeros(shape, np.uint8)
+    if kind == "speck":
+        y, x = (int(rng.integers(n - 8)) for n in shape)
+        image[y:y + 8, x:x + 8] *= .35
+        mask[y:y + 8, x:x + 8] = 255
+    return np.repeat(np.clip(image, 0, 255).astype(np.uint8)[..., None], 3, 2), mask
+
+
 def draw_part(rng, size=256):
     """Return the image of a good washer, (size, size, 3) uint8."""
     return _render(rng, "good", size)[0]
@@ -271,7 +287,7 @@ def draw_defect(rng, kind, size=256):
 def _write(path, seed, split, kind, i, size, mask_path=None, part="washer"):
     """Write image number i of a split and kind, which depends on nothing else, and its mask if asked."""
     rng = np.random.default_rng([seed, SPLITS.index(split), PARTS[part].index(kind), i])
-    images = (_render_plate if part == "plate" else _render)(rng, kind, size)
+    images = {"plate": _render_plate, "web": _render_web, "washer": _render}[part](rng, kind, size)
     for target, array in zip((path, mask_path), images):
         if target:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -315,7 +331,7 @@ def main(argv=None):
     add("--test-good", type=int, default=12, help="good test images (default %(default)s)")
     add("--defects-per-type", type=int, default=6,
         help="test images of each kind of defect (default %(default)s)")
-    add("--size", type=int, default=256, help="side of an image in pixels (default %(default)s)")
+    add("--size", type=int, default=256, help="side of an image in pixels, a web's height (default %(default)s)")
     add("--seed", type=int, default=0, help="another seed draws other parts (default %(default)s)")
     add("--samples", action="store_true", help="write only six sample pictures, straight into OUT_DIR")
     args = parser.parse_args(argv)
