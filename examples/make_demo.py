@@ -331,7 +331,8 @@ def main(argv=None):
     add("--test-good", type=int, default=12, help="good test images (default %(default)s)")
     add("--defects-per-type", type=int, default=6,
         help="test images of each kind of defect (default %(default)s)")
-    add("--size", type=int, default=256, help="side of an image in pixels, a web's height (default %(default)s)")
+    add("--size", type=int, default=256,
+        help="side of an image in pixels, a web's height (default %(default)s)")
     add("--seed", type=int, default=0, help="another seed draws other parts (default %(default)s)")
     add("--samples", action="store_true", help="write only six sample pictures, straight into OUT_DIR")
     args = parser.parse_args(argv)
