@@ -1930,7 +1930,8 @@ class Prior:
                                    **_read_scores(raw, nll[steps][kept], details, self.settings, self.roi)}
         aside = _names(images, [lone.sources[i] for i in np.flatnonzero(~kept)])
         told = {"calibrated_on": int(kept.sum()), "held_out_aside": len(aside), "set_aside_today": aside,
-                "near_duplicates_today": len(e.keys) - count, "unreadable": unreadable[:20]}
+                "near_duplicates_today": len(e.keys) - count, "unreadable": unreadable[:20],
+                "traits": curation.known_traits(lone.of(kept).looks)}
         return self._with(dataclasses.replace(self.settings, **settings), calibrations, self.summary | told)
 
     def update(self, images, known: str | os.PathLike, **options) -> "Prior":
@@ -2519,7 +2520,8 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
     summary = {"images": len(trained_on), "held_out": len(fresh) or int(clean.sum()),
                "held_out_aside": int(aside[away].sum() if holdout else aside.sum()),
                "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
-               "near_duplicates": count - groups, "unreadable": e.unreadable[:20], "trained_on": trained_on}
+               "near_duplicates": count - groups, "unreadable": e.unreadable[:20], "trained_on": trained_on,
+               "traits": curation.known_traits(e.of(~aside).looks)}
     return _Whitened(x0, rows, clean, mean, whitener, fresh, fine, details, summary, e.roi)
 
 

@@ -233,6 +233,9 @@ def as_line(path: str | os.PathLike, r: fp.Result) -> str:
     return "\t".join(map(fp._printable, cells))
 
 
+_MOST_TRAITS = 256  # images of a folder that tell its drift, some milliseconds each
+
+
 def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_folder: Path | None,
           as_json: bool, report: Path | None = None, **options) -> int:
     """A row an image; returns the exit code. What cannot be scored or written is said; the rest goes on."""
@@ -243,7 +246,8 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
     found = folders.find_all(paths)
     if str(found):
         say(found)
-    anomalies, seen, scores, told, failed = 0, 0, {}, set(), []
+    anomalies, seen, scores, traits, told, failed = 0, 0, {}, {}, set(), []
+    curation = fp._room("curation")
 
     def refuse(text: str, row: dict) -> None:
         failed.append(text)
@@ -262,7 +266,8 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
             row = {"path": str(path)}
             try:
                 image = load(path, fp._bits(prior), told)
-                seen += fp.image_key(prior.roi.paint(image) if prior.roi else image) in known_images
+                looked_at = prior.roi.paint(image) if prior.roi else image
+                seen += fp.image_key(looked_at) in known_images
                 r = judge(prior, image, bool(map_folder or mask_folder or as_json or page))
             except (fp.FastPriorError, MemoryError) as e:
                 refuse(str(e) if isinstance(e, fp.ImageError) else f"{path}: {str(e) or 'out of memory'}",
@@ -270,6 +275,8 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
                 continue
             anomalies += r.is_anomaly
             scores.setdefault(r.product, []).append(r.score)
+            if len(traits.setdefault(r.product, [])) < _MOST_TRAITS:
+                traits[r.product].append(curation.traits(curation.look(looked_at)[None])[0])
             unwritten = ""
             try:
                 row = as_row(path, r)
@@ -298,8 +305,8 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
                          "nothing of new ones")
         for product, own in scores.items():
             known = fp._products(prior).get(product)
-            moved = known and fp._room("curation").drift(own, known.calibration["scores"],
-                                                         known.threshold.value)
+            moved = known and curation.drift(own, known.calibration["scores"], known.threshold.value,
+                                             np.array(traits[product]), known.summary.get("traits"))
             if moved:
                 notes.append("warning: " + f"{product}: " * bool(product) + moved)
         for note in notes[len(told):]:
@@ -419,7 +426,7 @@ def info(model: Path | None, as_json: bool) -> None:
             own = {**dataclasses.asdict(prior.settings), "looks_at": looks_at(prior),
                    "timesteps": prior.timesteps.tolist(), "calibrated_steps": sorted(prior.calibrations),
                    "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()),
-                   **prior.summary,
+                   **{k: v for k, v in prior.summary.items() if k != "traits"},
                    "trained_on": f"{len(prior.summary.get('trained_on', []))} images",
                    "promise": promise(prior)}
             facts |= {f"{name}: {k}": v for k, v in own.items()} if name else own

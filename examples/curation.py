@@ -141,11 +141,61 @@ def outliers(nll: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:
     return unlike, far
 
 
-def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) -> str:
-    """Why the good-looking `scores` cannot be as good as the calibration's; "" if they can, or are below 20.
+def traits(looks: np.ndarray) -> np.ndarray:
+    """`look` of images (I, 128, 65) -> float64 (I, 4), of their fine contrast:
 
-    A one-sided two-sample Kolmogorov-Smirnov test, p < 0.001, of what lies below the threshold in both: only
-    higher scores are a drift, since those of a cross-fitted calibration lie a little above new ones.
+    log of its amplitude, log of the amplitude above 1/8 cycle a pixel to that below, and its centre of
+    energy, down and across, in sides (the window of `look` about halves its way).
+    Light, focus and position move them, whatever the network makes of it.
+    """
+    frequency = np.hypot(np.fft.fftfreq(_LOOK)[:, None], np.fft.rfftfreq(_LOOK))
+    at, energy, where = np.arange(_LOOK) / _LOOK, [], []
+    for f in looks:
+        power = np.abs(f).astype(np.float64) ** 2
+        power[:, 1:-1] *= 2  # a real image's other half
+        energy.append([power[frequency <= .125].sum() + 1e-9, power[frequency > .125].sum() + 1e-9])
+        own = np.fft.irfft2(f, (_LOOK, _LOOK)) ** 2 + 1e-12
+        where.append([own.sum(1) @ at / own.sum(), own.sum(0) @ at / own.sum()])
+    low, high = np.reshape(energy, (-1, 2)).T
+    return np.column_stack([.5 * np.log(low + high), .5 * np.log(high / low), np.reshape(where, (-1, 2))])
+
+
+def known_traits(looks: np.ndarray) -> list:
+    """What a model keeps of `traits`: number of images, means, deviations."""
+    own = traits(looks)
+    return [len(own), own.mean(0).tolist(), own.std(0).tolist()]
+
+
+def moved(new: np.ndarray, known: list) -> str:
+    """How the `traits` of new images (I, 4) differ from those a model keeps; "" if they do not.
+
+    Where their means differ by Welch's test, p < 0.0001 a trait, and by at least one deviation.
+    """
+    try:
+        count, mean, deviation = int(known[0]), *np.array(known[1:], np.float64).reshape(2, 4)
+    except (TypeError, ValueError, IndexError, OverflowError):  # of an older model
+        return ""
+    if min(count, len(new)) < 20:
+        return ""
+    from scipy.stats import ttest_ind_from_stats
+    p = [ttest_ind_from_stats(x.mean(), x.std() + 1e-9, len(x), m, s + 1e-9, count, equal_var=False).pvalue
+         for x, m, s in zip(new.T, mean, deviation)]
+    by = new.mean(0) - mean
+    light, focus, down, across = np.where((np.array(p) < 1e-4) & (np.abs(by) > deviation), by, 0)
+    words = {f"{abs(math.expm1(light)):.0%} less light or contrast": light < 0,
+             f"{abs(math.expm1(light)):.0%} more light or contrast": light > 0,
+             "blurred": focus < 0, "sharper, or noisier": focus > 0,
+             "lower": down > 0, "higher": down < 0, "further right": across > 0, "further left": across < 0}
+    return ", ".join(word for word, so in words.items() if so)
+
+
+def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float,
+          new_traits: np.ndarray | None = None, known: list | None = None) -> str:
+    """Why the good-looking images cannot be as good as the calibration's; "" if they can, or are below 20.
+
+    A one-sided two-sample Kolmogorov-Smirnov test, p < 0.001, of the scores below the threshold in both: only
+    higher scores are a drift, since those of a cross-fitted calibration lie a little above new ones. And
+    `moved`, of the traits (I, 4) of the same images, or of the first of them, and of those that trained.
     """
     new, old = np.asarray(scores), calibration[calibration <= threshold]
     if len(new) < 20:
@@ -159,4 +209,9 @@ def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float) ->
         return (f"the good-looking images have drifted: their median score is {np.median(kept):.2f}, that of "
                 f"held-out good images {np.median(old):.2f}; the false-alarm rate is no longer promised. "
                 "See fastprior calibrate")
+    if known and new_traits is not None:
+        how = moved(new_traits[new[:len(new_traits)] <= threshold], known)
+        if how:
+            return (f"the good-looking images have drifted, against those of training: {how}; the "
+                    "false-alarm rate is no longer promised. See fastprior calibrate")
     return ""

@@ -111,8 +111,8 @@ def _worst(scores: Sequence[float]) -> float:
 
 
 def _different(images: Sequence, bits: int | None,
-               progress) -> tuple[list[int], list[str], np.ndarray, list[str]]:
-    """Places of the different images that can be read, keys, groups of near-duplicates; unreadable ones.
+               progress) -> tuple[list[int], list[str], np.ndarray, np.ndarray, list[str]]:
+    """Of the different images: places, keys, groups of near-duplicates, looks. And the unreadable ones.
 
     In the order of their keys, so that names decide nothing. ShapeError unless they are of one size.
     """
@@ -135,8 +135,10 @@ def _different(images: Sequence, bits: int | None,
                             f"{unreadable[0]}")
     keys = sorted(found)
     from scipy.sparse.csgraph import connected_components
-    linked = curation.look_alike(np.array([found[k][1] for k in keys])) if keys else np.zeros((0, 0), bool)
-    return [found[k][0] for k in keys], keys, connected_components(linked, directed=False)[1], unreadable
+    looks = np.array([found[k][1] for k in keys])
+    linked = curation.look_alike(looks) if keys else np.zeros((0, 0), bool)
+    group = connected_components(linked, directed=False)[1]
+    return [found[k][0] for k in keys], keys, group, looks, unreadable
 
 
 def _calibrated(prior: fp.Prior, images: Sequence, keep_all: bool, progress) -> tuple[dict, np.ndarray]:
@@ -167,12 +169,13 @@ def _calibrated(prior: fp.Prior, images: Sequence, keep_all: bool, progress) -> 
 def calibrate(prior: fp.Prior, images: Sequence, unreadable: list[str], keep_all: bool, progress,
               settings: dict) -> fp.Prior:
     """`Prior.calibrate` of a model with windows."""
-    places, keys, group, own = _different(images, prior.settings.bits, progress)
+    places, keys, group, looks, own = _different(images, prior.settings.bits, progress)
     unreadable = unreadable + own
     if seen := len(set(keys) & set(prior.summary.get("trained_on", ()))):
         raise fp.ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
                             "images that the model has not seen")
-    lone = [places[i] for i in np.flatnonzero(fp._room("curation").first_of(group))]
+    first = fp._room("curation").first_of(group)
+    lone = [places[i] for i in np.flatnonzero(first)]
     if len(lone) < fp.MIN_HELD_OUT:
         raise fp.ImageError(f"{len(lone)} readable, different good images (near-duplicates count once): at "
                             f"least {fp.MIN_HELD_OUT} are needed to calibrate"
@@ -182,7 +185,8 @@ def calibrate(prior: fp.Prior, images: Sequence, unreadable: list[str], keep_all
     size = fp.load_image(images[lone[0]], prior.settings.bits).shape[:2]
     told = {"calibrated_on": int(kept.sum()), "held_out_aside": len(aside), "set_aside_today": aside,
             "near_duplicates_today": len(places) - len(lone), "unreadable": unreadable[:20],
-            "windows": len(corners(*size, prior.settings.tile))}
+            "windows": len(corners(*size, prior.settings.tile)),
+            "traits": fp._room("curation").known_traits(looks[first][kept])}
     return prior._with(dataclasses.replace(prior.settings, **settings), {prior.settings.steps: made},
                        prior.summary | told)
 
@@ -208,7 +212,7 @@ def fit(images: Sequence, locked: list[str], found: str, config: fp.Settings, ba
     began = time.perf_counter()
     if config.tile < 64:
         raise fp.ShapeError(f"tile: expected 0 or an integer from 64 to 4096, got {config.tile}")
-    places, keys, group, unreadable = _different(images, config.bits, progress)
+    places, keys, group, looks, unreadable = _different(images, config.bits, progress)
     groups = group.max(initial=-1) + 1
     if groups < LEAST_IMAGES:
         raise fp.ImageError(f"{groups} readable, different good images: at least {LEAST_IMAGES} are needed "
@@ -226,7 +230,8 @@ def fit(images: Sequence, locked: list[str], found: str, config: fp.Settings, ba
     inner = fp.fit(list(_cut(rest[:most], count, config)), keep_all=keep_all, progress=progress, **options,
                    **settings)
     told = {"windows": windows, "windows_trained_on": inner.summary["images"], "images": len(rest),
-            "trained_on": keys, "found": found, "unreadable": (locked + unreadable)[:20],
+            "trained_on": keys, "traits": fp._room("curation").known_traits(looks), "found": found,
+            "unreadable": (locked + unreadable)[:20],
             "not_read": len(locked + unreadable), "near_duplicates": len(places) - int(groups),
             "repeated": len(images) - len(unreadable) - len(places)}
     prior = inner._with(dataclasses.replace(inner.settings, tile=config.tile), inner.calibrations,

@@ -68,7 +68,9 @@ class Kept:
         self.files, self.bad = (np.asarray(a)[self.test.sources] for a in (category.test, category.labels))
         for name, change in DRIFTS.items():
             e = kept(category.train, name, change)
-            self.drifts[name] = e.features[[e.sources.index(s) for s in self.good.sources]]
+            order = [e.sources.index(s) for s in self.good.sources]
+            self.drifts[name] = e.features[order], fp._room("curation").traits(e.looks[order])
+        self.traits = fp._room("curation").traits(self.good.looks)
 
 
 def refit(e: fp.Extracted, config, net) -> fp.Prior:
@@ -110,14 +112,16 @@ def refits(kept: list[Kept], config, net, args):
         clean, aside = own.good.features[own.good.clean], prior.summary["held_out_aside"]
         scores, away = frames_of(prior, clean[new])[0], holdout(prior, clean[held])
         known = prior.calibration["scores"], prior.threshold.value
-        parts = scores[:len(new) // FRAMES * FRAMES].reshape(-1, FRAMES)
+        kept_traits, drift = prior.summary["traits"], fp._room("curation").drift
+        parts = [slice(None), *(slice(i, i + FRAMES) for i in range(0, len(new) - FRAMES + 1, FRAMES))]
         row = {"category": own.name, "seed": seed, "images": n, "new": len(new), "set_aside": aside,
                "cross": alarms(scores, known[0], aside),
                "holdout": alarms(scores, away, len(held) - len(away)),
-               "false_warnings": [bool(fp._room("curation").drift(s, *known)) for s in (scores, *parts)]}
-        for name, features in own.drifts.items():
-            s = frames_of(prior, features[new[:FRAMES]])[0]
-            row[name] = [bool(fp._room("curation").drift(s, *known)), float(np.mean(s > known[1])),
+               "false_warnings": [bool(drift(scores[p], *known, own.traits[new[p]], kept_traits))
+                                  for p in parts]}
+        for name, (features, traits) in own.drifts.items():
+            s, some = frames_of(prior, features[new[:FRAMES]])[0], traits[new[:FRAMES]]
+            row[name] = [bool(drift(s, *known, some, kept_traits)), float(np.mean(s > known[1])),
                          float(np.median(s) - np.median(scores[:FRAMES]))]
         yield row
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
+from scipy import ndimage, stats
 
 import fastprior as fp
 from conftest import ROOT, SHARED
@@ -317,3 +317,60 @@ def test_the_likelihood_decides_and_a_stranger_fits_none(good, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "fastprior.py"), "score", "-m", str(model), "--json",
                            str(tmp_path / "noise.png")], capture_output=True, text=True)
     assert done.returncode == 1 and json.loads(done.stdout)["product"] == "unknown"
+
+
+# -- drift of what the network does not mind -------------------------------------------------------
+
+def test_traits_are_light_focus_and_place():
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:200, :200]
+    disc = np.hypot(y - 95, x - 90) < 40
+    discs = [40 + disc * (100 + 30 * rng.standard_normal((200, 200))) for _ in range(6)]
+    images = [np.repeat(np.clip(a, 0, 255).astype(np.uint8)[..., None], 3, 2) for a in discs]
+
+    def traits(change):
+        return np.mean(curation.traits(np.array([curation.look(change(a)) for a in images])), 0)
+    before = traits(lambda a: a)
+    np.testing.assert_allclose(traits(lambda a: np.rint(a * .9).astype(np.uint8)) - before,
+                               [np.log(.9), 0, 0, 0], atol=.01)
+    side = len(images[0])
+    by = round(.04 * side)
+    rolled = traits(lambda a: np.roll(a, (by, 2 * by), (0, 1))) - before
+    way = np.array([by, 2 * by]) / side
+    assert (rolled[2:] > .4 * way).all() and (rolled[2:] < way).all()
+    blurred = traits(lambda a: ndimage.gaussian_filter(a, (side / 100, side / 100, 0))) - before
+    assert blurred[1] < -.1 and abs(blurred[2:]).max() < .005
+
+
+def test_drift_of_traits_is_named_and_not_invented():
+    rng = np.random.default_rng(0)
+    mean, deviation = np.array([5, -1, .5, .5]), np.array([.03, .05, .01, .01])
+    calibration, quiet = np.sort(rng.standard_normal(100)), np.zeros(40)
+
+    def said(by, known_of=100, new_of=40, scores=None):
+        old, new = (mean + deviation * rng.standard_normal((n, 4)) for n in (known_of, new_of))
+        return curation.drift(rng.standard_normal(new_of) - 1 if scores is None else scores, calibration, 3.,
+                              new + by, [known_of, old.mean(0).tolist(), old.std(0).tolist()])
+    assert not any(said(0, *sizes) for sizes in ((100, 40), (20, 20), (300, 256)) for _ in range(200))
+    for by, words in (([np.log(.9), 0, 0, 0], "less light"), ([.1, 0, 0, 0], "more light"),
+                      ([0, -.1, 0, 0], "blurred"), ([0, .1, 0, 0], "sharper"),
+                      ([0, 0, .02, 0], "lower"), ([0, 0, 0, -.02], "further left")):
+        got = [said(np.array(by)) for _ in range(40)]
+        assert sum(words.split("% ")[-1] in g for g in got) >= 38, (words, got)
+    bad = np.r_[quiet[:19], quiet + 9]  # fewer than 20 that look good tell nothing
+    assert "less light" not in said(np.array([-.1, 0, 0, 0]), new_of=59, scores=bad)
+    for known in (None, [], [40], "x", [40, [1], [2]], [None, [1] * 4, [1] * 4], [40, "abcd", "abcd"]):
+        assert curation.drift(quiet - 1, calibration, 3., np.ones((40, 4)), known) == ""
+
+
+def test_a_darker_lamp_is_seen_by_the_command(good, tmp_path, capfd):
+    made = fit(good)
+    assert made.summary["traits"][0] == made.summary["images"]
+    made.save(tmp_path / "m.npz")
+    for name, light in (("same", 1), ("darker", .85)):
+        (tmp_path / name).mkdir()
+        for i, path in enumerate(good):
+            image = np.rint(fp.load_image(path) * light).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+        fp._room("console").score([str(tmp_path / name)], tmp_path / "m.npz", None, None, False)
+        said = capfd.readouterr().err
+        assert ("less light" in said) == (light < 1), said
