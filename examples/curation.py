@@ -173,7 +173,7 @@ def moved(new: np.ndarray, known: list) -> str:
     """
     try:
         count, mean, deviation = int(known[0]), *np.array(known[1:], np.float64).reshape(2, 4)
-    except (TypeError, ValueError, IndexError, OverflowError):  # of an older model
+    except (TypeError, ValueError, LookupError, OverflowError):  # no such list
         return ""
     if min(count, len(new)) < 20:
         return ""

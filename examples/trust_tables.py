@@ -2,6 +2,7 @@
 """Can verdicts on real images be trusted? The tables of BENCHMARKS.md, "Trust".
 
     python examples/trust_tables.py refits mvtec --splits 67     # false alarms, images set aside, drift
+    python examples/trust_tables.py traits mvtec                 # drift of light, focus and place alone
     python examples/trust_tables.py mixtures mvtec               # defects among the training images
     python examples/trust_tables.py products mvtec               # several products, and strangers
 
@@ -71,6 +72,18 @@ class Kept:
             order = [e.sources.index(s) for s in self.good.sources]
             self.drifts[name] = e.features[order], fp._room("curation").traits(e.looks[order])
         self.traits = fp._room("curation").traits(self.good.looks)
+
+
+class Traits:
+    """`traits` of a category's good images, as they are and changed: no network."""
+
+    def __init__(self, category, config, net):
+        curation = fp._room("curation")
+        images = [fp.load_image(file) for file in category.train]
+        self.name, self.good, *changed = category.name, *(
+            curation.traits(np.array([curation.look(change(a)) for a in images]))
+            for change in (lambda a: a, *DRIFTS.values()))
+        self.drifts = dict(zip(DRIFTS, changed))
 
 
 def refit(e: fp.Extracted, config, net) -> fp.Prior:
@@ -147,6 +160,33 @@ def refits_table(rows: list[dict]) -> list[list]:
     for name in DRIFTS:
         line(f"{name}: warned / called anomalies / rise of the median",
              lambda own: means(own, lambda r: r[name], (".0%", ".1%", ".2f")))
+    return table
+
+
+def traits(kept: list[Traits], config, net, args):
+    """A model's traits from n images, and those of the rest, 40 at a time."""
+    curation, low, high = fp._room("curation"), *args.images
+    for seed, own in itertools.product(range(args.splits), kept):
+        rng, count = np.random.default_rng(seed), len(own.good)
+        n = round(np.exp(rng.uniform(np.log(low), np.log(min(high, count - FRAMES)))))
+        order = rng.permutation(count)
+        fitted, new = own.good[order[:n]], order[n:]
+        known = [n, fitted.mean(0).tolist(), fitted.std(0).tolist()]
+        parts = (new[i:i + FRAMES] for i in range(0, len(new) - FRAMES + 1, FRAMES))
+        yield {"category": own.name, "seed": seed, "images": n,
+               "false_warnings": [bool(curation.moved(own.good[p], known)) for p in parts],
+               **{name: bool(curation.moved(a[new[:FRAMES]], known)) for name, a in own.drifts.items()}}
+
+
+def traits_table(rows: list[dict]) -> list[list]:
+    table = [["", "refits; images", f"false warnings, {FRAMES} at a time",
+              *(f"{name}: warned" for name in DRIFTS)]]
+    for category in [*dict.fromkeys(r["category"] for r in rows), "all"]:
+        own = [r for r in rows if category in (r["category"], "all")]
+        wrong = [w for r in own for w in r["false_warnings"]]
+        count = "{}; {} to {}".format(len(own), *(f(r["images"] for r in own) for f in (min, max)))
+        table.append([category, count, f"{sum(wrong)} of {len(wrong)}",
+                      *(f"{np.mean([r[name] for r in own]):.0%}" for name in DRIFTS)])
     return table
 
 
@@ -227,7 +267,7 @@ def products_table(rows: list[dict]) -> list[list]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=("refits", "mixtures", "products"))
+    parser.add_argument("table", choices=("refits", "traits", "mixtures", "products"))
     parser.add_argument("data", help="a data set, as of bench --data")
     parser.add_argument("--splits", type=int, default=67, help="refits of a category")
     parser.add_argument("--images", type=int, nargs=2, default=(50, 150), metavar=("FEWEST", "MOST"),
@@ -239,7 +279,8 @@ def main() -> None:
     args, net, rows = parser.parse_args(), fp.load_backbone(fp.Settings.backbone), []
     fp._CALIBRATED_STEPS = ()  # but the default: with F = 0 the number of steps changes no score
     config = fp.Settings(backbone=net.name, size=args.size)
-    kept = [Kept(c, config, net) for c in fp._room("benchmark").find_categories(args.data)]
+    keep = Traits if args.table == "traits" else Kept
+    kept = [keep(c, config, net) for c in fp._room("benchmark").find_categories(args.data)]
     with contextlib.suppress(KeyboardInterrupt):
         for row in globals()[args.table](kept, config, net, args):
             rows.append(row)

@@ -358,7 +358,8 @@ def test_drift_of_traits_is_named_and_not_invented():
         assert sum(words.split("% ")[-1] in g for g in got) >= 38, (words, got)
     bad = np.r_[quiet[:19], quiet + 9]  # fewer than 20 that look good tell nothing
     assert "less light" not in said(np.array([-.1, 0, 0, 0]), new_of=59, scores=bad)
-    for known in (None, [], [40], "x", [40, [1], [2]], [None, [1] * 4, [1] * 4], [40, "abcd", "abcd"]):
+    for known in (None, [], [40], "x", {"a": 1}, [40, [1], [2]], [None, [1] * 4, [1] * 4],
+                  [40, "abcd", "abcd"]):
         assert curation.drift(quiet - 1, calibration, 3., np.ones((40, 4)), known) == ""
 
 

@@ -58,6 +58,7 @@ def test_merged_is_as_if_extracted_together(parts, config):
 
 @pytest.mark.parametrize("table, options", [("refits", ["--splits", "1", "--images", "40", "46"]),
                                             ("mixtures", ["--seeds", "1", "--images", "40", "46"]),
+                                            ("traits", ["--splits", "2", "--images", "40", "46"]),
                                             ("products", ["--drawn", "2"])])
 def test_tables(parts, table, options, tmp_path_factory, monkeypatch, capsys):
     pytest.importorskip("sklearn", reason="scikit-learn is in the extras `bench` and `test`")
@@ -74,6 +75,9 @@ def test_tables(parts, table, options, tmp_path_factory, monkeypatch, capsys):
     if table == "refits":
         assert rows[0] == "|  | plate | all |" and rows[2].count("| 1; 4") == 2
         assert any(row.startswith("| defocused: warned") for row in rows)
+    elif table == "traits":
+        assert rows[2].startswith("| plate | 2; 4") and rows[3].startswith("| all | 2; 4")
+        assert "| 0 of " in rows[3] and "%" in rows[3]
     elif table == "mixtures":
         assert [row.split(" | ")[0] for row in rows[2:]] == [f"| plate, {k}" for k in
                                                              ("missing", "mixed", "swapped")]
