@@ -2606,10 +2606,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     bits = config.bits or _room("curation").find_depth(images)
     config = dataclasses.replace(config, backbone=backbone.name, bits=bits)
     if config.tile:
-        if roi is not None or known or features:
-            raise ShapeError("tile: not together with a region of interest or kept features")
-        return _room("tiles").fit(images, locked, found, config, backbone, keep_all, progress,
-                                  iterations=iterations, minutes=minutes, threads=threads)
+        return _room("tiles").fit(images, locked, found, config, backbone, keep_all, (roi, known, features),
+                                  progress, iterations=iterations, minutes=minutes, threads=threads)
     roi = None if roi is None else _room("region").region_of(roi, images, config)
     kept = _room("kept")
     about = kept.about(config, backbone, roi)

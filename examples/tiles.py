@@ -203,13 +203,15 @@ def _cut(images: Sequence, count: int, settings: fp.Settings) -> Iterator[np.nda
 
 
 def fit(images: Sequence, locked: list[str], found: str, config: fp.Settings, backbone: fp.Backbone,
-        keep_all: bool, progress, **options) -> fp.Prior:
+        keep_all: bool, not_with: tuple, progress, **options) -> fp.Prior:
     """`fp.fit` with windows: a fifth of the images, at least MIN_HELD_OUT, calibrate; the others' train.
 
     Near-duplicates stay on one side, and of those that calibrate one counts. ImageError if there are fewer
     than LEAST_IMAGES different ones.
     """
     began = time.perf_counter()
+    if any(other is not None for other in not_with):
+        raise fp.ShapeError("tile: not together with a region of interest or kept features")
     if config.tile < 64:
         raise fp.ShapeError(f"tile: expected 0 or an integer from 64 to 4096, got {config.tile}")
     places, keys, group, looks, unreadable = _different(images, config.bits, progress)
