@@ -20,12 +20,13 @@ FLOORS = {"bottle": (.99, .80), "pill": (.88, .80)}
 def test_a_short_training_keeps_its_level(name, monkeypatch):
     category, = benchmark.find_categories(MVTEC / name)
     gaussian, full = (fp.fit(category.train, size=128, copies=1, iterations=i) for i in (0, 100))
-    report, alone = benchmark.evaluate(full, category), benchmark.evaluate(gaussian, category)
+    report = benchmark.evaluate(full, category)
+    alone = [r.score for r in gaussian.score_batch(category.test, with_map=False)]
     image, region = FLOORS[name]
     assert report["image_auroc"] >= image and report["aupro"] >= region, report
-    assert report["image_auroc"] >= alone["image_auroc"] - .005  # the denoiser does no harm
+    assert report["image_auroc"] >= roc_auc_score(category.labels, alone) - .005  # the denoiser does no harm
 
-    some, labels = category.test[::3], category.labels[::3]
+    some, labels = category.test[::5], category.labels[::5]
     numba = [r.score for r in full.score_batch(some, with_map=False)]
     monkeypatch.setattr(fp.Prior, "_engine", lambda *_: None)
     reference = [r.score for r in full.score_batch(some, with_map=False)]
