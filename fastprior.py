@@ -1695,6 +1695,8 @@ class Settings:
                 expected = "8, 10, 12, 14 or 16"
             if not good and not (v is None and name in ("threshold", "bits")):
                 raise ShapeError(f"{name}: expected {expected}, got {v!r:.60}")
+        if 0 < self.tile < 64:
+            raise ShapeError(f"tile: expected 0 or an integer from 64 to 4096, got {self.tile}")
         if self.size % self.cell:
             raise ShapeError(f"cell: expected a multiple of 16 that divides the size, {self.size}, "
                              f"got {self.cell}")

@@ -36,7 +36,7 @@ def find_depth(images: Iterable) -> int | None:
     lower = [own for own in map(fp._depth, beyond, counts) if own <= depth - 4]
     if 2 * len(lower) > len(counts):
         raise fp.ShapeError(f"{len(lower)} of {len(counts)} images use at most {max(lower)} bits, "
-                         f"others {depth}: say which is meant (--bits)")
+                            f"others {depth}: say which is meant (--bits)")
     return depth
 
 
@@ -212,6 +212,6 @@ def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float,
     if known and new_traits is not None:
         how = moved(new_traits[new[:len(new_traits)] <= threshold], known)
         if how:
-            return (f"the good-looking images have drifted, against those of training: {how}; the "
+            return (f"the good-looking images have drifted, against the model's own: {how}; the "
                     "false-alarm rate is no longer promised. See fastprior calibrate")
     return ""

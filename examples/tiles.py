@@ -91,23 +91,17 @@ def score_batch(prior: fp.Prior, images: Sequence, with_map: bool, chunk: int, e
             except fp.ShapeError as e:
                 name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else "image"
                 raise fp.ShapeError(fp._printable(f"{name}: {e}")) from e
-            if len(scores) != prior.summary["windows"]:
-                fp._log.warning("%d windows in an image of %dx%d, but %d in those that the threshold is of: "
-                                "the false-alarm rate is another", len(scores), *image.shape[1::-1],
-                                prior.summary["windows"])
+            if len(scores) != (known := prior.summary.get("windows")):
+                fp._log.warning("%d windows in an image of %dx%d, but %s in those that the threshold is of: "
+                                "the false-alarm rate is another", len(scores), *image.shape[1::-1], known)
         except (fp.ImageError, fp.ShapeError) as e:
             if errors == "raise":
                 raise
             results.append(e)
             continue
-        frames = fp.Frames(np.array([_worst(scores)]), [joined], [])
+        frames = fp.Frames(np.array([np.max(scores)]), [joined], [])  # not a number if one of them is none
         results.append(fp.Result(frames, 0, prior))
     return results
-
-
-def _worst(scores: Sequence[float]) -> float:
-    """The largest; not a number if one is none."""
-    return float(np.max(scores))
 
 
 def _different(images: Sequence, bits: int | None,
@@ -212,8 +206,6 @@ def fit(images: Sequence, locked: list[str], found: str, config: fp.Settings, ba
     began = time.perf_counter()
     if any(other is not None for other in not_with):
         raise fp.ShapeError("tile: not together with a region of interest or kept features")
-    if config.tile < 64:
-        raise fp.ShapeError(f"tile: expected 0 or an integer from 64 to 4096, got {config.tile}")
     places, keys, group, looks, unreadable = _different(images, config.bits, progress)
     groups = group.max(initial=-1) + 1
     if groups < LEAST_IMAGES:

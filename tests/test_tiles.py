@@ -103,6 +103,10 @@ def test_the_same_from_a_file_and_in_another_process(tiled, webs, tmp_path):
         r, own = again.score(webs[3]), tiled.score(webs[3])
         assert r.score == own.score and again.settings.tile == 64
         np.testing.assert_array_equal(r.anomaly_map, own.anomaly_map)
+    odd = tiled._with(tiled.settings, tiled.calibrations, {"windows": "x"})
+    assert odd.score(webs[3]).score == tiled.score(webs[3]).score  # with a warning
+    with pytest.raises(fp.ShapeError, match="64 to 4096, got 8"):
+        tiled._with(dataclasses.replace(tiled.settings, tile=8), tiled.calibrations, {})
     strict = fp.Prior.load(tmp_path / "m.npz", threshold=3.5)
     assert strict.score(webs[3]).threshold == 3.5
 
