@@ -973,7 +973,33 @@ def inverse_cholesky(cov: np.ndarray) -> np.ndarray:
     return out
 
 
-def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int) -> np.ndarray:
+def _run(f: Callable[[int], Any], count: int, threads: int | None) -> list:
+    """[f(0), ... f(count - 1)], in threads; callers are `_one_blas_thread`, so no result depends on them."""
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(_usual_threads(threads)) as pool:
+        return list(pool.map(f, range(count)))
+
+
+def _usual_threads(threads: int | None) -> int:
+    engines = _cpu_engines()
+    return engines.usual_threads(threads) if engines else threads or 1
+
+
+def _one_blas_thread(f: Callable) -> Callable:
+    """f, within which BLAS has one thread: several wait for each other, by the second on a busy machine."""
+    @functools.wraps(f)
+    def alone(*args, **options):
+        import scipy.linalg  # noqa: F401  has a BLAS of its own, which must be there to be limited
+        try:
+            from threadpoolctl import threadpool_limits
+        except ImportError:  # a vendored copy without it
+            return f(*args, **options)
+        with threadpool_limits(1, "blas"):
+            return f(*args, **options)
+    return alone
+
+
+def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int, threads: int | None = None) -> np.ndarray:
     """What places vary in together (pose, light): factors of the whitened features; taken out of x0 in place.
 
     Whitening knows each place alone. Here good images are a Gaussian over all places at once, of covariance
@@ -986,23 +1012,25 @@ def fit_factors(x0: np.ndarray, fold: np.ndarray, count: int) -> np.ndarray:
     """
     from scipy.linalg import eigh
     m, n, c = x0.shape
-    gram = np.zeros((m, m), np.float32)
-    for i in range(n):
-        x = x0[:, i].astype(np.float32)
-        gram += x @ x.T
+
+    def share(k):  # of the inner products, whatever the threads
+        x = x0[:, k::8].reshape(m, -1).astype(np.float32)
+        return x @ x.T
+    gram = sum(_run(share, min(n, 8), threads))
 
     def directions(rows: np.ndarray) -> np.ndarray:
         variance, w = eigh(gram[np.ix_(rows, rows)].astype(np.float64),
                            subset_by_index=[len(rows) - count, len(rows) - 1])
         w = (w / np.sqrt(np.maximum(variance, 1e-6))).astype(np.float32).T[::-1]
-        return np.stack([w @ x0[rows, i].astype(np.float32) for i in range(n)], 1)
+        return np.stack(_run(lambda i: w @ x0[rows, i].astype(np.float32), n, threads), 1)
 
     def project(u: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        return sum(x0[rows, i].astype(np.float32) @ u[:, i].T for i in range(n))
+        return sum(_run(lambda i: x0[rows, i].astype(np.float32) @ u[:, i].T, n, threads))
 
     def remove(v: np.ndarray, along: np.ndarray, rows: np.ndarray) -> None:
-        for i in range(n):
+        def take(i):
             x0[rows, i] = x0[rows, i] - along @ v[:, i]
+        _run(take, n, threads)
     used = np.arange(m)
     parts = [np.flatnonzero(fold == k) for k in np.unique(fold)]
     bases = [directions(np.setdiff1d(used, rows)) for rows in parts]
@@ -1086,6 +1114,7 @@ def conformal_threshold(calibration: np.ndarray, fpr: float, value: float | None
 # ------------------------------------------------------------------------------------------------
 
 _FORMATS = "PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "AVIF"  # no other decoder is ever asked
+_JPEG_MARK = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # but those within a scan
 _EIGHT_BITS = {"1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "PA", "La", "RGBa", "CMYK", "YCbCr", "HSV"}
 _MOST_PIXELS = 1 << 28
 _DEPTHS = 8, 10, 12, 14, 16
@@ -1194,24 +1223,42 @@ def _decode(path: str | os.PathLike, deep_only: bool) -> np.ndarray | None:
         if image.format == "PNG":  # the decoder does not look at the checksums of what it decodes
             image.verify()
             image = _open_pillow(f)
-        elif image.format == "JPEG" and (unended := _without_end_mark(f)):
-            f = unended
-            image = _open_pillow(f)
+        elif image.format == "JPEG":
+            image, f = _whole_jpeg(f)
         return _from_pillow(image, deep_only, lambda: _open_pillow(f))
 
 
-def _without_end_mark(f):
-    """A baseline JPEG of one scan, zeros for its end mark: libjpeg paints what was cut before one grey."""
+def _whole_jpeg(f):
+    """A JPEG's image and file, if nothing of it is missing: libjpeg paints what was cut before an end mark.
+
+    Of one scan: zeros for the end mark, and it misses what was cut. Of several: each component needs all its
+    coefficients to the last bit, and what follows the last scan may not change a pixel.
+    """
     f.seek(0)
-    data, at, colours = f.read().rstrip(b"\0"), 2, 0
-    while data[at:at + 1] == b"\xff" and at + 10 < len(data) and data.endswith(b"\xff\xd9"):
-        kind, size = data[at + 1], int.from_bytes(data[at + 2:at + 4], "big")
-        if kind in (0xc0, 0xc1):
-            colours = data[at + 9]
-        elif kind == 0xda:
-            return io.BytesIO(data[:-2] + bytes(16)) if data[at + 4] == colours else None
-        at += 2 + size
-    return None
+    data, at, missing, scans = f.read(), 2, {}, 0
+    while mark := _JPEG_MARK.search(data, at):
+        at, kind = mark.end(), data[mark.end() - 1]
+        if kind == 0xd9:
+            break
+        segment = data[at + 2:at + int.from_bytes(data[at:at + 2], "big")]
+        if 0xc0 <= kind <= 0xcf and kind not in (0xc4, 0xc8, 0xcc):
+            missing = {c: np.full(64, 1) for c in segment[6::3]}
+        elif kind == 0xda and len(segment) >= 6:  # count, (component, tables) ..., first, last, bits left out
+            scans += 1
+            for c in segment[1:-3:2]:
+                missing.get(c, np.zeros(64))[segment[-3]:segment[-2] + 1] = segment[-1] & 15
+        at += 2 + len(segment)
+    else:
+        at = len(data) + 2
+    missing = any(map(np.any, missing.values()))
+    if scans < 2 and not missing:
+        f = io.BytesIO(data[:at - 2] + bytes(16))
+        return _open_pillow(f), f
+    ends = [io.BytesIO(data[:at - 2] + fill * 64 + b"\xff\xd9") for fill in (b"\0", b"\x55")]
+    image, other = map(_open_pillow, ends)
+    if missing or not np.array_equal(*map(np.asarray, (image, other))):
+        raise ShapeError("a part of this JPEG is missing")
+    return image, ends[0]
 
 
 def _open_pillow(f):
@@ -1891,6 +1938,7 @@ class Prior:
         return Prior(settings, self.backbone, self.mean, self.whitener, self.denoiser, calibrations, summary,
                      self.threads, self.device, self.precision, self.factors, fine=self.fine, roi=self.roi)
 
+    @_one_blas_thread
     def calibrate(self, images, *, keep_all: bool = False, progress: "Progress" = lambda *_: None,
                   **settings) -> "Prior":
         """This model with zero and unit of score and map, p-values and thresholds read from new good images.
@@ -2320,20 +2368,24 @@ class _Gaussians:
     second: np.ndarray  # (K, N, C, C) sums of outer products; (K, N, C) of squares for the plain variant
 
     @staticmethod
-    def of(features: np.ndarray, fold: np.ndarray, folds: int, diagonal: bool) -> "_Gaussians":
+    def of(features: np.ndarray, fold: np.ndarray, folds: int, diagonal: bool,
+           threads: int | None = None) -> "_Gaussians":
         m, n, c = features.shape
         centre = features.mean(0, dtype=np.float32)
         first = np.zeros((folds, n, c), np.float32)
         second = np.zeros((folds, n, c) if diagonal else (folds, n, c, c), np.float32)
-        for k in range(folds):
-            rows = features[fold == k]
-            for i in range(n):
-                x = rows[:, i].astype(np.float32) - centre[i]
+
+        def add(i):
+            rows = features[:, i].astype(np.float32) - centre[i]
+            for k in range(folds):
+                x = rows[fold == k]
                 first[k, i] = x.sum(0)
                 second[k, i] = (x * x).sum(0) if diagonal else x.T @ x
+        _run(add, n, threads)
         return _Gaussians(centre, np.bincount(fold, minlength=folds), first, second)
 
-    def without(self, left_out: int | None, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    def without(self, left_out: int | None, settings: Settings,
+                threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """mean (N, C) and whitener of all folds but one: L^-1 (N, C, C), or (N, C) for the plain variant."""
         use = [k for k in range(len(self.count)) if k != left_out]
         m = self.count[use].sum()
@@ -2344,13 +2396,18 @@ class _Gaussians:
             square = (second + 2 * self.centre * mean + self.centre ** 2).mean(0)
             deviation = np.sqrt(np.maximum(square - overall ** 2, 1e-8))
             return tuple(np.broadcast_to(a, mean.shape).copy() for a in (overall, 1 / deviation))
-        cov = np.empty(self.second.shape[1:])
-        for i, own in enumerate(cov):  # a place after the other: it stays in the cache
-            own[:] = np.sum([self.second[k, i] for k in use], 0) / m - np.outer(mean[i], mean[i])
+        cov, whitener = np.empty(self.second.shape[1:]), np.empty(self.second.shape[1:], np.float32)
+
+        def covariance(i):  # a place after the other: it stays in the cache
+            cov[i] = np.sum([self.second[k, i] for k in use], 0) / m - np.outer(mean[i], mean[i])
+
+        def invert(i):
+            own = shrink_covariance(cov[i], average, settings.shrink, settings.floor)
+            whitener[i] = inverse_cholesky(own[None])[0]
+        _run(covariance, len(cov), threads)
         average = cov.mean(0)
-        for own in cov:
-            own[:] = shrink_covariance(own, average, settings.shrink, settings.floor)
-        return mean + self.centre, inverse_cholesky(cov)
+        _run(invert, len(cov), threads)
+        return mean + self.centre, whitener
 
 
 def _fit_fine(fine: Sequence[np.ndarray], settings: Settings, roi=None) -> tuple[np.ndarray, np.ndarray]:
@@ -2376,12 +2433,15 @@ def _details(fine: Iterable[np.ndarray], mean: np.ndarray, whitener: np.ndarray,
                     np.float32).reshape(-1, side, side)
 
 
-def _apply_whitener(features: np.ndarray, mean: np.ndarray, whitener: np.ndarray) -> np.ndarray:
+def _apply_whitener(features: np.ndarray, mean: np.ndarray, whitener: np.ndarray,
+                    threads: int | None = None) -> np.ndarray:
     """features (M, N, C) float16 -> x0 (M, N, C) float16, position by position."""
     out = np.empty(features.shape, np.float16)
-    for i in range(features.shape[1]):
+
+    def apply(i):
         d = features[:, i].astype(np.float32) - mean[i]
         out[:, i] = d * whitener[i] if whitener.ndim == 2 else d @ whitener[i].T
+    _run(apply, features.shape[1], threads)
     return out
 
 
@@ -2463,8 +2523,9 @@ class _Whitened:
     roi: RegionOfInterest | None
 
 
-def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
-                     progress: Progress = _quiet) -> _Whitened:
+@_one_blas_thread
+def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False, progress: Progress = _quiet,
+                     threads: int | None = None) -> _Whitened:
     """The Gaussian of each place, cross-fitted: each fold is whitened by the Gaussian of the others.
 
     Images that are unlike the others (`outliers`) do not calibrate; those that are so by far do not train
@@ -2478,7 +2539,7 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
         raise ImageError(f"{count} readable, different good images{alike}: at least {MIN_IMAGES} are needed"
                          + first_problem)
     curation = _room("curation")
-    group = curation.near_duplicates(e)
+    group = curation.near_duplicates(e, threads)
     lone, groups = curation.first_of(group), len(np.unique(group))
     alike += f", {count} with near-duplicates" if groups < count else ""
     holdout = config.calibration == "holdout"
@@ -2496,17 +2557,18 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
         part = e.of(used)
         _, kind = np.unique(group[used], return_inverse=True)
         rows = (np.random.default_rng(config.seed).permutation(kind.max() + 1) % _FOLDS)[kind][part.owner]
-        gaussians = _Gaussians.of(part.features, rows, _FOLDS, config.variant == "plain")
+        gaussians = _Gaussians.of(part.features, rows, _FOLDS, config.variant == "plain", threads)
         x0 = np.empty(part.features.shape, np.float16)
         for k in range(_FOLDS):
-            x0[rows == k] = _apply_whitener(part.features[rows == k], *gaussians.without(k, config))
+            x0[rows == k] = _apply_whitener(part.features[rows == k], *gaussians.without(k, config, threads),
+                                           threads)
             progress("whitening", k + 1, _FOLDS)
         nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[part.clean]])
         unlike, far = curation.outliers(nll, config.worst) if not keep_all else np.zeros((2, len(nll)), bool)
         if not far.any() or aside.sum() + far.sum() > _MOST_ASIDE * count:
             break
         aside[np.flatnonzero(used)[far]] = True
-    mean, whitener = gaussians.without(None, config)
+    mean, whitener = gaussians.without(None, config, threads)
     clean, held_out, fresh = part.clean, np.flatnonzero(away & lone), e.of(away & lone)
     trained_on, calibrates = e.of(~aside).keys, curation.first_of(kind) & ~unlike
     clean[clean] = calibrates
@@ -2527,6 +2589,7 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False,
     return _Whitened(x0, rows, clean, mean, whitener, fresh, fine, details, summary, e.roi)
 
 
+@_one_blas_thread
 def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations: int | None,
                   minutes: float | None = None, threads: int | None = None, progress: Progress = _quiet,
                   kept: dict[str, np.ndarray] | None = None) -> Prior:
@@ -2537,7 +2600,7 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
     if whitener.ndim == 3:
         _to_unit_variance(x0, whitener, w.fresh)
         if config.factors:
-            factors = fit_factors(x0, fold, config.factors)
+            factors = fit_factors(x0, fold, config.factors, threads)
             for x in w.fresh:
                 x[...] = remove_factors(x.astype(np.float32), factors)
             progress("factors", 1, 1)
@@ -2550,7 +2613,7 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
         denoiser, trained = kept if gain > 0 else None, {"iterations": 0, "gain_kept": round(gain, 5)}
     elif iterations is None or iterations > 0:
         denoiser, trained = train_denoiser(x0, fold == 0, config, iterations or 900, minutes, prediction,
-                                           progress)
+                                           progress, threads)
     calibrations = {}
     for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
         grid = select_timesteps(steps, config.first, config.last)
@@ -2623,7 +2686,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     if 2 * len(unreadable) > len(images):
         raise ImageError(f"{len(unreadable)} of {len(images) + len(locked)} images cannot be read, "
                          f"the first: {unreadable[0]}")
-    whitened = _whiten_features(extracted._replace(unreadable=unreadable), config, keep_all, progress)
+    whitened = _whiten_features(extracted._replace(unreadable=unreadable), config, keep_all, progress,
+                                threads)
     whitened.summary["set_aside"] = _names(images, whitened.summary["set_aside"])
     prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress, denoiser)
     prior.summary |= {"seconds": round(time.perf_counter() - began, 1),
@@ -2694,8 +2758,8 @@ def torch_denoise(torch, p: dict, x, t):
 
 
 def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, iterations: int,
-                   minutes: float | None, prediction: str,
-                   progress: Progress = _quiet) -> tuple[dict[str, np.ndarray], dict]:
+                   minutes: float | None, prediction: str, progress: Progress = _quiet,
+                   threads: int | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """Minimise |F(x_t, t) - target|^2 with AdamW; returns the averaged weights with the best held-out loss.
 
     x0 (M, N, C) float16; rows marked in `held_out` (M,) are only ever evaluated. Every 50 iterations
@@ -2704,6 +2768,8 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, ite
     KeyboardInterrupt stops training and keeps the best weights so far.
     """
     torch = _import_torch()
+    usual = torch.get_num_threads()
+    torch.set_num_threads(_usual_threads(threads))
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     m, n, c = x0.shape
@@ -2761,6 +2827,8 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, ite
             progress("training", i, iterations)
     except KeyboardInterrupt:
         _log.warning("interrupted: keeping the best weights so far")
+    finally:
+        torch.set_num_threads(usual)
     if not math.isfinite(best_loss):
         raise FastPriorError("training diverged: the held-out loss is not finite; try another seed")
     report = {"iterations": best_at, "iterations_run": i, "loss_start": round(start, 5),

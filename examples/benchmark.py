@@ -333,7 +333,7 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
         every = features()
         chosen = np.sort(np.random.default_rng(config.seed).permutation(len(every.keys))[:count])
         own = dataclasses.replace(config, variant=variant)
-        return fp._whiten_features(every.of(chosen), own, progress=progress)
+        return fp._whiten_features(every.of(chosen), own, progress=progress, threads=threads)
 
     for count, variant in itertools.product(counts, variants):
         changes, most = VARIANTS[variant]

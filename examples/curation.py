@@ -40,7 +40,7 @@ def find_depth(images: Iterable) -> int | None:
     return depth
 
 
-def near_duplicates(e: fp.Extracted) -> np.ndarray:
+def near_duplicates(e: fp.Extracted, threads: int | None = None) -> np.ndarray:
     """(I,) a number for each image, 0, 1, 2 ...: frames of a video, crops, re-compressed copies share one.
 
     Two are linked if they look the same (`look_alike`), or if their features are as close as an image's to
@@ -53,13 +53,16 @@ def near_duplicates(e: fp.Extracted) -> np.ndarray:
     linked = look_alike(e.looks)
     if len(first) > 1 and len(copies):
         mean = e.features[first].mean(0, dtype=np.float32)
-        total, within = np.zeros((2, c, c))
-        for i in range(n):
-            x = e.features[first, i].astype(np.float32)
-            d = e.features[copies, i] - x[e.owner[copies]]
-            x -= mean[i]
-            total += x.T @ x / len(x)
-            within += d.T @ d / len(d)
+
+        def scatter(k):
+            sums = np.zeros((2, c, c))
+            for i in range(k, n, 8):
+                x = e.features[first, i].astype(np.float32)
+                d = e.features[copies, i] - x[e.owner[copies]]
+                x -= mean[i]
+                sums += x.T @ x / len(x), d.T @ d / len(d)
+            return sums
+        total, within = sum(fp._run(scatter, min(n, 8), threads))
         total += 1e-3 * max(np.trace(total) / c, 1e-12) * np.eye(c)
         ratio, v = linalg.eigh(within, total)
         v = (v * np.sqrt(np.maximum(1 - ratio, 0)))[:, ratio < .95].astype(np.float32)

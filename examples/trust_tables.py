@@ -87,7 +87,7 @@ class Traits:
 
 
 def refit(e: fp.Extracted, config, net) -> fp.Prior:
-    return fp._fit_whitened(fp._whiten_features(e, config), config, net, 0, threads=1)
+    return fp._fit_whitened(fp._whiten_features(e, config, threads=1), config, net, 0, threads=1)
 
 
 def frames_of(prior: fp.Prior, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

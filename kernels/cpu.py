@@ -90,6 +90,13 @@ def available_threads() -> int:
     return cores
 
 
+def usual_threads(threads: int | None = None) -> int:
+    """So many of the cores that this process may use; None: NUMBA_NUM_THREADS, or all, at most 8."""
+    most = min(available_threads(), 64)  # bands are bits of a word
+    usual = most if "NUMBA_NUM_THREADS" in os.environ else min(most, _MOST_THREADS)
+    return max(1, min(threads or usual, most))
+
+
 class _System(NamedTuple):
     """Addresses of what the operating system offers: give a core away, semaphores and how to make one."""
     give_way: int
@@ -1359,10 +1366,7 @@ class Engine:
 
     def __init__(self, threads: int | None = None):
         load_kernels()
-        most = available_threads()
-        most = min(most, 64)  # bands are bits of a word
-        usual = most if "NUMBA_NUM_THREADS" in os.environ else min(most, _MOST_THREADS)
-        self.threads = max(1, min(threads or usual, most))
+        self.threads = usual_threads(threads)
         self._frame, self._team = _entry(_frame), None
         self._programs: dict[tuple, tuple[np.ndarray, int, int]] = {}  # by stages
         self._rows: list[tuple[str, Callable, dict[str, int]]] = []  # stage, operation, fields

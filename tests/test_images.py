@@ -1,5 +1,6 @@
 """Every kind of image file, array and PIL image: the pixels of its plain twin, or refused in one line."""
 import io
+import re
 import os
 import struct
 import sys
@@ -106,8 +107,14 @@ def as_pillow_shows(data):
         return data, np.asarray(image.convert("RGB"))
 
 
-def cut_but_ended(data):
-    return data[:len(data.rstrip(b"\0")) * 6 // 10] + b"\xff\xd9" + data[len(data.rstrip(b"\0")):]
+def cut_but_ended(data, share=.6, behind=b""):
+    whole = data.rstrip(b"\0")
+    return whole[:int(len(whole) * share)] + b"\xff\xd9" + behind + data[len(whole):]
+
+
+def scans(data):
+    """Where the scans of a JPEG begin."""
+    return [m.start() for m in re.finditer(rb"\xff\xda\0[\x08\x0a\x0c]", data)]
 
 
 PALETTE = Image.fromarray(RGB // 64 * 64).quantize(64)
@@ -116,6 +123,7 @@ BITS = np.where(GREY > 127, 255, 0).astype(np.uint8)
 FLAT_END = np.concatenate([RGB] + [0 * RGB] * 20)
 COLOURS = RNG.integers(0, 65536, (3, 256))
 STILL_PNG = png(RGB, 2)
+PROGRESSIVE = saved(RGB, "JPEG", progressive=True)
 
 SAME = {  # name: (file, its plain twin)
     "rgb.png": (saved(RGB, "PNG"), RGB),
@@ -208,10 +216,16 @@ REFUSED = {  # name: (file, words of the reason)
     "moving.webp": (several("WEBP"), "several pages or frames"),
     "pages.tif": (several("TIFF"), "several pages or frames"),
     "cut.jpg": (saved(RGB, "JPEG")[:-200], "truncated"),
-    **{f"cut, with an end mark, {how}.jpg": (cut_but_ended(data), "not a readable") for how, data in {
+    **{f"cut, with an end mark, {how}.jpg": (cut_but_ended(data), "not a readable|missing") for how, data in {
         "rgb": saved(RGB, "JPEG"), "grey": saved(GREY, "JPEG", quality=30), "cmyk": saved(CMYK, "JPEG"),
         "padded": saved(RGB, "JPEG") + bytes(2000), "restarts": saved(RGB, "JPEG", restart_marker_rows=1),
         "turned": turned("JPEG"), "a flat end": saved(FLAT_END, "JPEG")}.items()},
+    "cut, with an end mark and junk.jpg": (cut_but_ended(saved(RGB, "JPEG"), .6, b"junk" * 99),
+                                           "not a readable|missing"),
+    **{f"progressive, {share:.0%} of it.jpg": (cut_but_ended(saved(RGB, "JPEG", progressive=True), share),
+                                               "part of this JPEG is missing") for share in (.5, .7, .9, .98)},
+    **{f"progressive, {i} scans.jpg": (PROGRESSIVE[:at] + b"\xff\xd9", "part of this JPEG is missing")
+       for i, at in enumerate(scans(PROGRESSIVE)) if i},
     "cut.bmp": (saved(RGB, "BMP")[:-200], "truncated"),
     "cut.tif": (saved(RGB, "TIFF", compression="tiff_lzw")[:-2000], "not a readable image"),
     "cut.ppm": (netpbm("P6", 255, RGB)[:-20], "not a readable image"),

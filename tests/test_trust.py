@@ -375,3 +375,19 @@ def test_a_darker_lamp_is_seen_by_the_command(good, tmp_path, capfd):
         fp._room("console").score([str(tmp_path / name)], tmp_path / "m.npz", None, None, False)
         said = capfd.readouterr().err
         assert ("less light" in said) == (light < 1), said
+
+
+def test_the_number_of_threads_changes_no_bit():
+    """Each step has one thread of BLAS, and those of whoever calls it are given back."""
+    from threadpoolctl import threadpool_info
+    e, config = extracted(np.random.default_rng(3), 40), fp.Settings(size=96, cell=32, factors=4)
+
+    def blas():
+        return {i["filepath"]: i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
+    before, seen, models = blas(), [], []
+    for threads in (1, 2, 5):
+        w = fp._whiten_features(e, config, progress=lambda *_: seen.extend(blas().values()), threads=threads)
+        models.append([w.x0.copy(), w.mean, w.whitener, fp.fit_factors(w.x0, w.fold, 4, threads), w.x0])
+    assert seen and set(seen) == {1} and {k: n for k, n in blas().items() if k in before} == before
+    for own in zip(*models):
+        assert len({a.tobytes() for a in own}) == 1
