@@ -2263,7 +2263,7 @@ def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 10  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 11  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 5
 _MOST_FINE = 1200  # images whose fine features are held, 0.4 MB each at 448 pixels
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
@@ -2713,6 +2713,9 @@ def fit_many(root: str | os.PathLike, **options) -> MultiPrior:
 # ------------------------------------------------------------------------------------------------
 
 def _import_torch():
+    # GNU OpenMP spins for 300,000 rounds at each barrier, which beside other work takes up to ten times as
+    # long; for 1000 where threads outnumber the cores. It reads this when it is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         import torch
     except ImportError as e:

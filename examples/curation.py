@@ -126,8 +126,9 @@ def outliers(nll: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:
 
     None of fewer than MIN_HELD_OUT, a tenth at most. Each place is standardised by median and quartiles, an
     image judged by the mean of its worst places. The tail of good images is taken as exponential beyond the
-    median, its rate from the 90 % quantile; of those p-values the false-discovery rate is held at 5 %
-    (Benjamini, Hochberg 1995). By far: twice as far from the median as the farthest of the rest.
+    median, its rate from the 90 % quantile; unlike is what lies beyond the level that one of so many, or of
+    a hundred if they are fewer, is expected to exceed. By far: twice as far from the median as the farthest
+    of the rest.
     """
     unlike, far = np.zeros((2, len(nll)), bool)
     if len(nll) < fp.MIN_HELD_OUT:
@@ -137,9 +138,8 @@ def outliers(nll: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:
     raw = fp.worst_mean((nll - middle) / (np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12), worst)
     centre, top = np.quantile(raw, [.5, .9])
     p = .5 * np.exp(-(raw - centre) * math.log(5) / max(top - centre, 1e-12))
-    order = np.argsort(p, kind="stable")
-    passed = np.flatnonzero(p[order] <= .05 * np.arange(1, len(p) + 1) / len(p))
-    unlike[order[:min(passed[-1] + 1, int(fp._MOST_ASIDE * len(nll))) if len(passed) else 0]] = True
+    most = np.argsort(p, kind="stable")[:int(fp._MOST_ASIDE * len(nll))]
+    unlike[most] = p[most] < 1 / max(len(nll), 100)
     far[unlike] = raw[unlike] - centre > 2 * (raw[~unlike].max() - centre)
     return unlike, far
 
