@@ -2308,6 +2308,49 @@ def _readable(images: Iterable, bits: int | None, roi: RegionOfInterest | None) 
             yield load_image(source, bits, roi)
 
 
+def _copies(different: int, settings: Settings) -> int:
+    """Of each image: at most 2400 rows are held in memory."""
+    return max(0, min(settings.copies, 2400 // max(different, 1) - 1))
+
+
+def training_memory(images: int, settings: Settings, backbone: Backbone) -> int:
+    """Bytes that a training on so many images takes, about, beside the 0.6 GB of Python with torch.
+
+    Features four times (two bytes; themselves, those that are used, whitened, in work), fine features, and
+    8 numbers of 4 bytes for each place and pair of channels: sums over five folds, a covariance, a whitener.
+    """
+    n, c = settings.grid ** 2, sum(backbone.channels)
+    fine = min(images, _MOST_FINE) * settings.fine ** 2 * backbone.fine_channels
+    return 8 * images * (_copies(images, settings) + 1) * n * c + 2 * fine + 32 * n * c * c
+
+
+def _memory_left() -> float:
+    """Bytes that this process can still take, by what the system says; infinite where it does not."""
+    left, own = [math.inf], 0
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        free = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
+        left.append(1024 * (int(free["MemAvailable"]) + int(free["SwapFree"])))
+    with contextlib.suppress(OSError, ValueError, LookupError, ImportError):
+        import resource
+        pages = Path("/proc/self/statm").read_text().split()[:2]
+        size, own = (resource.getpagesize() * int(x) for x in pages)
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        left += [limit - size] * (limit != resource.RLIM_INFINITY)
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            left.append(int(Path(file).read_text()) - own)
+    return min(left)
+
+
+def _check_memory(images: int, settings: Settings, backbone: Backbone) -> None:
+    needed, left = training_memory(images, settings, backbone), _memory_left()
+    if needed > left:
+        raise FastPriorError(f"training on {images} images at {settings.size} pixels takes "
+                             f"{needed / 1e9:.1f} GB of memory, {max(left, 0) / 1e9:.1f} are free: take fewer "
+                             "images, or a smaller size or backbone")
+    _log.info("training takes about %.1f GB of memory", (needed + 6e8) / 1e9)
+
+
 def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
                      progress: Progress = _quiet, dtype=np.float16, known: Extracted | None = None,
                      roi: RegionOfInterest | None = None) -> Extracted:
@@ -2325,9 +2368,9 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
     inside, c = _inside(roi, settings.grid), sum(backbone.channels)
     look = _room("curation").look
     different = len(images) + len(kept)
-    if different > 2400 // (settings.copies + 1):  # at most 2400 rows in memory, whatever was given twice
+    if _copies(different, settings) < settings.copies:  # it may be less, with what was given twice
         different = len({*kept, *(image_key(a) for a in _readable(images, settings.bits, roi))})
-    copies = max(0, min(settings.copies, 2400 // max(different, 1) - 1))
+    copies = _copies(different, settings)
     engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
     for i, source in enumerate(images):
         try:
@@ -2677,6 +2720,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     kept = _room("kept")
     about = kept.about(config, backbone, roi)
     known = kept.read(known, about) if known else None
+    _check_memory(len(images) + (len(known.keys) if known else 0), config, backbone)
     extracted = extract_features(images, config, backbone, threads, progress, known=known, roi=roi)
     images = [*(known.names if known else ()), *images]
     if features:
