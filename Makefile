@@ -15,7 +15,7 @@ demo: $(BIN)/fastprior  ## install, and score the demo's washers; heat maps in m
 test:  ## install with everything the tests need, and run them
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,train]'
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(BIN)/fastprior
 	$(BIN)/fastprior bench --steps 1,2,3,5
