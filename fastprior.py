@@ -14,7 +14,7 @@ density means anomaly.
 
 Vendoring: this file alone scores arrays with NumPy; with kernels/ beside it at full speed, CPU
 and GPU; weights/ to train with the shipped backbones; examples/ for folders, data sets, foreign
-weights and the command. Pillow decodes files; torch trains; typer and rich make the command.
+weights, training and the command. Pillow decodes files; torch trains; typer and rich make the command.
 
 Conventions: images are uint8, HxWx3, RGB. Inside, arrays are channels-last and C-contiguous;
 float32 on the fast path, float64 in the references. Names are those of the papers: `x0`, `x_t`,
@@ -837,6 +837,25 @@ def denoise(p: dict[str, np.ndarray], x: np.ndarray, t: int) -> np.ndarray:
         u = linear(u, p[f"mix{i}_w1"], p[f"mix{i}_b1"], SILU)
         h = linear(u, p[f"mix{i}_w2"], p[f"mix{i}_b2"], NONE, h)
     return linear(layer_norm(h, p["norm_gain"], p["norm_bias"]), p["out_w"], p["out_b"])
+
+
+def initial_denoiser(n: int, c: int, settings: Settings) -> dict[str, np.ndarray]:
+    """Random weights of the denoiser; its output layer starts at zero, so that F = 0."""
+    rng, d, tokens = np.random.default_rng(settings.seed), settings.width, 64
+
+    def dense(*shape):
+        return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(np.float32)
+    k = 64
+    p = {"in_w": dense(c, d), "pos": .02 * dense(n, d) * math.sqrt(n), "time_w": dense(12, k),
+         "time_b": np.zeros(k), "shift_w": dense(k, d), "gain_w": np.zeros((k, c)),
+         "norm_gain": np.ones(d), "norm_bias": np.zeros(d), "out_w": np.zeros((d, c)), "out_b": np.zeros(c)}
+    for i in range(settings.mixers):
+        p |= {f"mix{i}_token1": dense(n, tokens).T, f"mix{i}_token2": dense(tokens, n).T,
+              f"mix{i}_w1": dense(d, 2 * d), f"mix{i}_b1": np.zeros(2 * d),
+              f"mix{i}_w2": dense(2 * d, d), f"mix{i}_b2": np.zeros(d)}
+        for j in (1, 2):
+            p |= {f"mix{i}_norm{j}_gain": np.ones(d), f"mix{i}_norm{j}_bias": np.zeros(d)}
+    return {name: np.ascontiguousarray(a, np.float32) for name, a in p.items()}
 
 
 def denoiser_loss(x0: np.ndarray, p: dict[str, np.ndarray] | None, prediction: str) -> float:
@@ -2313,44 +2332,6 @@ def _copies(different: int, settings: Settings) -> int:
     return max(0, min(settings.copies, 2400 // max(different, 1) - 1))
 
 
-def training_memory(images: int, settings: Settings, backbone: Backbone) -> int:
-    """Bytes that a training on so many images takes, about, beside the 0.6 GB of Python with torch.
-
-    Features four times (two bytes; themselves, those that are used, whitened, in work), fine features, and
-    8 numbers of 4 bytes for each place and pair of channels: sums over five folds, a covariance, a whitener.
-    """
-    n, c = settings.grid ** 2, sum(backbone.channels)
-    fine = min(images, _MOST_FINE) * settings.fine ** 2 * backbone.fine_channels
-    return 8 * images * (_copies(images, settings) + 1) * n * c + 2 * fine + 32 * n * c * c
-
-
-def _memory_left() -> float:
-    """Bytes that this process can still take, by what the system says; infinite where it does not."""
-    left, own = [math.inf], 0
-    with contextlib.suppress(OSError, ValueError, LookupError):
-        free = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
-        left.append(1024 * (int(free["MemAvailable"]) + int(free["SwapFree"])))
-    with contextlib.suppress(OSError, ValueError, LookupError, ImportError):
-        import resource
-        pages = Path("/proc/self/statm").read_text().split()[:2]
-        size, own = (resource.getpagesize() * int(x) for x in pages)
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        left += [limit - size] * (limit != resource.RLIM_INFINITY)
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            left.append(int(Path(file).read_text()) - own)
-    return min(left)
-
-
-def _check_memory(images: int, settings: Settings, backbone: Backbone) -> None:
-    needed, left = training_memory(images, settings, backbone), _memory_left()
-    if needed > left:
-        raise FastPriorError(f"training on {images} images at {settings.size} pixels takes "
-                             f"{needed / 1e9:.1f} GB of memory, {max(left, 0) / 1e9:.1f} are free: take fewer "
-                             "images, or a smaller size or backbone")
-    _log.info("training takes about %.1f GB of memory", (needed + 6e8) / 1e9)
-
-
 def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
                      progress: Progress = _quiet, dtype=np.float16, known: Extracted | None = None,
                      roi: RegionOfInterest | None = None) -> Extracted:
@@ -2655,8 +2636,8 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
         gain = 1 - denoiser_loss(held, kept, prediction) / denoiser_loss(held, None, prediction)
         denoiser, trained = kept if gain > 0 else None, {"iterations": 0, "gain_kept": round(gain, 5)}
     elif iterations is None or iterations > 0:
-        denoiser, trained = train_denoiser(x0, fold == 0, config, iterations or 900, minutes, prediction,
-                                           progress, threads)
+        denoiser, trained = _room("training").train_denoiser(
+            x0, fold == 0, config, iterations or 900, minutes, prediction, progress, threads)
     calibrations = {}
     for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
         grid = select_timesteps(steps, config.first, config.last)
@@ -2701,12 +2682,12 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     the final Gaussian uses all images; the denoiser has seen four of the five folds. "holdout" keeps a
     fifth of the images away from everything: exact split-conformal, at some cost in accuracy.
     """
-    began = time.perf_counter()
+    began, training = time.perf_counter(), _room("training")
     images, locked, found = _room("folders").good_images(images)
     config = Settings(**settings)
     config.check()
     if denoiser is None and (iterations is None or iterations > 0):
-        _import_torch()  # fail before the work, not after
+        training.import_torch()  # fail before the work, not after
     if len(images) < MIN_IMAGES and not known:
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or "
                          "more are better")
@@ -2720,7 +2701,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     kept = _room("kept")
     about = kept.about(config, backbone, roi)
     known = kept.read(known, about) if known else None
-    _check_memory(len(images) + (len(known.keys) if known else 0), config, backbone)
+    training.check_memory(len(images) + (len(known.keys) if known else 0), config, backbone)
     extracted = extract_features(images, config, backbone, threads, progress, known=known, roi=roi)
     images = [*(known.names if known else ()), *images]
     if features:
@@ -2750,137 +2731,6 @@ def _names(images: Sequence, places: Iterable[int], ordered: bool = True) -> lis
 def fit_many(root: str | os.PathLike, **options) -> MultiPrior:
     """`fit` for every product of ROOT, a folder each (of good images, or a data set's), in one model."""
     return _room("folders").fit_many(root, **options)
-
-
-# ------------------------------------------------------------------------------------------------
-# Training the denoiser: the only place where torch is imported
-# ------------------------------------------------------------------------------------------------
-
-def _import_torch():
-    # GNU OpenMP spins for 300,000 rounds at each barrier, which beside other work takes up to ten times as
-    # long; for 1000 where threads outnumber the cores. It reads this when it is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    try:
-        import torch
-    except ImportError as e:
-        raise BackendUnavailable("training the denoiser needs torch: pip install 'fastprior[train]', or "
-                                 "--iterations 0 for the Gaussian prior without torch") from e
-    return torch
-
-
-def initial_denoiser(n: int, c: int, settings: Settings) -> dict[str, np.ndarray]:
-    """Random weights of the denoiser; its output layer starts at zero, so that F = 0."""
-    rng, d, tokens = np.random.default_rng(settings.seed), settings.width, 64
-
-    def dense(*shape):
-        return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(np.float32)
-    k = 64
-    p = {"in_w": dense(c, d), "pos": .02 * dense(n, d) * math.sqrt(n), "time_w": dense(12, k),
-         "time_b": np.zeros(k), "shift_w": dense(k, d), "gain_w": np.zeros((k, c)),
-         "norm_gain": np.ones(d), "norm_bias": np.zeros(d), "out_w": np.zeros((d, c)), "out_b": np.zeros(c)}
-    for i in range(settings.mixers):
-        p |= {f"mix{i}_token1": dense(n, tokens).T, f"mix{i}_token2": dense(tokens, n).T,
-              f"mix{i}_w1": dense(d, 2 * d), f"mix{i}_b1": np.zeros(2 * d),
-              f"mix{i}_w2": dense(2 * d, d), f"mix{i}_b2": np.zeros(d)}
-        for j in (1, 2):
-            p |= {f"mix{i}_norm{j}_gain": np.ones(d), f"mix{i}_norm{j}_bias": np.zeros(d)}
-    return {name: np.ascontiguousarray(a, np.float32) for name, a in p.items()}
-
-
-def torch_denoise(torch, p: dict, x, t):
-    """`denoise` for a batch, differentiable: x (B, N, C), t int64 (B,)."""
-    functional = torch.nn.functional
-    phi = torch.arccos(torch.sqrt(torch.from_numpy(_alpha_bar_table().copy()).float()))[t]
-    angles = phi[:, None] * torch.from_numpy(_FREQUENCIES).float()
-    hidden = functional.silu(torch.cat([angles.sin(), angles.cos()], 1) @ p["time_w"] + p["time_b"])
-    h = x @ p["in_w"] + p["pos"] + (hidden @ p["shift_w"])[:, None]
-    d = (h.shape[-1],)
-    for i in range(_num_mixers(p)):
-        u = functional.layer_norm(h, d, p[f"mix{i}_norm1_gain"], p[f"mix{i}_norm1_bias"])
-        h = h + p[f"mix{i}_token2"] @ functional.silu(p[f"mix{i}_token1"] @ u)
-        u = functional.layer_norm(h, d, p[f"mix{i}_norm2_gain"], p[f"mix{i}_norm2_bias"])
-        h = h + functional.silu(u @ p[f"mix{i}_w1"] + p[f"mix{i}_b1"]) @ p[f"mix{i}_w2"] + p[f"mix{i}_b2"]
-    u = functional.layer_norm(h, d, p["norm_gain"], p["norm_bias"])
-    return (u @ p["out_w"] + p["out_b"]) * (1 + hidden @ p["gain_w"])[:, None]
-
-
-def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: Settings, iterations: int,
-                   minutes: float | None, prediction: str, progress: Progress = _quiet,
-                   threads: int | None = None) -> tuple[dict[str, np.ndarray], dict]:
-    """Minimise |F(x_t, t) - target|^2 with AdamW; returns the averaged weights with the best held-out loss.
-
-    x0 (M, N, C) float16; rows marked in `held_out` (M,) are only ever evaluated. Every 50 iterations
-    the exponential moving average is evaluated on fixed noise; after six evaluations without
-    improvement training stops, so the number of iterations is chosen by the held-out loss.
-    KeyboardInterrupt stops training and keeps the best weights so far.
-    """
-    torch = _import_torch()
-    usual = torch.get_num_threads()
-    torch.set_num_threads(_usual_threads(threads))
-    torch.manual_seed(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
-    m, n, c = x0.shape
-    p = {k: torch.from_numpy(v).requires_grad_() for k, v in initial_denoiser(n, c, settings).items()}
-    average = {k: v.detach().clone() for k, v in p.items()}
-    optimiser = torch.optim.AdamW(p.values(), lr=2e-3, weight_decay=.01, betas=(.9, .99))
-    table = torch.from_numpy(_alpha_bar_table().copy()).float()
-    train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    batch = min(16, len(train))
-
-    def loss(params, rows, t, eps):
-        x = torch.from_numpy(x0[rows].astype(np.float32))
-        signal, noise = table[t].sqrt()[:, None, None], (1 - table[t]).sqrt()[:, None, None]
-        target = signal * eps - noise * x if prediction == "v" else eps
-        return torch.mean((torch_denoise(torch, params, signal * x + noise * eps, t) - target) ** 2)
-
-    phi = torch.arccos(table.sqrt())
-
-    def draw(count):
-        # angles in proportion to u^2: small t, where good and bad still differ, matters most
-        angle = torch.rand(count, generator=generator) ** 2 * phi[-1]
-        t = torch.searchsorted(phi, angle).clamp(max=NUM_TRAIN_TIMESTEPS - 1)
-        return t, torch.randn(count, n, c, generator=generator)
-    fixed = [(rows, *draw(len(rows))) for rows in np.array_split(test[:64], max(1, len(test[:64]) // 16))]
-
-    def evaluate(params):
-        with torch.no_grad():
-            return float(np.mean([loss(params, *f).item() for f in fixed]))
-    rng, began = np.random.default_rng(settings.seed), time.perf_counter()
-    start = best_loss = evaluate(average)
-    best, best_at, waited, i = {k: v.clone() for k, v in average.items()}, 0, 0, 0
-    try:
-        for i in range(1, iterations + 1):
-            elapsed = time.perf_counter() - began
-            share = max(i / iterations, elapsed / (60 * minutes) if minutes else 0)
-            if share > 1:
-                break
-            for group in optimiser.param_groups:  # warm-up, then cosine
-                group["lr"] = 2e-3 * min(1, i / 50) * (.05 + .95 * .5 * (1 + math.cos(math.pi * share)))
-            optimiser.zero_grad()
-            loss(p, rng.choice(train, batch, replace=False), *draw(batch)).backward()
-            torch.nn.utils.clip_grad_norm_(p.values(), 1.0)
-            optimiser.step()
-            decay = min(.99, (1 + i) / (10 + i))
-            with torch.no_grad():
-                for k, v in p.items():
-                    average[k].lerp_(v, 1 - decay)
-            if i % 50 == 0 or i == iterations:
-                current = evaluate(average)
-                waited = 0 if current < best_loss else waited + 1
-                if current < best_loss:
-                    best_loss, best, best_at = current, {k: v.clone() for k, v in average.items()}, i
-                if waited >= 6:
-                    break
-            progress("training", i, iterations)
-    except KeyboardInterrupt:
-        _log.warning("interrupted: keeping the best weights so far")
-    finally:
-        torch.set_num_threads(usual)
-    if not math.isfinite(best_loss):
-        raise FastPriorError("training diverged: the held-out loss is not finite; try another seed")
-    report = {"iterations": best_at, "iterations_run": i, "loss_start": round(start, 5),
-              "loss": round(best_loss, 5)}
-    return {k: v.numpy().copy() for k, v in best.items()}, report
 
 
 # ------------------------------------------------------------------------------------------------

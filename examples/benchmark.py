@@ -364,7 +364,7 @@ def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable,
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise fp.ShapeError(f"--variants: expected some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     if any(VARIANTS[v][1] is None for v in variants) and not fp._room("console").is_installed("torch"):
-        fp._import_torch()  # says what to install
+        fp._room("training").import_torch()  # says what to install
     other = [n for n in steps if n not in fp._CALIBRATED_STEPS]
     if len(other) > 1:
         raise fp.ShapeError(f"--steps: with --data at most one besides {fp._CALIBRATED_STEPS}, got {other}")

@@ -223,7 +223,7 @@ REFUSED = {  # name: (file, words of the reason)
     "cut, with an end mark and junk.jpg": (cut_but_ended(saved(RGB, "JPEG"), .6, b"junk" * 99),
                                            "not a readable|missing"),
     **{f"progressive, {share:.0%} of it.jpg": (cut_but_ended(saved(RGB, "JPEG", progressive=True), share),
-                                               "part of this JPEG is missing") for share in (.5, .7, .9, .98)},
+                                               "of this JPEG is missing") for share in (.5, .7, .9, .98)},
     **{f"progressive, {i} scans.jpg": (PROGRESSIVE[:at] + b"\xff\xd9", "part of this JPEG is missing")
        for i, at in enumerate(scans(PROGRESSIVE)) if i},
     "cut.bmp": (saved(RGB, "BMP")[:-200], "truncated"),

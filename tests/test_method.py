@@ -215,7 +215,8 @@ def test_denoiser_in_torch_numpy_and_numba_agree(trained):
     steps = trained.timesteps[:-1]
     tensors = {k: torch.from_numpy(v.copy()) for k, v in trained.denoiser.items()}
     for step in steps:
-        want = fp.torch_denoise(torch, tensors, t(x).float(), torch.full((2,), int(step))).numpy()
+        want = fp._room("training").torch_denoise(torch, tensors, t(x).float(),
+                                                  torch.full((2,), int(step))).numpy()
         assert np.abs(want).max() > .01  # trained: not zero
         for i in range(2):
             np.testing.assert_allclose(fp.denoise(p, x[i], int(step)), want[i], rtol=1e-4, atol=1e-5)

@@ -347,21 +347,22 @@ def test_the_promise_holds_in_simulation():
 # -- memory of a training ------------------------------------------------------------------------
 
 def test_a_training_that_does_not_fit_is_refused_before_it_starts(monkeypatch):
-    config, net = fp.Settings(), fp.load_backbone("lite0")
-    needed = fp.training_memory(300, config, net)
-    assert 1e9 < needed < 2e9 and fp.training_memory(2400, config, net) < 4 * needed  # at most 2400 rows
+    config, net, training = fp.Settings(), fp.load_backbone("lite0"), fp._room("training")
+    needed, most = (training.training_memory(n, config, net) for n in (300, 2400))
+    assert 1e9 < needed < 2e9 and most < 4 * needed  # at most 2400 rows
     monkeypatch.setattr(fp, "extract_features", lambda *a, **k: pytest.fail("it began"))
     images = [np.full((64, 64, 3), i, np.uint8) for i in range(20)]
-    monkeypatch.setattr(fp, "_memory_left", lambda: 2e8)
-    with pytest.raises(fp.FastPriorError, match=r"20 images at 448 pixels takes 0\.\d GB of memory, 0\.2 are"):
+    monkeypatch.setattr(training, "memory_left", lambda: 2e8)
+    with pytest.raises(fp.FastPriorError, match=r"20 images at 448 pixels takes 0\.\d GB of memory, 0\.2"):
         fp.fit(images, iterations=0)
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="no /proc/meminfo here")
 def test_memory_left_heeds_what_the_system_says_and_the_limit_of_the_process():
     free = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]
-    assert 0 < fp._memory_left() < 3 * 1024 * int(free) + 2 ** 36
-    code = ("import resource, fastprior as fp; size = int(open('/proc/self/statm').read().split()[0]) * 4096; "
-            "resource.setrlimit(resource.RLIMIT_AS, (size + 2 ** 28,) * 2); print(fp._memory_left())")
+    assert 0 < fp._room("training").memory_left() < 3 * 1024 * int(free) + 2 ** 36
+    code = ("import resource, fastprior as fp; "
+            "training = fp._room('training'); size = int(open('/proc/self/statm').read().split()[0]) * 4096; "
+            "resource.setrlimit(resource.RLIMIT_AS, (size + 2 ** 28,) * 2); print(training.memory_left())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1e8 < float(done.stdout) <= 2 ** 28

@@ -120,7 +120,7 @@ def test_the_loss_is_the_one_that_training_lowers(trained):
             eps, abar = rng.standard_normal(held.shape[1:], np.float32), float(fp._alpha_bar_table()[t])
             noisy = abar ** .5 * x[i] + (1 - abar) ** .5 * torch.from_numpy(eps)
             p = {k: torch.from_numpy(a) for k, a in trained.denoiser.items()}
-            f = fp.torch_denoise(torch, p, noisy[None], torch.tensor([t]))[0]
+            f = fp._room("training").torch_denoise(torch, p, noisy[None], torch.tensor([t]))[0]
             target = abar ** .5 * torch.from_numpy(eps) - (1 - abar) ** .5 * x[i]
             total.append(float(((f - target) ** 2).mean()))
     assert fp.denoiser_loss(held, trained.denoiser, "v") == pytest.approx(np.mean(total), rel=1e-4)
