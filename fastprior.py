@@ -19,7 +19,7 @@ weights, training and the command. Pillow decodes files; torch trains; typer and
 Conventions: images are uint8, HxWx3, RGB. Inside, arrays are channels-last and C-contiguous;
 float32 on the fast path, float64 in the references. Names are those of the papers: `x0`, `x_t`,
 `eps` (noise, drawn or predicted), `v`, `alpha_bar`, `timesteps` (ascending: inversion runs from
-data to noise), `log_prob` and `nll` in nats. N = G*G grid positions, C channels, S pixels a side.
+data to noise), `log_prob` and `nll` in nats. N = G*G' grid positions, C channels, S*S' pixels.
 
 A score's way: `main` -> examples/commands.py (options) -> console.py -> `Prior.load` -> `Prior.score` ->
 `_frames` -> `_engine` (which builds once: `_emit`, `_emit_inversion`, `_emit_denoiser`) -> `Engine.run` of
@@ -280,14 +280,18 @@ def _resample(x: np.ndarray, n_out: int, shift: float = 0.0, dtype: type = np.fl
     return np.concatenate(rows).reshape((n_out,) + x.shape[1:])
 
 
-def resize_normalize(image: np.ndarray, size: int, mean, std, shift=(0.0, 0.0),
+def resize_normalize(image: np.ndarray, size, mean, std, shift=(0.0, 0.0),
                      dtype: type = np.float64) -> np.ndarray:
-    """uint8 (H, W, 3) -> dtype (size, size, 3): triangle-filter resize, then (x/255 - mean)/std."""
-    x = _resample(image, size, shift[0], dtype)
-    x = _resample(x.swapaxes(0, 1), size, shift[1], dtype).reshape(size, -1)
-    x *= np.tile(1 / (255 * np.asarray(std)), size).astype(dtype)
-    x -= np.tile(np.divide(mean, std), size).astype(dtype)
-    return np.ascontiguousarray(x.reshape(size, size, 3).swapaxes(0, 1))
+    """uint8 (H, W, 3) -> dtype (*size, 3): triangle-filter resize, then (x/255 - mean)/std.
+
+    size: (height, width), or one number for both.
+    """
+    height, width = np.broadcast_to(size, 2).tolist()
+    x = _resample(image, height, shift[0], dtype)
+    x = _resample(x.swapaxes(0, 1), width, shift[1], dtype).reshape(width, -1)
+    x *= np.tile(1 / (255 * np.asarray(std)), height).astype(dtype)
+    x -= np.tile(np.divide(mean, std), height).astype(dtype)
+    return np.ascontiguousarray(x.reshape(width, height, 3).swapaxes(0, 1))
 
 
 def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -380,10 +384,10 @@ def mbconv(x: np.ndarray, block: "InvertedResidual") -> np.ndarray:
     return y + x if block.skip else y
 
 
-def pool(x: np.ndarray, grid: int) -> np.ndarray:
-    """Average (H, W, C) over the cells of a grid x grid lattice -> (grid, grid, C); H, W multiples."""
-    h, w, c = x.shape
-    return x.reshape(grid, h // grid, w * c).mean(1).reshape(grid, grid, w // grid, c).mean(2)
+def pool(x: np.ndarray, grid) -> np.ndarray:
+    """Average (H, W, C) over the cells of a lattice -> (*grid, C); H and W are multiples of grid's."""
+    (h, w, c), (down, across) = x.shape, np.broadcast_to(grid, 2).tolist()
+    return x.reshape(down, h // down, w * c).mean(1).reshape(down, across, w // across, c).mean(2)
 
 
 def whiten(f: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -435,12 +439,12 @@ def detail(f: np.ndarray) -> np.ndarray:
     return np.sqrt(f / np.maximum(most, np.finfo(np.float32).tiny))
 
 
-def sharpen(cells: np.ndarray, f: np.ndarray, operator: np.ndarray) -> np.ndarray:
-    """The coarse map finer: cells (G, G) enlarged by operator (F, G), times `detail` of f (F, F).
+def sharpen(cells: np.ndarray, f: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """The coarse map finer: cells (G, G') enlarged by down (F, G) and across (F', G'), times `detail` of f.
 
     Cells say how unlikely a place is, f where in it; where f is highest nothing changes: maxima nearly stay.
     """
-    return operator @ cells @ operator.T * detail(f)
+    return down @ cells @ across.T * detail(f)
 
 
 def linear_taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
@@ -455,7 +459,7 @@ def linear_taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def anomaly_map(m: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The fine map (F, F) at an image's own size, (height, width), see `linear_taps`."""
+    """The fine map (F, F') at an image's own size, (height, width), see `linear_taps`."""
     for n in (height, width):
         start, share = linear_taps(len(m), n)
         share = share[:, None].astype(m.dtype)
@@ -492,6 +496,11 @@ def map_operator(grid: int, n_out: int, sigma: float) -> np.ndarray:
     operator = (1 - share[:, None]) * smooth[start] + share[:, None] * smooth[start + 1]
     operator.setflags(write=False)
     return operator
+
+
+def _enlargers(settings: "Settings") -> tuple[np.ndarray, ...]:
+    """`map_operator` down and across."""
+    return tuple(map_operator(*sides, settings.smooth) for sides in zip(settings.grid, settings.fine))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -543,18 +552,18 @@ class Backbone:
     def fine_channels(self) -> int:
         return sum(self.blocks[i].channels[2] for i in self.fine)
 
-    def views(self, settings: "Settings") -> tuple[tuple[int, tuple[int, ...]], ...]:
+    def views(self, settings: "Settings") -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
         """The two that models see, each a grid and the blocks whose outputs are pooled to it."""
         return (settings.grid, self.stages), (settings.fine, self.fine)
 
-    def features(self, x: np.ndarray, *views: tuple[int, tuple[int, ...]]) -> list[np.ndarray]:
-        """Reference: normalised (S, S, 3) -> for each view (grid*grid, C), pooled outputs side by side."""
+    def features(self, x: np.ndarray, *views: tuple[Any, tuple[int, ...]]) -> list[np.ndarray]:
+        """Reference: normalised (S, S', 3) -> for each view (N, C), pooled outputs side by side."""
         x, maps = stem(x, self.stem_w, self.stem_b, self.act), {}
         for i, block in enumerate(self.blocks):
             x = mbconv(x, block)
             maps |= {(i, grid): pool(x, grid) for grid, blocks in views if i in blocks}
-        return [np.concatenate([maps[i, grid] for i in blocks], -1).reshape(grid * grid, -1)
-                for grid, blocks in views]
+        parts = (np.concatenate([maps[i, grid] for i in blocks], -1) for grid, blocks in views)
+        return [x.reshape(-1, x.shape[-1]) for x in parts]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         arrays = {"stem_w": self.stem_w, "stem_b": self.stem_b}
@@ -643,9 +652,9 @@ class Engine(Protocol):
     device: str
     threads: int
 
-    def features(self, backbone: "Backbone", size: int, views: Sequence[tuple[int, Sequence[int]]],
+    def features(self, backbone: "Backbone", shape: tuple[int, int], views: Sequence,
                  taps: Callable) -> list[tuple[Any, int]]:
-        """Pixels -> for each view tokens (grid*grid, columns), and columns; `taps` is `resize_taps`."""
+        """Pixels, resized to `shape` by `resize_taps` -> for each view tokens (N, columns), and columns."""
 
     def given(self, n: int, c: int) -> tuple[Any, int]:
         """In place of a view of `features`: rows (N, C) that `run` is handed, and columns."""
@@ -680,11 +689,12 @@ class Engine(Protocol):
     def score(self, z, n: int, worst: int, zero: float, unit: float) -> None:
         """(mean of the `worst` highest z - zero) / unit, z (n,)."""
 
-    def sharpen(self, z, weight: np.ndarray, offset: np.ndarray, f, operator: np.ndarray) -> Any:
-        """`sharpen` of the cells weight * z + offset (G*G,) by f (F*F,), for images whose map is wanted."""
+    def sharpen(self, z, weight: np.ndarray, offset: np.ndarray, f, down: np.ndarray,
+                across: np.ndarray) -> Any:
+        """`sharpen` of the cells weight * z + offset (N,) by f (F*F',), for images whose map is wanted."""
 
-    def map(self, m, fine: int, taps: Callable) -> None:
-        """`anomaly_map` of m (fine, fine) is an image's map; `taps` is `linear_taps`."""
+    def map(self, m, fine: tuple[int, int], taps: Callable) -> None:
+        """`anomaly_map` of m (*fine) is an image's map; `taps` is `linear_taps`."""
 
     def keep(self, x, n: int, c: int | None = None) -> None:
         """`run` shall hand this out: (N,), or (N, C) of a place with padded columns."""
@@ -795,8 +805,9 @@ def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
     if e is not None:
         with _engine_errors():
             views = backbone.views(settings)
-            for (x, _), (grid, blocks) in zip(e.features(backbone, settings.size, views, resize_taps), views):
-                e.keep(x, grid * grid, sum(backbone.blocks[i].channels[2] for i in blocks))
+            tokens = e.features(backbone, settings.shape, views, resize_taps)
+            for (x, _), (grid, blocks) in zip(tokens, views):
+                e.keep(x, math.prod(grid), sum(backbone.blocks[i].channels[2] for i in blocks))
             e.finish()
     return e
 
@@ -1203,8 +1214,9 @@ def _check_size(height: int, width: int) -> None:
                          f"got {width}x{height}")
 
 
-def _pixels(source, deep_only: bool = False) -> np.ndarray | None:
-    """uint8 (H, W, 3) or (H, W), or uint16, as the source holds them; with deep_only None for uint8."""
+def _pixels(source, deep_only: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3) or (H, W), or uint16, as the source holds them; with deep_only of uint8 the shape alone
+    is right."""
     if isinstance(source, (str, os.PathLike)):
         return _decode(source, deep_only)
     if "PIL.Image" in sys.modules and isinstance(source, sys.modules["PIL.Image"].Image):
@@ -1219,10 +1231,10 @@ def _pixels(source, deep_only: bool = False) -> np.ndarray | None:
         raise ShapeError(f"expected uint8 or uint16, got {a.dtype}; scale to 0..255 first")
     _check_size(*a.shape[:2])
     a = a if a.ndim == 2 else a[:, :, 0] if a.shape[2] == 1 else a[:, :, :3]
-    return None if deep_only and a.dtype.itemsize == 1 else a
+    return a
 
 
-def _decode(path: str | os.PathLike, deep_only: bool) -> np.ndarray | None:
+def _decode(path: str | os.PathLike, deep_only: bool) -> np.ndarray:
     """`_pixels` of a file. Any exception."""
     try:
         from PIL import Image  # noqa: F401
@@ -1295,7 +1307,7 @@ def _open_pillow(f):
     raise ShapeError(f"no image of a kind that is read here ({known})" if start else "an empty file")
 
 
-def _from_pillow(image, deep_only: bool = False, again: Callable | None = None) -> np.ndarray | None:
+def _from_pillow(image, deep_only: bool = False, again: Callable | None = None) -> np.ndarray:
     """`_pixels` of a PIL image. again(): opens it once more, for the low bytes of 16-bit colours."""
     _check_size(image.height, image.width)
     tiles = getattr(image, "tile", None) or [("libtiff", (0, 0, 0, 0), 0, "")]
@@ -1314,7 +1326,8 @@ def _from_pillow(image, deep_only: bool = False, again: Callable | None = None) 
     if trouble:
         raise ShapeError(trouble)
     if deep_only and not deep:
-        return None
+        turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
+        return np.broadcast_to(np.uint8(), image.size if turned else image.size[::-1])
     with _without_pillow_limits(image.height * image.width):
         if not colours and deep:
             a = np.asarray(_turned(image))
@@ -1447,11 +1460,11 @@ class RegionOfInterest:
         return image & keep | fill
 
 
-def _inside(roi: RegionOfInterest | None, grid: int, share: float = .5) -> np.ndarray:
-    """bool (grid*grid,): places of which at least this share is inside, by 16 x 16 samples each."""
+def _inside(roi: RegionOfInterest | None, grid: tuple[int, int], share: float = .5) -> np.ndarray:
+    """bool (N,): places of the grid of which at least this share is inside, by 16 x 16 samples each."""
     if roi is None:
-        return np.ones(grid ** 2, bool)
-    return pool(roi.at(16 * grid, 16 * grid)[0][:, :, None].astype(float), grid).ravel() >= share
+        return np.ones(math.prod(grid), bool)
+    return pool(roi.at(*(16 * n for n in grid))[0][:, :, None].astype(float), grid).ravel() >= share
 
 
 def _spread(inside: np.ndarray, a: np.ndarray, axis: int = 0, fill: float = 0) -> np.ndarray:
@@ -1643,17 +1656,19 @@ def _check_model(p: Prior) -> None:
     given = {k: a["scale"] if a.dtype == QTILE or k == "factors" else a for k, a in _arrays_of(p).items()
              if not k.startswith("roi/")}
     sizes = _check_arrays(given, shapes, n=n, c=c, t=2 * len(_FREQUENCIES), p=_PANEL, q=n * panels, g=groups,
-                          b=panels * (panels + 1) // 2, f=settings.fine ** 2, v=p.backbone.fine_channels)
+                          b=panels * (panels + 1) // 2, f=math.prod(settings.fine),
+                          v=p.backbone.fine_channels)
     for steps, own in p.calibrations.items():
         select_timesteps(steps, settings.first, settings.last)
         rising = all(len(own[k]) > 1 and (np.diff(own[k]) >= 0).all() for k in ("scores", "peaks"))
         if not (rising and own["gain"].min() > 0 and own["moments"][1] > 0 and own["moments"][2] >= 0):
             raise ModelError(f"calibration/{steps}: scales are not above zero, or scores do not rise")
     d, hidden = sizes.get("d", 0), sum(size for k, size in sizes.items() if k.isupper())
-    floats, side = settings.steps * (3 * (mixers + 1) * n * d + max(n, d) * hidden), settings.size // 2
+    floats = settings.steps * (3 * (mixers + 1) * n * d + max(n, d) * hidden)
+    pixels = math.prod(settings.shape)
     for block in p.backbone.blocks:
-        floats += side ** 2 * sum(block.channels[1:])
-        side //= block.stride
+        floats += pixels // 4 * sum(block.channels[1:])
+        pixels //= block.stride ** 2
     if d % 16 or floats > 1 << 28:
         raise ModelError(f"no width or size of ours: {d} in the denoiser, {4 * floats:.0e} bytes a frame")
     if not _largest_number(p) < 1e34:  # float32 ends at 1e38, and up to 4096 of them are added
@@ -1703,7 +1718,9 @@ class Settings:
     eps-prediction), for ablations. `steps` may be changed when scoring.
     """
     backbone: str = "lite0"
-    size: int = 448  # side that an image is resized to, pixels
+    # Pixels that an image is resized to: (height, width); or the side of a square, of whose area `fit` makes
+    # a rectangle with the proportions of the images.
+    size: int | tuple[int, int] = 448
     cell: int = 0  # side of a place, pixels of the resized image; 0: 32 from 384 pixels on, else 16
     steps: int = 2
     first: int = 50  # t at which the features are taken to lie
@@ -1725,23 +1742,36 @@ class Settings:
     tile: int = 0  # side of the windows that an image is cut into (examples/tiles.py), pixels; 0: not cut
 
     def __post_init__(self) -> None:
-        if self.cell == 0 and isinstance(self.size, int):
-            object.__setattr__(self, "cell", 32 if self.size >= 384 else 16)
+        if isinstance(self.size, list):  # of a file
+            object.__setattr__(self, "size", tuple(self.size))
+        if self.cell == 0 and all(isinstance(n, int) for n in self.shape):
+            object.__setattr__(self, "cell", 32 if math.prod(self.shape) >= 384 ** 2 else 16)
 
     @property
-    def grid(self) -> int:
-        """Places a side."""
-        return self.size // self.cell
+    def shape(self) -> tuple[int, int]:
+        """(height, width) that an image is resized to."""
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     @property
-    def fine(self) -> int:
-        """Fine places a side, of 8 pixels: those of the map."""
-        return self.size // 8
+    def grid(self) -> tuple[int, int]:
+        """Places down and across."""
+        return self.shape[0] // self.cell, self.shape[1] // self.cell
+
+    @property
+    def fine(self) -> tuple[int, int]:
+        """Fine places down and across, of 8 pixels: those of the map."""
+        return self.shape[0] // 8, self.shape[1] // 8
 
     def check(self) -> None:
         """ShapeError unless every setting is of the type of its default and in its range."""
+        sides = self.shape
+        good = len(sides) == 2 and all(type(n) is int and n % 32 == 0 and 64 <= n <= 8192 for n in sides)
+        if not good or math.prod(sides) > 1024 ** 2:
+            expected = ("a height and a width, multiples of 32 from 64 to 8192, of at most 1024 * 1024 pixels"
+                        if isinstance(self.size, tuple) else "a multiple of 32 from 64 to 1024")
+            raise ShapeError(f"size: expected {expected}, got {self.size!r:.60}")
         last = NUM_TRAIN_TIMESTEPS - 1
-        allowed = {"size": range(64, 1025, 32), "cell": range(16, 1025, 16), "steps": range(1, 201),
+        allowed = {"cell": range(16, 1025, 16), "steps": range(1, 201),
                    "first": range(last), "last": range(1, last + 1), "factors": range(_MOST_FACTORS + 1),
                    "copies": range(65), "tile": range(4097),
                    "width": range(16, 1025, 16), "mixers": range(14), "seed": range(2 ** 63),
@@ -1763,7 +1793,9 @@ class Settings:
                 raise ShapeError(f"{name}: expected {expected}, got {v!r:.60}")
         if 0 < self.tile < 64:
             raise ShapeError(f"tile: expected 0 or an integer from 64 to 4096, got {self.tile}")
-        if self.size % self.cell:
+        if self.tile and sides[0] != sides[1]:
+            raise ShapeError(f"tile: windows are squares, and so must be the size; got {self.size}")
+        if any(n % self.cell for n in sides):
             raise ShapeError(f"cell: expected a multiple of 16 that divides the size, {self.size}, "
                              f"got {self.cell}")
         select_timesteps(self.steps, self.first, self.last)
@@ -1865,7 +1897,7 @@ def find_regions(anomaly_map: np.ndarray | None) -> list[Region]:
 def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings,
                       shift=(0.0, 0.0)) -> list[np.ndarray]:
     """uint8 (H, W, 3) -> features of both views, (N, C) each, by the reference operations."""
-    x = resize_normalize(image, settings.size, backbone.mean, backbone.std, shift, np.float32)
+    x = resize_normalize(image, settings.shape, backbone.mean, backbone.std, shift, np.float32)
     return backbone.features(x, *backbone.views(settings))
 
 
@@ -1883,8 +1915,9 @@ class Prior:
     summary : what training has to say
     threads, device, precision : see `load`
     factors : tiles of `pack_factors`, or None
-    fine : mean (F*F, C') and whitener (C', C') of the fine view, which sharpens the map
-    roi : RegionOfInterest, or None. N counts the places inside it, those of `inside`, bool (grid*grid,)
+    fine : mean (F*F', C') and whitener (C', C') of the fine view, which sharpens the map
+    roi : RegionOfInterest, or None. N counts the places inside it, those of `inside`, bool (G*G',)
+    grid : (G, G'), places down and across
     """
 
     def __init__(self, settings: Settings, backbone: Backbone, mean: np.ndarray, whitener: np.ndarray,
@@ -1991,7 +2024,7 @@ class Prior:
             nll[steps] = (z - own["offset"]) / own["gain"]
             progress("calibration", len(nll), len(self.calibrations))
         kept = ~curation.outliers(nll[self.settings.steps], self.settings.worst)[0] | keep_all
-        details = _details(itertools.compress(lone.fine, kept), *self.fine, self.roi)
+        details = _details(itertools.compress(lone.fine, kept), *self.fine, self.settings, self.roi)
         calibrations = {}
         for steps, own in self.calibrations.items():
             raw = worst_mean(nll[steps][kept] * own["gain"] + own["offset"], self.settings.worst)
@@ -2082,7 +2115,7 @@ class Prior:
         n, c, fine = len(self.inside), self.mean.shape[1], self.fine[0].shape
         everywhere = functools.partial(_spread, self.inside)
         if from_pixels:
-            views = e.features(self.backbone, self.settings.size, self.backbone.views(self.settings),
+            views = e.features(self.backbone, self.settings.shape, self.backbone.views(self.settings),
                                resize_taps)
         else:
             views = e.given(n, c), e.given(*fine)
@@ -2098,7 +2131,7 @@ class Prior:
                             everywhere(self.calibration["gain"]),  # outside, never among the worst
                             everywhere(self.calibration["offset"], fill=-1e30))
         e.score(z, n, _worst_count(self.settings.worst, len(self.mean)), *self.calibration["moments"][:2])
-        m = e.sharpen(z, *map(everywhere, self._map_weights()), density, self._map_operator)
+        m = e.sharpen(z, *map(everywhere, self._map_weights()), density, *_enlargers(self.settings))
         e.map(m, self.settings.fine, linear_taps)
         e.keep(z, n)
         e.finish()
@@ -2113,10 +2146,6 @@ class Prior:
         one = max(conformal_threshold(self.calibration["peaks"], self.settings.fpr).value, zero * 1.001)
         gain, offset = self.calibration["gain"], self.calibration["offset"]
         return 1 / (gain * (one - zero)), -(offset / gain + zero) / (one - zero)
-
-    @property
-    def _map_operator(self) -> np.ndarray:
-        return map_operator(self.grid, self.settings.fine, self.settings.smooth)
 
     @functools.cached_property
     def _log_determinant(self) -> float:
@@ -2162,9 +2191,9 @@ class Prior:
                         + self.calibration["offset"])
             if with_map:
                 weight, offset = self._map_weights()
-                cells = _spread(self.inside, weight * rows[-1] + offset).reshape(self.grid, self.grid)
+                cells = _spread(self.inside, weight * rows[-1] + offset).reshape(self.grid)
                 f = fine_density(views[1], self.fine[0].astype(np.float32), self.fine[1])
-                m = sharpen(cells, f.reshape([self.settings.fine] * 2), self._map_operator)
+                m = sharpen(cells, f.reshape(self.settings.fine), *_enlargers(self.settings))
                 m = anomaly_map(m.astype(np.float32), *image.shape[:2])
                 maps.append(m * self.roi.at(*m.shape)[0] if self.roi else m)
         z = np.array(rows, np.float32)
@@ -2184,7 +2213,7 @@ class MultiPrior:
     """
 
     def __init__(self, priors: dict[str, Prior]):
-        kinds = {(p.backbone.name, p.settings.size, p.grid, p.settings.steps) for p in priors.values()}
+        kinds = {(p.backbone.name, p.settings.shape, p.grid, p.settings.steps) for p in priors.values()}
         if len(kinds) != 1:
             raise ModelError("products of one model need one backbone, size, cell and number of steps, "
                              f"got {sorted(kinds)}")
@@ -2302,7 +2331,7 @@ class Extracted(NamedTuple):
     sources: list[int]  # of each image, its place in the sequence that was given
     repeated: int  # images left out since their pixels were there already
     unreadable: list[str]  # a line for each image that could not be read
-    fine: Sequence[np.ndarray]  # float16 (F*F, C') of each image itself, of the first _MOST_FINE
+    fine: Sequence[np.ndarray]  # float16 (F*F', C') of each image itself, of the first _MOST_FINE
     names: Sequence[str] = ()  # of what `sources` counts, where a file keeps it
     roi: RegionOfInterest | None = None  # N above counts the places inside
 
@@ -2435,8 +2464,8 @@ class _Gaussians:
 
 
 def _fit_fine(fine: Sequence[np.ndarray], settings: Settings, roi=None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (F*F, C') float16 and whitener (C', C') of fine features: one covariance about places' means."""
-    mean, inside = sum(x.astype(np.float32) for x in fine) / len(fine), _inside(roi, math.isqrt(len(fine[0])))
+    """Mean (F*F', C') float16 and whitener (C', C') of fine features: one covariance about places' means."""
+    mean, inside = sum(x.astype(np.float32) for x in fine) / len(fine), _inside(roi, settings.fine)
     cov = np.zeros((mean.shape[1],) * 2)
     for x in fine:
         d = (x - mean)[inside]
@@ -2444,17 +2473,18 @@ def _fit_fine(fine: Sequence[np.ndarray], settings: Settings, roi=None) -> tuple
     return mean.astype(np.float16), inverse_cholesky(shrink_covariance(cov, cov, 0, settings.floor)[None])[0]
 
 
-def _details(fine: Iterable[np.ndarray], mean: np.ndarray, whitener: np.ndarray, roi=None) -> np.ndarray:
-    """`detail` of each image's fine features (F*F, C'), float32 (n, F, F); 0 where no pixel inside reads it.
+def _details(fine: Iterable[np.ndarray], mean: np.ndarray, whitener: np.ndarray, settings: Settings,
+             roi=None) -> np.ndarray:
+    """`detail` of each image's fine features (F*F', C'), float32 (n, F, F'), 0 where none inside reads it.
 
     It may be an image that was fitted on: leaving it out of the mean scales all its density alike, and a
     detail is a ratio; its share of the covariance is one of many.
     """
-    mean, side = mean.astype(np.float32), math.isqrt(len(mean))
+    mean, shape = mean.astype(np.float32), settings.fine
     from scipy import ndimage
-    near = ndimage.binary_dilation(_inside(roi, side, 1e-9).reshape(side, side), np.ones((3, 3)))
-    return np.array([near * detail(fine_density(x, mean, whitener).reshape(side, side)) for x in fine],
-                    np.float32).reshape(-1, side, side)
+    near = ndimage.binary_dilation(_inside(roi, shape, 1e-9).reshape(shape), np.ones((3, 3)))
+    return np.array([near * detail(fine_density(x, mean, whitener).reshape(shape)) for x in fine],
+                    np.float32).reshape(-1, *shape)
 
 
 def _apply_whitener(features: np.ndarray, mean: np.ndarray, whitener: np.ndarray,
@@ -2509,15 +2539,15 @@ def _read_scores(raw: np.ndarray, nll: np.ndarray, details: np.ndarray, settings
                  roi=None) -> dict[str, np.ndarray]:
     """raw (n,): worst means of good images; nll (n, N): moments, sorted scores and peaks of maps.
 
-    details (m, F, F), of the first m images: those whose maps are read. Zero and unit of the score are the
+    details (m, F, F'), of the first m images: those whose maps are read. Zero and unit of the score are the
     median and the spread of the middle half, zero of the map a median too: one wild image hardly moves them.
     """
     inside = _inside(roi, settings.grid)
-    enlarge = map_operator(settings.grid, details.shape[1], settings.smooth)
+    down, across = _enlargers(settings)
     low, middle, high = np.quantile(raw, [.25, .5, .75])
     moments = np.array([middle, max((high - low) / 1.349, 1e-6), np.median(nll.mean(1))])
-    cells = (_spread(inside, x - moments[2]).reshape([settings.grid] * 2) for x in nll)
-    maps = (enlarge @ x @ enlarge.T * own for x, own in zip(cells, details))
+    cells = (_spread(inside, x - moments[2]).reshape(settings.grid) for x in nll)
+    maps = (down @ x @ across.T * own for x, own in zip(cells, details))
     return {"moments": moments, "scores": np.sort((raw - moments[0]) / moments[1]),
             "peaks": np.sort([m.max() for m in maps]) + moments[2]}
 
@@ -2597,7 +2627,8 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False, pro
     trained_on, calibrates = e.of(~aside).keys, curation.first_of(kind) & ~unlike
     clean[clean] = calibrates
     fine = _fit_fine(part.fine, config, e.roi)
-    details = _details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine, e.roi)
+    details = _details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine, config,
+                       e.roi)
     fresh = _apply_whitener(fresh.features[fresh.clean], mean, whitener)
     if not holdout:
         aside[np.flatnonzero(used)[unlike]] = True
@@ -2692,8 +2723,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or "
                          "more are better")
     backbone = load_backbone(config.backbone)
-    bits = config.bits or _room("curation").find_depth(images)
-    config = dataclasses.replace(config, backbone=backbone.name, bits=bits)
+    config = dataclasses.replace(_room("curation").settle(images, config), backbone=backbone.name)
     if config.tile:
         return _room("tiles").fit(images, locked, found, config, backbone, keep_all, (roi, known, features),
                                   progress, iterations=iterations, minutes=minutes, threads=threads)

@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -379,10 +380,13 @@ def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable,
     for backbone in [fp.load_backbone(name) for name in backbones]:
         base = fp.Settings(backbone=backbone.name, steps=(other or [fp.Settings.steps])[0], **settings)
         base.check()
-        files = {}
+        files, settle = {}, fp._room("curation").settle
+        together = settle([f for c in categories for f in c.train], base) if multi else None
+        settled = {c.name: together or settle(c.train, base) for c in categories}
         with _interrupted_at_once():
             for category, seed in itertools.product(categories, seeds):
-                for key, file in train(category, backbone, dataclasses.replace(base, seed=seed), variants,
+                own = dataclasses.replace(settled[category.name], seed=seed)
+                for key, file in train(category, backbone, own, variants,
                                        images or [None], iterations, threads, progress):
                     files[key, category.name, seed] = file
 
@@ -485,9 +489,9 @@ def write_report(points: list[dict], folder: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------------
 
 def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backbones: Sequence[str],
-          size: int, cell: int, input_size: int | None, batch: int, precision: str, against: Sequence[str],
-          processes: bool, data: Sequence[Path], as_json: bool, device: str, threads: int | None,
-          report: Path | None, **accuracy) -> None:
+          size: int | tuple[int, int], cell: int, input_size: int | tuple[int, int] | None, batch: int,
+          precision: str, against: Sequence[str], processes: bool, data: Sequence[Path], as_json: bool,
+          device: str, threads: int | None, report: Path | None, **accuracy) -> None:
     """What `fastprior bench` does with its options; a line or a JSON object for each thing that is timed."""
     if report and not data:
         raise fp.FastPriorError("--report shows speed against accuracy: give --data too")
@@ -505,7 +509,7 @@ def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backb
                             *(f"{k}={v:.0f}" for k, v in peaks.items()))
 
     def measure(prior, **facts) -> dict:
-        pixels = input_size or _first(prior).settings.size
+        pixels = np.broadcast_to(input_size or _first(prior).settings.shape, 2).tolist()
         if prior.device == "cuda":
             speed = fp._engines("cuda").bench_cuda(prior._engine(), pixels=pixels)
         else:
@@ -538,16 +542,17 @@ def _median_ms(call: Callable[[], Any], seconds: float, least: int = 20) -> np.n
     return np.array(times)
 
 
-def bench_speed(prior, input_size: int, batch: int = 16, seconds: float = 2.0) -> dict:
+def bench_speed(prior, pixels: Sequence[int], batch: int = 16, seconds: float = 2.0) -> dict:
     """Latency and throughput of this model on this machine; milliseconds, warm, decode apart.
 
-    The frame is `Prior.score` on a uint8 array of input_size^2: resize, features, inversion, density,
-    map and Python. Stages are the same program run in parts.
+    The frame is `Prior.score` on a uint8 array (*pixels, 3): resize, features, inversion, density, map and
+    Python. Stages are the same program run in parts.
     """
     from PIL import Image
     rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (input_size // 16, input_size // 16, 3), dtype=np.uint8)
-    image = np.asarray(Image.fromarray(noise).resize((input_size, input_size), Image.BICUBIC))
+    height, width = pixels
+    noise = rng.integers(0, 256, (-(-height // 16), -(-width // 16), 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(noise).resize((width, height), Image.BICUBIC))
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG")
     frame = _median_ms(lambda: prior.score(image), seconds)
@@ -556,7 +561,7 @@ def bench_speed(prior, input_size: int, batch: int = 16, seconds: float = 2.0) -
 
     def decode():
         return np.asarray(Image.open(stream).convert("RGB"))
-    report = {"size": first.settings.size, "input_size": input_size, "steps": first.settings.steps,
+    report = {"size": first.settings.size, "input_size": [height, width], "steps": first.settings.steps,
               "threads": first._engine().threads if prior.backend == "numba" else 1,
               "frame_p50_ms": np.median(frame), "frame_p95_ms": np.percentile(frame, 95),
               "frame_p99_ms": np.percentile(frame, 99),
@@ -579,19 +584,19 @@ def bench_speed(prior, input_size: int, batch: int = 16, seconds: float = 2.0) -
 def count_work(prior) -> tuple[dict[str, float], dict[str, float]]:
     """Operations (a multiplication and an addition are two) and bytes of weights read, a frame, by stage."""
     flops = read = 0.0
-    side = prior.settings.size // 2
+    pixels = math.prod(prior.settings.shape) // 4
     for i, block in enumerate(prior.backbone.blocks):
         p = block.arrays
         weights = dict(p) | ({"stem": prior.backbone.stem_w} if i == 0 else {})
-        out = -(-side // block.stride)
+        out = pixels // block.stride ** 2
         for name, a in weights.items():
             if name in ("stem", "expand_w"):
-                flops += 2 * a.size * side * side
+                flops += 2 * a.size * pixels
             elif name in ("dw_w", "project_w"):
-                flops += 2 * a.size * out * out
+                flops += 2 * a.size * out
             read += 4 * a.size
-        side = out
-    n, d = prior.grid ** 2, prior.denoiser or {}
+        pixels = out
+    n, d = math.prod(prior.grid), prior.denoiser or {}
     a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
     a_step += 2 * d["in_w"].shape[1] * sum(a.size for k, a in d.items() if "_token" in k) if d else 0
     factors = np.empty(0, fp.QTILE) if prior.factors is None else prior.factors
@@ -615,13 +620,13 @@ def measure_peaks(seconds: float = .5) -> dict[str, float]:
             "copy_gb_per_s": 2 * big[0].nbytes / copy / 1e6}
 
 
-def untrained(backbone: str, size: int, threads: int | None = None, device: str = "cpu",
+def untrained(backbone: str, size: int | tuple[int, int], threads: int | None = None, device: str = "cpu",
               precision: str = "float32", cell: int = 0) -> "fp.Prior":
     """A prior of random numbers with the shapes of a trained one: for timing, its scores mean nothing."""
     settings = fp.Settings(backbone=backbone, size=size, cell=cell)
     settings.check()
     net = fp.load_backbone(backbone)
-    n, c = settings.grid ** 2, sum(net.channels)
+    n, c = math.prod(settings.grid), sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // fp._PANEL)
     denoiser = fp.initial_denoiser(n, c, settings)
     calibration = {"gain": np.ones(n, np.float32), "offset": np.zeros(n, np.float32),
@@ -633,7 +638,7 @@ def untrained(backbone: str, size: int, threads: int | None = None, device: str 
     return fp.Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
                  {k: calibration for k in range(1, 51)}, {}, threads, device, precision,
                  factors=factors.reshape(n * panels, -1),
-                 fine=(np.zeros((settings.fine ** 2, net.fine_channels), np.float16),
+                 fine=(np.zeros((math.prod(settings.fine), net.fine_channels), np.float16),
                        np.eye(net.fine_channels, dtype=np.float32)))
 
 
@@ -674,8 +679,8 @@ def _first(prior):
     return next(iter(fp._products(prior).values()))
 
 
-def _pixels(size: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+def _pixels(shape: Sequence[int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
 
 
 def bench_process(prior) -> dict[str, float]:
@@ -686,7 +691,7 @@ def bench_process(prior) -> dict[str, float]:
         model, image = Path(folder) / "model.npz", Path(folder) / "image.png"
         prior.save(model)
         report["model_load_s"] = float(np.median(_median_ms(lambda: fp.Prior.load(model), 0, 3)) / 1e3)
-        Image.fromarray(_pixels(_first(prior).settings.size)).save(image)
+        Image.fromarray(_pixels(_first(prior).settings.shape)).save(image)
         # the kernel's own count (getrusage) would include what this process held when it forked
         tell = "atexit.register(lambda: print(open('/proc/self/status').read(), file=sys.stderr))"
         command = _command(f"{tell}\nfastprior.main()", "score", image, "-m", model)
@@ -717,7 +722,7 @@ def check_runtimes(names: Sequence[str], device: str) -> None:
 def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20) -> dict[str, float]:
     """Whole frames of ours against the bare backbone in other runtimes, in turn.
 
-    Ours: uint8 (S, S, 3) array -> score and map. Theirs: the truncated backbone alone, its input already
+    Ours: uint8 (H, W, 3) array -> score and map. Theirs: the truncated backbone alone, its input already
     resized and normalised, each in a process of its own that sleeps while others run. Of every round of calls
     the median, of these the best (a round that was disturbed counts for nobody), in ms, and the ratio
     ours/theirs; same threads, batch 1, float32. On a GPU (torch only, eager and as a CUDA graph) all is one
@@ -725,8 +730,8 @@ def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20
     """
     check_runtimes(names, prior.device)
     on_gpu, first = prior.device == "cuda", _first(prior)
-    size, threads = first.settings.size, prior._engine().threads
-    image = _pixels(size)
+    shape, threads = first.settings.shape, prior._engine().threads
+    image = _pixels(shape)
 
     def timer(call):
         return lambda: float(np.median(_median_ms(call, 0, calls)))
@@ -735,7 +740,7 @@ def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20
             engine = prior._engine()
             pixels = engine.cupy.asarray(image)
             runs = {"fastprior": timer(lambda: engine.run([pixels], with_map=True).stream.synchronize())}
-            runs |= {name: timer(call) for name, call in torch_cuda(prior.backbone, size).items()}
+            runs |= {name: timer(call) for name, call in torch_cuda(prior.backbone, shape).items()}
         else:
             runs = {"fastprior": timer(lambda: prior.score(image))}
             backbone = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "backbone.npz"
@@ -743,7 +748,7 @@ def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20
             for name in names:
                 serve = 'fastprior._room("benchmark").serve(*sys.argv[1:])'
                 child = stack.enter_context(subprocess.Popen(
-                    _command(serve, name, backbone, size, threads), text=True,
+                    _command(serve, name, backbone, *shape, threads), text=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE))
 
                 def ask(child=child, name=name):
@@ -763,35 +768,37 @@ def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20
             | {f"ratio_{name}": best["fastprior"] / ms for name, ms in best.items() if name != "fastprior"})
 
 
-def serve(name: str, backbone: str, size: str, threads: str) -> None:
+def serve(name: str, backbone: str, height: str, width: str, threads: str) -> None:
     """A child of `bench_against`: answers every line on stdin, a number of calls, with their median in ms."""
-    call = RUNTIMES[name](fp.Backbone.from_arrays(*fp._read_npz(backbone)), int(size), int(threads))
+    net = fp.Backbone.from_arrays(*fp._read_npz(backbone))
+    call = RUNTIMES[name](net, (int(height), int(width)), int(threads))
     for line in sys.stdin:
         print(float(np.median(_median_ms(call, 0, int(line)))), flush=True)
 
 
 # Each returns a callable that runs the backbone alone, batch 1, float32, up to the stage outputs.
 
-def onnxruntime(backbone, size: int, threads: int) -> Callable[[], list]:
+def onnxruntime(backbone, shape: tuple[int, int], threads: int) -> Callable[[], list]:
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(_onnx(backbone, size), options, ["CPUExecutionProvider"])
-    image = {"image": _noise(size)}
+    session = onnxruntime.InferenceSession(_onnx(backbone, shape), options, ["CPUExecutionProvider"])
+    image = {"image": _noise(shape)}
     return lambda: session.run(None, image)
 
 
-def openvino(backbone, size: int, threads: int) -> Callable[[], list]:
+def openvino(backbone, shape: tuple[int, int], threads: int) -> Callable[[], list]:
     import openvino
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(_onnx(backbone, size)), "CPU", {
+    compiled = core.compile_model(core.read_model(_onnx(backbone, shape)), "CPU", {
         "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
-    request, image = compiled.create_infer_request(), {"image": _noise(size)}
+    request, image = compiled.create_infer_request(), {"image": _noise(shape)}
     return lambda: list(request.infer(image, share_inputs=True, share_outputs=True).values())
 
 
-def torch(backbone, size: int, threads: int, device: str = "cpu", x: np.ndarray | None = None) -> Callable:
-    """Eager mode, channels-last memory; x (size, size, 3) in place of noise."""
+def torch(backbone, shape: tuple[int, int], threads: int, device: str = "cpu",
+          x: np.ndarray | None = None) -> Callable:
+    """Eager mode, channels-last memory; x (*shape, 3) in place of noise."""
     import torch
     from torch.nn import functional
     torch.set_num_threads(threads)
@@ -836,7 +843,7 @@ def torch(backbone, size: int, threads: int, device: str = "cpu", x: np.ndarray 
                 if i in backbone.stages:
                     stages.append(x)
         return stages
-    image = tensor(_noise(size) if x is None else x.transpose(2, 0, 1)[None])
+    image = tensor(_noise(shape) if x is None else x.transpose(2, 0, 1)[None])
     image = image.to(memory_format=torch.channels_last)
     return lambda: run(image)
 
@@ -844,18 +851,18 @@ def torch(backbone, size: int, threads: int, device: str = "cpu", x: np.ndarray 
 RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino, "torch": torch}
 
 
-def _onnx(backbone, size: int) -> bytes:
-    return fp._room("export").backbone_model(backbone, size)
+def _onnx(backbone, shape: tuple[int, int]) -> bytes:
+    return fp._room("export").backbone_model(backbone, shape)
 
 
-def _noise(size: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+def _noise(shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((1, 3, *shape)).astype(np.float32)
 
 
-def torch_cuda(backbone, size: int) -> dict[str, Callable[[], Any]]:
+def torch_cuda(backbone, shape: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """Eager and as one CUDA graph, each with the wait for its result; cuDNN may use TF32."""
     import torch as runtime
-    eager = torch(backbone, size, 1, "cuda")
+    eager = torch(backbone, shape, 1, "cuda")
     with runtime.cuda.stream(runtime.cuda.Stream()):  # a capture needs calls before it
         for _ in range(3):
             eager()

@@ -48,7 +48,9 @@ def build_app() -> "typer.Typer":
               output: Path = typer.Option(..., "-o", "--output", help="Model file to write (.npz)."),
               tier: str = typer.Option("default", help="fast, default or accurate: backbone and size."),
               backbone: str = typer.Option(None, help="lite0, lite1, lite2, timm:NAME, or a weight file."),
-              size: int = typer.Option(None, help="Side the image is resized to, pixels, a multiple of 32."),
+              size: str = typer.Option(None, help="Pixels that images are resized to, multiples of 32: a "
+                                                  "side (of a square, whose area keeps the images' "
+                                                  "proportions), or WIDTHxHEIGHT."),
               cell: int = typer.Option(None,
                                        help="Side of a place, pixels of the resized image: 16, 32, ..."),
               steps: int = typer.Option(fp.Settings.steps, help="DDIM inversion steps."),
@@ -94,7 +96,8 @@ def build_app() -> "typer.Typer":
         if multi and tiles:
             raise fp.ShapeError("--tiles: of one product; leave out --multi")
         chosen = preset(tier)
-        own = {k: v for k, v in {"backbone": backbone, "size": size, "cell": cell}.items() if v is not None}
+        own = {k: v for k, v in {"backbone": backbone, "cell": cell}.items() if v is not None}
+        own |= {"size": console.size_of(size)} if size else {}
         with console.Bars() as bars:
             made = (fp.fit_many if multi else fp.fit)(
                 good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
@@ -224,9 +227,10 @@ def build_app() -> "typer.Typer":
                                          help="Time this model instead of untrained ones."),
               tier: str = typer.Option("default", help="fast, default or accurate: backbone and size."),
               backbone: list[str] = typer.Option([], help="May be given several times."),
-              size: int = typer.Option(None, help="Side the image is resized to."),
+              size: str = typer.Option(None, help="Pixels that images are resized to, see `train`."),
               cell: int = typer.Option(fp.Settings.cell, help="Side of a place; 0: 32 from 384 pixels on."),
-              input_size: int = typer.Option(None, help="Side of the image that is timed (default: --size)."),
+              input_size: str = typer.Option(None, help="Pixels of the image that is timed: a side, or "
+                                                        "WIDTHxHEIGHT (default: --size)."),
               batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),
               against: str = typer.Option("", help="Also the bare backbone in onnxruntime, openvino, torch."),
               processes: bool = typer.Option(False, "--processes", help="Also whole processes."),
@@ -254,8 +258,9 @@ def build_app() -> "typer.Typer":
             fp._room("benchmark").bench(
                 bars, steps=console.numbers(steps, "steps"), model=model,
                 backbones=backbone or [chosen["backbone"]],
-                size=chosen["size"] if size is None else size, cell=cell, precision=precision,
-                input_size=input_size, batch=batch, against=against.split(",") if against else [],
+                size=console.size_of(size) if size else chosen["size"], cell=cell, precision=precision,
+                input_size=input_size and console.size_of(input_size, "input-size"), batch=batch,
+                against=against.split(",") if against else [],
                 processes=processes, data=data, variants=variants.split(","),
                 seeds=console.numbers(seeds, "seeds"), iterations=iterations, multi=multi,
                 images=console.numbers(images, "images") if images else [],

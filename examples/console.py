@@ -135,6 +135,15 @@ def numbers(text: str, name: str) -> list[int]:
         raise fp.ShapeError(f"--{name}: expected numbers separated by commas, got {text!r}") from e
 
 
+def size_of(text: str, name: str = "size") -> int | tuple[int, int]:
+    """"448" -> 448, "640x320", width x height -> (320, 640)."""
+    try:
+        sides = [int(n) for n in text.lower().split("x")]
+        return sides[0] if len(sides) == 1 else (sides[1], sides[0], *sides[2:])
+    except ValueError as e:
+        raise fp.ShapeError(f"--{name}: expected pixels a side, or WIDTHxHEIGHT, got {text!r:.60}") from e
+
+
 def tell_doubts(near_duplicates: int, aside: list[str]) -> None:
     if near_duplicates:
         say(f"{near_duplicates} images are near-duplicates of others (frames, crops, copies): the promise "
@@ -420,7 +429,7 @@ def info(model: Path | None, as_json: bool) -> None:
     if model:
         made = fp.Prior.load(model)
         facts |= {"model": str(model), "megabytes": round(model.stat().st_size / 1e6, 1),
-                  "backbone": made.backbone.name, "grid": f"{made.grid}x{made.grid}",
+                  "backbone": made.backbone.name, "grid": "{1}x{0}".format(*made.grid),
                   "channels": sum(made.backbone.channels)}
         for name, prior in fp._products(made).items():
             own = {**dataclasses.asdict(prior.settings), "looks_at": looks_at(prior),

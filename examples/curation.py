@@ -6,6 +6,7 @@ fastprior loads this file by its path and hands itself in as `fp`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -18,20 +19,46 @@ if "fp" not in globals():
     import fastprior as fp
 
 
-def find_depth(images: Iterable) -> int | None:
-    """The smallest depth (see `load_image`) that holds all but 1/1000 of the 16-bit values; None without.
-
-    ShapeError where most images use 4 bits less: then two depths are mixed.
-    """
-    beyond, counts = [], []
+def settle(images: Iterable, settings: fp.Settings) -> fp.Settings:
+    """The settings with what good images decide, where it was not given: proportions of the size, depth."""
+    shapes, deep = [], []
     for source in images:
         with contextlib.suppress(Exception):  # what cannot be read is said when it is to be used
             a = fp._pixels(source, deep_only=True)
-            if a is not None:
-                beyond.append(fp._beyond(a))
-                counts.append(a.size)
-    if not counts:
+            shapes.append(a.shape[:2])
+            if a.dtype == np.uint16:
+                deep.append((fp._beyond(a), a.size))
+    return dataclasses.replace(settings, bits=settings.bits or find_depth(deep),
+                               size=find_shape(shapes, settings))
+
+
+def find_shape(shapes: Sequence[tuple[int, int]], settings: fp.Settings) -> int | tuple[int, int]:
+    """For a size that is one number: (height, width) of about its area and the proportions of most images.
+
+    A number where it is a square. Windows (tile) are squares. Sides are as `Settings.check` wants them.
+    """
+    if isinstance(settings.size, tuple) or settings.tile or not shapes:
+        square = len({*settings.shape}) == 1
+        return settings.shape[0] if square else settings.size
+    unit = math.lcm(settings.cell, 32)
+    least, most = -(-64 // unit), 8192 // unit
+    aspect = float(np.exp(np.median([math.log(width / height) for height, width in shapes])))
+    longer = max(aspect, 1 / aspect)  # of the proportions, and then of the sides
+    short = max(least, round(settings.size / unit / math.sqrt(longer)))
+    long = min(round(short * longer), most, 1024 ** 2 // (short * unit ** 2))
+    shape = (short * unit, long * unit) if aspect > 1 else (long * unit, short * unit)
+    return settings.size if shape[0] == shape[1] else shape
+
+
+def find_depth(deep: Sequence[tuple[np.ndarray, int]]) -> int | None:
+    """The smallest depth (see `load_image`) that holds all but 1/1000 of the 16-bit values; None without.
+
+    deep: of each 16-bit image, how many values lie beyond each depth, and how many values it has. ShapeError
+    where most images use 4 bits less: then two depths are mixed.
+    """
+    if not deep:
         return None
+    beyond, counts = zip(*deep)
     depth = fp._depth(sum(beyond), sum(counts))
     lower = [own for own in map(fp._depth, beyond, counts) if own <= depth - 4]
     if 2 * len(lower) > len(counts):

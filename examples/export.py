@@ -10,6 +10,7 @@ fastprior loads this file by its path and hands itself in as `fp`.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
@@ -116,13 +117,13 @@ def mask_at(g: Graph, mask: np.ndarray, pixels: str) -> str:
     return x
 
 
-def resize_normalize(g: Graph, pixels: str, size: int, mean, std, mask: str = "") -> str:
-    """uint8 (N, H, W, 3) -> float32 (N, 3, size, size): painted outside mask, resized, (x/255 - mean)/std."""
+def resize_normalize(g: Graph, pixels: str, shape: tuple[int, int], mean, std, mask: str = "") -> str:
+    """uint8 (N, H, W, 3) -> float32 (N, 3, *shape): painted outside mask, resized, (x/255 - mean)/std."""
     x = g("Transpose", g("Cast", pixels, to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
     x = g("Where", mask, x, g.constant("grey", fp.GREY)) if mask else x
-    out = g.constant("size", size, np.int64)
-    x = resample(g, x, *(resize_taps(g, side, out) for side in sides(g, pixels)))
-    x = g("Reshape", x, g.integers(0, 3, size, size))  # runtimes plan ahead with sizes that they know
+    out = (g.constant(f"size/{n}", n, np.int64) for n in shape)
+    x = resample(g, x, *map(resize_taps, (g, g), sides(g, pixels), out))
+    x = g("Reshape", x, g.integers(0, 3, *shape))  # runtimes plan ahead with sizes that they know
     x = g("Mul", x, g.constant("1/(255 std)", np.reshape(1 / (255 * np.asarray(std)), (3, 1, 1))))
     return g("Sub", x, g.constant("mean/std", np.reshape(np.divide(mean, std), (3, 1, 1))))
 
@@ -154,17 +155,17 @@ def backbone_outputs(g: Graph, x: str, net) -> list[tuple[str, int]]:
 
 
 def spread(g: Graph, x: str, inside: np.ndarray) -> str:
-    """Values of the places inside (N, n) -> of all places (N, G G), 0 outside."""
+    """Values of the places inside (N, n) -> of all places (N, G G'), 0 outside."""
     source = np.where(inside, inside.cumsum() - 1, inside.sum())  # the last is a 0
     return g("Gather", g("Pad", x, g.integers(0, 0, 0, 1)), g.constant("places", source, np.int64), axis=1)
 
 
-def features(g: Graph, outputs: list[tuple[str, int]], size: int, grid: int) -> str:
-    """Of blocks, `backbone_outputs` -> (N, C, n): averaged over cells, side by side."""
-    cells = [size // grid // stride for _, stride in outputs]
+def features(g: Graph, outputs: list[tuple[str, int]], side: int, n: int) -> str:
+    """Of blocks, `backbone_outputs` -> (N, C, n): averaged over cells of `side` pixels, side by side."""
+    cells = [side // stride for _, stride in outputs]
     pooled = [g("AveragePool", y, kernel_shape=[cell] * 2, strides=[cell] * 2) if cell > 1 else y
               for (y, _), cell in zip(outputs, cells)]
-    return g("Reshape", g("Concat", *pooled, axis=1), g.integers(0, 0, grid * grid))
+    return g("Reshape", g("Concat", *pooled, axis=1), g.integers(0, 0, n))
 
 
 def whiten(g: Graph, f: str, mean: np.ndarray, w: np.ndarray) -> str:
@@ -238,19 +239,19 @@ def fine_density(g: Graph, f: str, mean: np.ndarray, w: np.ndarray) -> str:
     return g("Mul", g("ReduceSumSquare", x, axes=[2], keepdims=0), g.constant("1/2", .5))
 
 
-def sharpen(g: Graph, cells: str, f: str, operator: np.ndarray) -> str:
-    """Cells (N, G G) enlarged, times sqrt(f / its maximum over 5 x 5 places), f (N, F F) -> (N, 1, F, F)."""
-    fine, grid = operator.shape
-    f = g("Reshape", f, g.integers(0, 1, fine, fine))
+def sharpen(g: Graph, cells: str, f: str, down: np.ndarray, across: np.ndarray) -> str:
+    """Cells (N, G G') enlarged, times sqrt(f / its maximum over 5 x 5 places), f (N, F F'): (N, 1, F, F')."""
+    fine, grid = zip(down.shape, across.shape)
+    f = g("Reshape", f, g.integers(0, 1, *fine))
     most = g("MaxPool", f, kernel_shape=[5, 5], strides=[1, 1], pads=[2] * 4)
     most = g("Max", most, g.constant("tiny", np.finfo(np.float32).tiny))
-    enlarge = g.constant("enlarge", operator)
-    x = resample(g, g("Reshape", cells, g.integers(0, 1, grid, grid)), enlarge, enlarge)
+    enlargers = g.constant("enlarge/down", down), g.constant("enlarge/across", across)
+    x = resample(g, g("Reshape", cells, g.integers(0, 1, *grid)), *enlargers)
     return g("Mul", x, g("Sqrt", g("Div", f, most)))
 
 
 def anomaly_map(g: Graph, x: str, pixels: str) -> str:
-    """The fine map at the images' own size: (N, 1, F, F) -> (N, H, W)."""
+    """The fine map at the images' own size: (N, 1, F, F') -> (N, H, W)."""
     size = g("Concat", g("Shape", x, start=0, end=2), g("Shape", pixels, start=1, end=3), axis=0)
     x = g("Resize", x, "", "", size, mode="linear", coordinate_transformation_mode="half_pixel")
     return g("Squeeze", x, g.integers(1))
@@ -260,13 +261,13 @@ def anomaly_map(g: Graph, x: str, pixels: str) -> str:
 # Files
 # ------------------------------------------------------------------------------------------------
 
-def backbone_model(net, size: int) -> bytes:
-    """float32 (1, 3, size, size), normalised -> the stages, (1, C, h, w) each: for `bench --against`."""
+def backbone_model(net, shape: tuple[int, int]) -> bytes:
+    """float32 (1, 3, *shape), normalised -> the stages, (1, C, h, w) each: for `bench --against`."""
     g = Graph()
     blocks = backbone_outputs(g, "image", net)
-    outputs = {blocks[i][0]: [1, c, size // blocks[i][1], size // blocks[i][1]]
+    outputs = {blocks[i][0]: [1, c, *(n // blocks[i][1] for n in shape)]
                for i, c in zip(net.stages, net.channels)}
-    return g.model(net.name, {"image": (TensorProto.FLOAT, [1, 3, size, size])}, outputs, {})
+    return g.model(net.name, {"image": (TensorProto.FLOAT, [1, 3, *shape])}, outputs, {})
 
 
 def prior_model(prior, name: str, metadata: dict[str, str]) -> bytes:
@@ -276,9 +277,10 @@ def prior_model(prior, name: str, metadata: dict[str, str]) -> bytes:
     whitener, factors = prior._preconditioning
     g = Graph()
     mask = mask_at(g, prior.roi.mask, "pixels") if prior.roi else ""
-    x = resize_normalize(g, "pixels", s.size, net.mean, net.std, mask)
+    x = resize_normalize(g, "pixels", s.shape, net.mean, net.std, mask)
     outputs = backbone_outputs(g, x, net)
-    x, fine = (features(g, [outputs[i] for i in blocks], s.size, grid) for grid, blocks in net.views(s))
+    x, fine = (features(g, [outputs[i] for i in blocks], s.shape[0] // grid[0], math.prod(grid))
+               for grid, blocks in net.views(s))
     if not prior.inside.all():
         x = g("Gather", x, g.constant("inside", np.flatnonzero(prior.inside), np.int64), axis=2)
     x = whiten(g, x, prior.mean, whitener)
@@ -290,7 +292,7 @@ def prior_model(prior, name: str, metadata: dict[str, str]) -> bytes:
     weight, offset = prior._map_weights()
     cells = g("Add", g("Mul", z, g.constant("map/weight", weight)), g.constant("map/offset", offset))
     cells = cells if prior.inside.all() else spread(g, cells, prior.inside)
-    fine_map = sharpen(g, cells, fine_density(g, fine, *prior.fine), prior._map_operator)
+    fine_map = sharpen(g, cells, fine_density(g, fine, *prior.fine), *fp._enlargers(s))
     m = anomaly_map(g, fine_map, "pixels")
     m = g("Where", mask, m, g.constant("0", 0)) if mask else m
     for value, output in ((score, "score"), (m, "map")):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import itertools
 import os
 import re
@@ -299,10 +300,12 @@ def good_images(images) -> tuple[list, list[str], str]:
 def fit_many(root: str | os.PathLike, *, progress=fp._quiet, **options) -> "fp.MultiPrior":
     """`fit` for every product of ROOT, a folder each (of good images, or a data set's), in one model."""
     found = find_products(root)
-    bits = options.pop("bits", None) or fp._room("curation").find_depth(
-        file for own in found.values() for file in own.images)
+    names = {f.name for f in dataclasses.fields(fp.Settings)} - {"backbone"}
+    settings = fp.Settings(**{k: v for k, v in options.items() if k in names})
+    settings.check()
+    settings = fp._room("curation").settle((file for own in found.values() for file in own.images), settings)
     backbone = fp.load_backbone(options.pop("backbone", fp.Settings.backbone))
-    options = {"backbone": backbone, "bits": bits} | options
+    options |= {"backbone": backbone, "bits": settings.bits, "size": settings.shape}
     return fp.MultiPrior({product: fp.fit(own, progress=lambda what, done, of, name=product:
                                     progress(f"{name}: {what}", done, of), **options)
                        for product, own in found.items()})

@@ -61,8 +61,8 @@ def update(prior: fp.Prior, images, known: str | os.PathLike, *, iterations: int
     """
     kept = prior.denoiser if iterations == 0 else None
     factors = prior.settings.factors and fp.Settings.factors  # it may have less, for it had few images
-    settings = dataclasses.asdict(prior.settings) | {
-        "backbone": prior.backbone, "factors": factors, "roi": prior.roi}
+    settings = dataclasses.asdict(prior.settings) | {"backbone": prior.backbone, "factors": factors,
+                                                     "roi": prior.roi, "size": prior.settings.shape}
     new = fp.fit(images, known=known, denoiser=kept, iterations=iterations, **settings | options)
     new.summary |= {k: prior.summary[k] for k in ("loss_start", "loss") if k in prior.summary and kept}
     return new

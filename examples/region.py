@@ -38,8 +38,8 @@ def region_of(roi, images: Sequence, settings: "fp.Settings") -> "fp.RegionOfInt
         raise fp.ShapeError(f"roi: a region of {w}x{h} pixels, but images of {width}x{height}: draw it on "
                             "one of them")
     if not fp._inside(roi, settings.grid).any():
-        raise fp.ShapeError(f"roi: no place, {settings.cell} pixels a side in one of {settings.size}, is "
-                            "at least half inside: a larger region, or a smaller cell (--cell)")
+        raise fp.ShapeError("roi: no place, {0} pixels a side of {2}x{1}, is at least half inside: a larger "
+                            "region, or a smaller cell (--cell)".format(settings.cell, *settings.shape))
     return None if roi.mask.all() else roi
 
 

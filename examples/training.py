@@ -134,8 +134,8 @@ def training_memory(images: int, settings: fp.Settings, backbone: fp.Backbone) -
     Features four times (two bytes; themselves, those that are used, whitened, in work), fine features, and
     8 numbers of 4 bytes for each place and pair of channels: sums over five folds, a covariance, a whitener.
     """
-    n, c = settings.grid ** 2, sum(backbone.channels)
-    fine = min(images, fp._MOST_FINE) * settings.fine ** 2 * backbone.fine_channels
+    n, c = math.prod(settings.grid), sum(backbone.channels)
+    fine = min(images, fp._MOST_FINE) * math.prod(settings.fine) * backbone.fine_channels
     return 8 * images * (fp._copies(images, settings) + 1) * n * c + 2 * fine + 32 * n * c * c
 
 

@@ -95,7 +95,7 @@ class Watch:
         with contextlib.ExitStack() as opened:
             opened.enter_context(contextlib.closing(self.source))
             self.log = log and opened.enter_context(contextlib.closing(Log(Path(log), log_bytes)))
-            height, width = prior.roi.mask.shape if prior.roi else [prior.settings.size] * 2
+            height, width = prior.roi.mask.shape if prior.roi else prior.settings.shape
             prior.score(np.zeros((height, width, 3), np.uint8))  # compile, before frames are dropped for it
             self._opened = opened.pop_all()
         self._began = self._reported = time.monotonic()

@@ -722,18 +722,19 @@ def _row(address, fields):
 _IMAGE = _fields("pixels height width row_start row_weight row_taps col_start col_weight col_taps "
                  "map map_row map_row_share map_col map_col_share line")
 
-_RESIZE = _fields("operation out size row_stride affine")
+_RESIZE = _fields("operation out height width row_stride affine")
 
 
 @_kernel(_RESIZE)
 def _resize(row, band, bands, ws, own, state, image, batch, state_stride):
-    """The image's pixels -> (size, size, 3) normalised, rows `row_stride` apart."""
+    """The image's pixels -> (height, width, 3) normalised, rows `row_stride` apart."""
     p, image = _row(row, _RESIZE), _row(image, _IMAGE)
-    size, pixels, w, row_taps = p.size, image.pixels, image.width, image.row_taps
-    rs, rw = carray(_as_pointer(image.row_start), size, np.int64), _floats(image.row_weight, size * row_taps)
+    height, pixels, w, row_taps = p.height, image.pixels, image.width, image.row_taps
+    rs = carray(_as_pointer(image.row_start), height, np.int64)
+    rw = _floats(image.row_weight, height * row_taps)
     line_at = own - 4 * image.line
     line = _floats(line_at, w * 3 + 1)
-    for y in range(band * size // bands, (band + 1) * size // bands):
+    for y in range(band * height // bands, (band + 1) * height // bands):
         line[:] = 0
         t = 0
         while t < row_taps:
@@ -752,7 +753,7 @@ def _resize(row, band, bands, ws, own, state, image, batch, state_stride):
                     for i in range(w * 3):
                         line[i] += w0 * np.float32(s0[i])
                 t += 1
-        _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, size, p.affine,
+        _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine,
                        ws + 4 * (p.out + y * p.row_stride))
 
 
@@ -889,23 +890,22 @@ def _project(row, band, bands, ws, own, state, image, batch, state_stride):
             p.project_b, 0, skip, c_out, ws + 4 * (p.out + first * c_out), c_out, NONE)
 
 
-_POOL = _fields("operation x h stride channels grid out columns")
+_POOL = _fields("operation x cell stride channels down across out columns")
 
 
 @_kernel(_POOL)
 def _pool(row, band, bands, ws, own, state, image, batch, state_stride):
     """Mean over the cells of a stage's map into its slice of the token matrix."""
     p = _row(row, _POOL)
-    h, stride, channels, grid = p.h, p.stride, p.channels, p.grid
-    cell = h // grid
+    cell, stride, channels, across = p.cell, p.stride, p.channels, p.across
     share = np.float32(1) / np.float32(cell * cell)
-    for gy in range(band * grid // bands, (band + 1) * grid // bands):
-        for gx in range(grid):
-            to = _floats(state + 4 * (p.out + (gy * grid + gx) * p.columns), channels)
+    for gy in range(band * p.down // bands, (band + 1) * p.down // bands):
+        for gx in range(across):
+            to = _floats(state + 4 * (p.out + (gy * across + gx) * p.columns), channels)
             to[:] = 0
             for y in range(gy * cell, (gy + 1) * cell):
                 for column in range(gx * cell, (gx + 1) * cell):
-                    pixel = _floats(ws + 4 * (p.x + (y * h + column) * stride), channels)
+                    pixel = _floats(ws + 4 * (p.x + (y * across * cell + column) * stride), channels)
                     for c in range(channels):
                         to[c] += pixel[c]
             for c in range(channels):
@@ -1106,55 +1106,56 @@ def _larger(a, b):
     return a if a > b or a != a else b
 
 
-_SHARPEN = _fields("operation z grid weight offset f fine operator out scratch")
+_SHARPEN = _fields("operation z rows columns weight offset f height width down across out scratch")
 
 
 @_kernel(_SHARPEN)
 def _sharpen(row, band, bands, ws, own, state, image, batch, state_stride):
-    """`sharpen` of the cells weight * z + offset, a band of fine rows; the operator is (G, F)."""
+    """`sharpen` of the cells weight * z + offset, a band of fine rows; down is (rows, height)."""
     p = _row(row, _SHARPEN)
     if _row(image, _IMAGE).map == 0:
         return
-    grid, fine = p.grid, p.fine
-    work = own + 4 * p.scratch
-    cells, mixed = _floats(work, grid * grid), _floats(work + 4 * grid * grid, grid)
-    most = _floats(work + 4 * (grid * grid + grid), fine + 4)  # of five rows; two more at either end
-    z, u = _floats(state + 4 * p.z, grid * grid), _floats(p.operator, grid * fine)
-    weight, offset = _floats(p.weight, grid * grid), _floats(p.offset, grid * grid)
-    for i in range(grid * grid):
+    rows, columns, height, width = p.rows, p.columns, p.height, p.width
+    places, work = rows * columns, own + 4 * p.scratch
+    cells, mixed = _floats(work, places), _floats(work + 4 * places, columns)
+    most = _floats(work + 4 * (places + columns), width + 4)  # of five rows; two more at either end
+    down, across = _floats(p.down, rows * height), _floats(p.across, columns * width)
+    z = _floats(state + 4 * p.z, places)
+    weight, offset = _floats(p.weight, places), _floats(p.offset, places)
+    for i in range(places):
         cells[i] = weight[i] * z[i] + offset[i]
-    for y in range(band * fine // bands, (band + 1) * fine // bands):
-        to, f = _floats(state + 4 * (p.out + y * fine), fine), _floats(state + 4 * (p.f + y * fine), fine)
+    for y in range(band * height // bands, (band + 1) * height // bands):
+        to, f = _floats(state + 4 * (p.out + y * width), width), _floats(state + 4 * (p.f + y * width), width)
         mixed[:] = 0
-        for i in range(grid):
-            for j in range(grid):
-                mixed[j] += u[i * fine + y] * cells[i * grid + j]
+        for i in range(rows):
+            for j in range(columns):
+                mixed[j] += down[i * height + y] * cells[i * columns + j]
         to[:] = 0
-        for i in range(grid):
-            for x in range(fine):
-                to[x] += mixed[i] * u[i * fine + x]
-        for x in range(fine):
+        for i in range(columns):
+            for x in range(width):
+                to[x] += mixed[i] * across[i * width + x]
+        for x in range(width):
             most[x + 2] = f[x]
-        for other in range(max(y - 2, 0), min(y + 3, fine)):
-            beside = _floats(state + 4 * (p.f + other * fine), fine)
-            for x in range(fine):
+        for other in range(max(y - 2, 0), min(y + 3, height)):
+            beside = _floats(state + 4 * (p.f + other * width), width)
+            for x in range(width):
                 most[x + 2] = _larger(most[x + 2], beside[x])
         most[0] = most[1] = most[2]
-        most[fine + 2] = most[fine + 3] = most[fine + 1]
-        for x in range(fine):
+        most[width + 2] = most[width + 3] = most[width + 1]
+        for x in range(width):
             a, b = _larger(most[x], most[x + 1]), _larger(most[x + 3], most[x + 4])
             largest = _larger(_larger(a, b), _larger(most[x + 2], np.float32(_TINY)))
             to[x] = to[x] * np.sqrt(f[x] / largest)
 
 
-_MAP = _fields("operation m fine")
+_MAP = _fields("operation m columns")
 
 
 @_kernel(_MAP)
 def _map(row, band, bands, ws, own, state, image, batch, state_stride):
     """Enlarge to the image's own size: its rows lie between two of the fine map, enlarged to its width."""
     p, image = _row(row, _MAP), _row(image, _IMAGE)
-    fine, target, h, w = p.fine, image.map, image.height, image.width
+    columns, target, h, w = p.columns, image.map, image.height, image.width
     if target == 0:
         return
     row_at, row_share = carray(_as_pointer(image.map_row), h, np.int64), _floats(image.map_row_share, h)
@@ -1163,7 +1164,8 @@ def _map(row, band, bands, ws, own, state, image, batch, state_stride):
     for y in range(band * h // bands, (band + 1) * h // bands):
         first = row_at[y]
         for i in range(max(first, held + 1), first + 2):
-            source, line = _floats(state + 4 * (p.m + i * fine), fine), _floats(lines + 4 * (i % 2) * w, w)
+            source = _floats(state + 4 * (p.m + i * columns), columns)
+            line = _floats(lines + 4 * (i % 2) * w, w)
             for x in range(w):
                 share, at = col_share[x], col_at[x]
                 line[x] = (np.float32(1) - share) * source[at] + share * source[at + 1]
@@ -1379,7 +1381,7 @@ class Engine:
         self._score = self._taps = self._map_taps = None
         self._given: list[tuple[int, int, int, int]] = []
         self._kept: list[tuple[int, tuple[int, ...], int]] = []
-        self._size = 0
+        self._shape = 0, 0
         self._lock = threading.Lock()
         _ENGINES.add(self)
 
@@ -1433,22 +1435,23 @@ class Engine:
 
     # -- operations: the interface -----------------------------------------------------------------
 
-    def features(self, backbone, size: int, views: Sequence[tuple[int, Sequence[int]]],
+    def features(self, backbone, shape: tuple[int, int], views: Sequence,
                  taps: Callable) -> list[tuple[int, int]]:
-        x, h, w = self.resize(size, backbone.mean, backbone.std, taps), size // 2, size // 2
+        x, (h, w) = self.resize(shape, backbone.mean, backbone.std, taps), (n // 2 for n in shape)
         self._stage = "features"
         tokens, filled = [], [0] * len(views)
         for grid, blocks in views:
             columns = round_up(sum(backbone.blocks[i].channels[2] for i in blocks), PANEL)
-            tokens.append((self.state(grid * grid, columns), columns))
+            tokens.append((self.state(*grid, columns), columns))
         for i, block in enumerate(backbone.blocks):
             weights = (backbone.stem_w, backbone.stem_b) if i == 0 else (None, None)
             x, h, w = self.mbconv(x, h, w, block, *weights)
             channels = block.channels[2]
-            for k, ((grid, blocks), (out, columns)) in enumerate(zip(views, tokens)):
+            for k, (((down, across), blocks), (out, columns)) in enumerate(zip(views, tokens)):
                 if i in blocks:
-                    self.emit(_pool, x=x, h=h, stride=round_up(channels, _LANES), channels=channels,
-                              grid=grid, out=out + filled[k], columns=columns)
+                    self.emit(_pool, x=x, cell=h // down, stride=round_up(channels, _LANES),
+                              channels=channels, down=down, across=across, out=out + filled[k],
+                              columns=columns)
                     filled[k] += channels
         return tokens
 
@@ -1515,17 +1518,18 @@ class Engine:
     def score(self, z: int, n: int, worst: int, zero: float, unit: float) -> None:
         self._score = z, n, worst, zero, unit
 
-    def sharpen(self, z: int, weight: np.ndarray, offset: np.ndarray, f: int, operator: np.ndarray) -> int:
-        self._stage, (fine, grid) = "map", operator.shape
-        out = self.state(fine, fine)
-        self.emit(_sharpen, z=z, grid=grid, weight=self.constant(weight), offset=self.constant(offset), f=f,
-                  fine=fine, operator=self.constant(operator.T), out=out,
-                  scratch=grid * (grid + 1) + fine + 4)
+    def sharpen(self, z: int, weight: np.ndarray, offset: np.ndarray, f: int, down: np.ndarray,
+                across: np.ndarray) -> int:
+        self._stage, (height, rows), (width, columns) = "map", down.shape, across.shape
+        out = self.state(height, width)
+        self.emit(_sharpen, z=z, rows=rows, columns=columns, weight=self.constant(weight),
+                  offset=self.constant(offset), f=f, height=height, width=width, down=self.constant(down.T),
+                  across=self.constant(across.T), out=out, scratch=(rows + 1) * columns + width + 4)
         return out
 
-    def map(self, m: int, fine: int, taps: Callable) -> None:
-        self._stage, self._map_taps = "map", lambda side: taps(fine, side)
-        self.emit(_map, m=m, fine=fine)
+    def map(self, m: int, fine: tuple[int, int], taps: Callable) -> None:
+        self._stage, self._map_taps = "map", lambda sides: map(taps, fine, sides)
+        self.emit(_map, m=m, columns=fine[1])
 
     def keep(self, x: int, n: int, c: int | None = None) -> None:
         columns = 1 if c is None else round_up(c, PANEL)
@@ -1533,13 +1537,13 @@ class Engine:
 
     # -- what the interface's operations are made of -------------------------------------------------
 
-    def resize(self, size: int, mean, std, taps: Callable) -> int:
-        """Pixels of the image table -> (size + 1, size + 1, 3), zero in the last row and column."""
-        self._size, self._taps = size, taps
-        out = self.workspace(size + 1, size + 1, 3)
+    def resize(self, shape: tuple[int, int], mean, std, taps: Callable) -> int:
+        """Pixels of the image table -> (height + 1, width + 1, 3), zero in the last row and column."""
+        self._shape, self._taps, (height, width) = shape, taps, shape
+        out = self.workspace(height + 1, width + 1, 3)
         mean, std = np.asarray(mean), np.asarray(std)
         affine = self.constant([*1 / (255 * std), 0, *-mean / std, 0])
-        self.emit(_resize, out=out, size=size, row_stride=(size + 1) * 3, affine=affine)
+        self.emit(_resize, out=out, height=height, width=width, row_stride=(width + 1) * 3, affine=affine)
         return out
 
     def mbconv(self, x: int, h: int, w: int, block, stem_w=None, stem_b=None) -> tuple[int, int, int]:
@@ -1668,14 +1672,13 @@ class Engine:
         entry = self._tables.pop(key, None)
         if entry is None:
             tables = []
-            for n, s in zip((height, width), shift):
+            for n, out, s in zip((height, width), self._shape, shift):
                 if self._taps:
-                    start, weight = self._taps(n, self._size, s)
+                    start, weight = self._taps(n, out, s)
                     tables += [start, weight.astype(np.float32), weight.shape[1]]
                 else:
                     tables += [0, 0, 0]
-            for n in (height, width) if self._map_taps else ():
-                start, share = self._map_taps(n)
+            for start, share in self._map_taps((height, width)) if self._map_taps else ():
                 tables += [start, share.astype(np.float32)]
             addresses = [t if isinstance(t, int) else t.ctypes.data for t in tables]
             entry = tables, addresses + [0] * (10 - len(tables))

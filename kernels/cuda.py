@@ -196,7 +196,7 @@ class Engine:
         self._modules: dict[tuple, Any] = {}
         self._stage = "resize"  # what the launches that are being emitted belong to
         self._tables: dict[tuple, tuple[list[int], list]] = {}
-        self._size = self._capacity = 0
+        self._shape, self._capacity = (0, 0), 0
         self._taps = self._map_taps = None
         self._given: list[tuple[Buffer, int, int, int]] = []
         self._scored = False
@@ -271,24 +271,25 @@ class Engine:
 
     # -- operations: the interface -----------------------------------------------------------------
 
-    def features(self, backbone, size: int, views: Sequence[tuple[int, Sequence[int]]],
+    def features(self, backbone, shape: tuple[int, int], views: Sequence,
                  taps: Callable) -> list[tuple[Buffer, int]]:
         tokens, filled = [], [0] * len(views)
         for grid, blocks in views:
             columns = round_up(sum(backbone.blocks[i].channels[2] for i in blocks), PANEL)
-            tokens.append((self.state(grid * grid, columns), columns))
-        x = self.resize(size, backbone.mean, backbone.std, taps)
+            tokens.append((self.state(*grid, columns), columns))
+        x = self.resize(shape, backbone.mean, backbone.std, taps)
         self._stage = "features"
-        x = self.stem(x, size, backbone.stem_w, backbone.stem_b, backbone.act)
-        h, w = size // 2, size // 2
+        x = self.stem(x, shape, backbone.stem_w, backbone.stem_b, backbone.act)
+        h, w = (n // 2 for n in shape)
         for i, block in enumerate(backbone.blocks):
             x, h, w = self.mbconv(x, h, w, block)
             channels = block.channels[2]
-            for k, ((grid, blocks), (out, columns)) in enumerate(zip(views, tokens)):
+            for k, (((down, across), blocks), (out, columns)) in enumerate(zip(views, tokens)):
                 if i in blocks:
                     fill = columns - filled[k] - channels if i == blocks[-1] else 0
-                    threads = grid * grid * -(-(channels + fill) // (16 // self.real.itemsize))
-                    args = (x, out, h, round_up(channels, 8), channels, fill, grid, filled[k], columns)
+                    threads = down * across * -(-(channels + fill) // (16 // self.real.itemsize))
+                    args = (x, out, h // down, round_up(channels, 8), channels, fill, down, across, filled[k],
+                            columns)
                     self.emit(lambda batch, args=args, threads=threads: Launch(
                         self.kernel("pool"), (-(-threads // 128), 1, batch), (128,), args), "pools")
                     filled[k] += channels
@@ -371,42 +372,42 @@ class Engine:
         self.emit(lambda batch: Launch(self.kernel("worst_mean"), (1, 1, batch), (256,),
                                        (z, self.table, n, worst, zero, per_unit)), "score")
 
-    def sharpen(self, z: Buffer, weight: np.ndarray, offset: np.ndarray, f: Buffer,
-                operator: np.ndarray) -> Buffer:
-        self._stage, (fine, grid) = "map", operator.shape
-        weight, offset, operator = map(self.constant, (weight, offset, operator))
-        out = self.state(fine, fine)
-        self.emit(lambda batch: Launch(self.kernel("sharpen"), (fine, 1, batch), (64,),
-                                       (z, weight, offset, f, operator, out, self.table, grid, fine)),
+    def sharpen(self, z: Buffer, weight: np.ndarray, offset: np.ndarray, f: Buffer, down: np.ndarray,
+                across: np.ndarray) -> Buffer:
+        self._stage, sizes = "map", (*down.shape, *across.shape)
+        weight, offset, down, across = map(self.constant, (weight, offset, down, across))
+        out = self.state(sizes[0], sizes[2])
+        self.emit(lambda batch: Launch(self.kernel("sharpen"), (sizes[0], 1, batch), (64,),
+                                       (z, weight, offset, f, down, across, out, self.table, *sizes)),
                   waits=("fine",))
         return out
 
-    def map(self, m: Buffer, fine: int, taps: Callable) -> None:
-        self._stage, self._map_taps = "map", lambda side: taps(fine, side)
+    def map(self, m: Buffer, fine: tuple[int, int], taps: Callable) -> None:
+        self._stage, self._map_taps = "map", lambda sides: map(taps, fine, sides)
         self.emit(lambda batch: Launch(self.kernel("anomaly_map"), (256, 1, batch), (128,),
-                                       (m, self.table, fine)))
+                                       (m, self.table, *fine)))
 
     def keep(self, x: Buffer, n: int, c: int | None = None) -> None:
         self._kept.append((x, (n, 1 if c is None else round_up(c, PANEL)), c))
 
     # -- what the interface's operations are made of -----------------------------------------------
 
-    def resize(self, size: int, mean, std, taps: Callable) -> Buffer:
-        """u8 pixels of the image table -> (size, size, 4), the fourth value zero."""
-        self._size, self._taps, mean, std = size, taps, np.asarray(mean), np.asarray(std)
-        out = self.buffer(size, size, 4)
+    def resize(self, shape: tuple[int, int], mean, std, taps: Callable) -> Buffer:
+        """u8 pixels of the image table -> (*shape, 4), the fourth value zero."""
+        self._shape, self._taps, mean, std = shape, taps, np.asarray(mean), np.asarray(std)
+        out, pixels = self.buffer(*shape, 4), shape[0] * shape[1]
         affine = self.constant(np.concatenate([1 / (255 * std), -mean / std]))
-        self.emit(lambda batch: Launch(self.kernel("resize_normalize"), (-(-size * size // 128), 1, batch),
-                                       (128,), (self.table, affine, out, size)))
+        self.emit(lambda batch: Launch(self.kernel("resize_normalize"), (-(-pixels // 128), 1, batch),
+                                       (128,), (self.table, affine, out, *shape)))
         return out
 
-    def stem(self, x: Buffer, size: int, w: np.ndarray, b: np.ndarray, act: int) -> Buffer:
-        c, side = round_up(w.shape[-1], 8), size // 2
+    def stem(self, x: Buffer, shape: tuple[int, int], w: np.ndarray, b: np.ndarray, act: int) -> Buffer:
+        c, (high, wide) = round_up(w.shape[-1], 8), (n // 2 for n in shape)
         w, b = self.weights(w, 3, 3, 3, c), self.constant(padded_to(b, c))
-        out = self.buffer(side, side, c)
-        threads = side * -(-side // 4) * c // (16 // self.real.itemsize)
+        out = self.buffer(high, wide, c)
+        threads = high * -(-wide // 4) * c // (16 // self.real.itemsize)
         self.emit(lambda batch: Launch(self.kernel("stem"), (-(-threads // 128), 1, batch), (128,),
-                                       (x, w, b, out, size, c, act)))
+                                       (x, w, b, out, *shape, c, act)))
         return out
 
     def mbconv(self, x: Buffer, h: int, w: int, block) -> tuple[Buffer, int, int]:
@@ -558,13 +559,12 @@ class Engine:
         entry = self._tables.pop(key, None)
         if entry is None:
             row, keep = [], []
-            for n, s in zip(pixels.shape, shift):
+            for n, out, s in zip(pixels.shape, self._shape, shift):
                 taps = self._taps or (lambda *_: (np.zeros(1), np.zeros((1, 1))))  # no pixels are read
-                start, weight = taps(n, self._size, s)
+                start, weight = taps(n, out, s)
                 keep += [self.constant(start, np.int32), self.constant(weight)]
                 row += [keep[-2].data.ptr, keep[-1].data.ptr, weight.shape[1]]
-            for n in pixels.shape[:2] if self._map_taps else ():
-                start, share = self._map_taps(n)
+            for start, share in self._map_taps(pixels.shape[:2]) if self._map_taps else ():
                 keep += [self.constant(start, np.int32), self.constant(share)]
             entry = row, keep
         self._tables[key] = entry  # most recently used last
@@ -664,10 +664,10 @@ class Engine:
 
 
 def bench_cuda(engine: Engine, images: Sequence[int] = (1, 16, 64, 256), frames: int = 200,
-               pixels: int = 256, values: int = 64 << 20) -> dict:
+               pixels: Sequence[int] = (256, 256), values: int = 64 << 20) -> dict:
     """Device-event timings of a built engine, u8 on the device to score and map, after a warm-up.
 
-    Returns, for each batch of `images` random images of `pixels` a side: p50 and p95 in ms a batch, images a
+    Returns, for each batch of `images` random images (*pixels, 3): p50 and p95 in ms a batch, images a
     second; for batch 1 also the p50 of each stage (a graph of its own, so a stage includes one graph launch);
     and for the fused rotation and density on `values` values: bytes moved a second, beside those of a device
     copy of as many bytes.
@@ -692,7 +692,7 @@ def bench_cuda(engine: Engine, images: Sequence[int] = (1, 16, 64, 256), frames:
                               "stages_p50_ms": {}}
     with stream:
         for batch in images:
-            frame = [cupy.asarray(rng.integers(0, 256, (pixels, pixels, 3), np.uint8)) for _ in range(batch)]
+            frame = [cupy.asarray(rng.integers(0, 256, (*pixels, 3), np.uint8)) for _ in range(batch)]
             ms = timed(lambda: engine.run(frame, with_map=True), max(10, frames // batch))
             p50, p95 = ms[len(ms) // 2], ms[int(.95 * (len(ms) - 1))]
             report["batches"][batch] = {"p50_ms": p50, "p95_ms": p95, "images_per_s": 1e3 * batch / p50}

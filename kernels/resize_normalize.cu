@@ -1,20 +1,21 @@
-// resize_normalize: u8 pixels -> (x/255 - mean)/std at S x S, triangle filter.
+// resize_normalize: u8 pixels -> (x/255 - mean)/std at height x width, triangle filter.
 // Reference: resize_normalize, taps from resize_taps.
 //
-// images (B,) table; out (B, S, S, 4) real, the fourth value of a pixel is 0.
+// images (B,) table; out (B, height, width, 4) real, the fourth value of a pixel is 0.
 // affine (6,): out = value * affine[channel] + affine[3 + channel], that is 1/(255 std), then -mean/std.
-// Launch: grid (ceil(S*S / blockDim.x), 1, B), any block; a thread an output pixel.
+// Launch: grid (ceil(height*width / blockDim.x), 1, B), any block; a thread an output pixel.
 #include "common.cuh"
 
 struct alignas(4 * sizeof(real)) Pixel { real at[4]; };
 
-extern "C" __global__ void resize_normalize(const Image* images, const float* affine, real* out, int size) {
+extern "C" __global__ void resize_normalize(const Image* images, const float* affine, real* out, int height,
+                                            int width) {
     allow_next_launch();
     await_launch();
     const Image image = images[blockIdx.z];
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= size * size) return;
-    const int y = i / size, x = i % size;
+    if (i >= height * width) return;
+    const int y = i / width, x = i % width;
     const int row_taps = (int)image.row_taps, col_taps = (int)image.col_taps;
     const float* row_weight = image.row_weight + y * row_taps;
     const float* col_weight = image.col_weight + x * col_taps;
@@ -31,5 +32,5 @@ extern "C" __global__ void resize_normalize(const Image* images, const float* af
     Pixel pixel;
     for (int c = 0; c < 3; c++) put(pixel.at[c], rgb[c] * affine[c] + affine[3 + c]);
     put(pixel.at[3], 0.f);
-    reinterpret_cast<Pixel*>(out)[(long long)blockIdx.z * size * size + i] = pixel;
+    reinterpret_cast<Pixel*>(out)[(long long)blockIdx.z * height * width + i] = pixel;
 }

@@ -1,9 +1,9 @@
-// stem: 3x3 convolution of the image, stride 2, SAME (TensorFlow: even S pads after only), bias, activation.
+// stem: 3x3 convolution of the image, stride 2, SAME (TensorFlow: even sides pad after only), bias, activation.
 // Reference: stem.
 //
-// x (B, S, S, 4) real, the fourth value of a pixel is ignored, S even; w (3, 3, 3, C) real; bias (C,)
-// float32; out (B, S/2, S/2, C) real.
-// Launch: grid (ceil(S/2 * ceil(S/2 / STRIP) * C/VECTOR / blockDim.x), 1, B), any block; a thread has a chunk of the
+// x (B, H, W, 4) real, the fourth value of a pixel is ignored, H and W even; w (3, 3, 3, C) real; bias (C,)
+// float32; out (B, H/2, W/2, C) real.
+// Launch: grid (ceil(H/2 * ceil(W/2 / STRIP) * C/VECTOR / blockDim.x), 1, B), any block; a thread has a chunk of the
 //   channels of STRIP pixels of a row, which share its weights.
 #include "common.cuh"
 
@@ -11,14 +11,15 @@
 
 struct alignas(4 * sizeof(real)) Pixel { real at[4]; };
 
-extern "C" __global__ void stem(const real* x, const real* w, const float* bias, real* out, int size, int c, int act) {
+extern "C" __global__ void stem(const real* x, const real* w, const float* bias, real* out, int height,
+                                int width, int c, int act) {
     allow_next_launch();
-    const int side = size / 2, chunks = c / VECTOR, strips = (side + STRIP - 1) / STRIP;
+    const int high = height / 2, wide = width / 2, chunks = c / VECTOR, strips = (wide + STRIP - 1) / STRIP;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= side * strips * chunks) return;
+    if (i >= high * strips * chunks) return;
     const int first = i % chunks * VECTOR, column = i / chunks % strips * STRIP, row = i / chunks / strips;
     await_launch();
-    const Pixel* pixels = reinterpret_cast<const Pixel*>(x) + (long long)blockIdx.z * size * size;
+    const Pixel* pixels = reinterpret_cast<const Pixel*>(x) + (long long)blockIdx.z * height * width;
     float sum[STRIP][VECTOR];
 #pragma unroll
     for (int o = 0; o < STRIP; o++)
@@ -27,11 +28,11 @@ extern "C" __global__ void stem(const real* x, const real* w, const float* bias,
 #pragma unroll
     for (int ky = 0; ky < 3; ky++) {
         const int y_in = 2 * row + ky;
-        if (y_in >= size) continue;
+        if (y_in >= height) continue;
         Pixel line[2 * STRIP + 1];
 #pragma unroll
         for (int j = 0; j < 2 * STRIP + 1; j++)
-            line[j] = 2 * column + j < size ? pixels[y_in * size + 2 * column + j] : Pixel();
+            line[j] = 2 * column + j < width ? pixels[y_in * width + 2 * column + j] : Pixel();
 #pragma unroll
         for (int kx = 0; kx < 3; kx++)
 #pragma unroll
@@ -45,10 +46,10 @@ extern "C" __global__ void stem(const real* x, const real* w, const float* bias,
     }
 #pragma unroll
     for (int o = 0; o < STRIP; o++) {
-        if (column + o >= side) continue;
+        if (column + o >= wide) continue;
         Chunk result;
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) put(result.at[v], activate(sum[o][v], act));
-        store_chunk(out + (((long long)blockIdx.z * side + row) * side + column + o) * c + first, result);
+        store_chunk(out + (((long long)blockIdx.z * high + row) * wide + column + o) * c + first, result);
     }
 }

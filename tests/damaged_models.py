@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import random
 import struct
 import sys
@@ -54,7 +55,7 @@ def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whit
     backbone = backbone or tiny_backbone(rng, act, squeeze)
     settings = fp.Settings(backbone="tiny", size=64, factors=3 * (variant == "whitened"), width=16,
                            variant=variant)
-    n, c = int(fp._inside(roi, 4).sum()), sum(backbone.channels)
+    n, c = int(fp._inside(roi, settings.grid).sum()), sum(backbone.channels)
     whitener = 1 + rng.random((n, c)).astype("f4")
     if variant == "whitened":
         whitener = fp.pack_lower(np.tril(.1 * rng.standard_normal((n, c, c))) + np.eye(c))
@@ -81,7 +82,7 @@ def half():
 def fine_of(rng, backbone, settings):
     """Mean and whitener of the fine view, random."""
     c = backbone.fine_channels
-    return (rng.random((settings.fine ** 2, c)).astype("f2"),
+    return (rng.random((math.prod(settings.fine), c)).astype("f2"),
             (np.tril(.1 * rng.standard_normal((c, c))) + np.eye(c)).astype("f4"))
 
 

@@ -193,25 +193,25 @@ def test_shipped_weights_are_the_ones_that_the_readme_names(name, channels):
 
 def check_features(backbone, size):
     """Stage outputs of the other runtimes against ours, NumPy and Numba."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((size, size, 3)).astype(np.float32)
-    grid = size // 16
+    rng, settings = np.random.default_rng(0), fp.Settings(size=size)
+    x = rng.standard_normal((*settings.shape, 3)).astype(np.float32)
+    grid = settings.grid
     want, = backbone.features(x.astype(np.float64), (grid, backbone.stages))
     torch.manual_seed(0)
-    eager = benchmark.torch(backbone, size, 2, x=x)()
-    stages = [fp.pool(s[0].permute(1, 2, 0).double().numpy(), grid).reshape(grid * grid, -1) for s in eager]
+    eager = benchmark.torch(backbone, settings.shape, 2, x=x)()
+    stages = [fp.pool(s[0].permute(1, 2, 0).double().numpy(), grid).reshape(len(want), -1) for s in eager]
     np.testing.assert_allclose(np.concatenate(stages, 1), want, rtol=1e-3, atol=2e-4 * np.abs(want).max())
-    image = rng.integers(0, 256, (size, size, 3), np.uint8)
-    engine = fp._feature_engine(backbone, fp.Settings(size=size))
-    wide = fp.resize_normalize(image, size, backbone.mean, backbone.std)
-    views = (grid, backbone.stages), (size // 8, backbone.fine)
+    image = rng.integers(0, 256, (*settings.shape, 3), np.uint8)
+    engine = fp._feature_engine(backbone, settings)
+    wide = fp.resize_normalize(image, settings.shape, backbone.mean, backbone.std)
     outputs = engine.run([image], outputs=True).outputs
-    for got, want in zip(outputs, backbone.features(wide, *views), strict=True):
+    for got, want in zip(outputs, backbone.features(wide, *backbone.views(settings)), strict=True):
         np.testing.assert_allclose(got[0], want, rtol=1e-3, atol=2e-5 * np.abs(want).max())
 
 
-def test_lite0_features_are_torchs():
-    check_features(fp.load_backbone("lite0"), 96)
+@pytest.mark.parametrize("size", [96, (64, 160), (128, 64)])
+def test_lite0_features_are_torchs(size):
+    check_features(fp.load_backbone("lite0"), size)
 
 
 @pytest.mark.skipif(not B4.is_file(), reason=f"no weights at {B4}")
@@ -226,8 +226,8 @@ def test_other_runtimes_see_the_same_network(runtime):
     for package in ("onnx", runtime):
         pytest.importorskip(package, reason=f"{runtime} and onnx are for `bench --against`")
     backbone = fp.load_backbone("lite0")
-    ours = benchmark.torch(backbone, 64, 1)()
-    theirs = benchmark.RUNTIMES[runtime](backbone, 64, 1)()
+    ours = benchmark.torch(backbone, (64, 64), 1)()
+    theirs = benchmark.RUNTIMES[runtime](backbone, (64, 64), 1)()
     assert len(ours) == len(theirs) == 5
     for a, b in zip(theirs, ours):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)

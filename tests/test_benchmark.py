@@ -360,7 +360,7 @@ def test_as_a_script_its_errors_are_those_of_the_command(script, data):
     assert done.stderr.splitlines()[-1].startswith("error: --variants: expected some of"), done
 
 
-@pytest.mark.parametrize("size", [64, fp.Settings.size])
+@pytest.mark.parametrize("size", [64, (64, 96), fp.Settings.size])
 def test_untrained_models_have_the_shapes_of_the_settings(size):
     prior = benchmark.untrained("lite0", size)
-    assert prior.grid == fp.Settings(size=size).grid and len(prior.mean) == prior.grid ** 2
+    assert prior.grid == fp.Settings(size=size).grid and len(prior.mean) == np.prod(prior.grid)

@@ -8,7 +8,7 @@ from test_cli import refused, run
 
 def test_grid_follows_size_and_cell():
     sizes = {(256, 0): 16, (352, 0): 22, (384, 0): 12, (448, 0): 14, (448, 16): 28, (96, 48): 2}
-    assert {k: fp.Settings(size=k[0], cell=k[1]).grid for k in sizes} == sizes
+    assert {k: fp.Settings(size=k[0], cell=k[1]).grid for k in sizes} == {k: (n, n) for k, n in sizes.items()}
     for size, cell in ((448, 24), (448, 96), (448, -32), (256, 48)):
         with pytest.raises(fp.ShapeError, match="cell: expected a multiple of 16"):
             fp.Settings(size=size, cell=cell).check()
@@ -18,7 +18,7 @@ def test_grid_follows_size_and_cell():
 
 def test_coarse_cells_are_scored_as_the_reference_does(washers, pictures, tmp_path, monkeypatch):
     prior = fp.fit(washers, size=96, cell=32, copies=1, iterations=5)
-    assert prior.grid == 3 and prior.mean.shape[0] == 9
+    assert prior.grid == (3, 3) and prior.mean.shape[0] == 9
     prior.save(tmp_path / "m.npz")
     again = fp.Prior.load(tmp_path / "m.npz")
     fast = again.score_batch(pictures)
@@ -41,6 +41,6 @@ def test_tier_and_cell_on_the_command_line(washers, tmp_path):
     done = run("train", washers, "-o", model, *options)
     assert done.returncode == 0, done.stderr
     prior = fp.Prior.load(model)
-    assert (prior.backbone.name, prior.settings.size, prior.grid) == ("lite2", 64, 2)
+    assert (prior.backbone.name, prior.settings.size, prior.grid) == ("lite2", 64, (2, 2))
     refused(run("train", washers, "-o", model, "--tier", "best"), "--tier", "fast, default, accurate", "best")
     refused(run("train", washers, "-o", model, "--cell", 24), "cell", "multiple of 16")

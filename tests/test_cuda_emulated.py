@@ -64,34 +64,35 @@ def image_table(b, rows):
 
 
 def resize(b, block=64):
-    size, mean, std = 20, np.array([.5, .4, .3]), np.array([.2, .3, .4])
+    size, mean, std = (20, 28), np.array([.5, .4, .3]), np.array([.2, .3, .4])
     rows, images = [], []
     for h, w in ((37, 61), (20, 20), (9, 11)):
         image = b.rng.integers(0, 256, (h, w, 3), np.uint8)
         images.append(image)
         row = {"pixels": b.cuda.asarray(image), "height": h, "width": w}
-        for side, n in (("row", h), ("col", w)):
-            start, weight = fp.resize_taps(n, size)
+        for side, n, out in zip(("row", "col"), (h, w), size):
+            start, weight = fp.resize_taps(n, out)
             row |= {f"{side}_start": b.cuda.asarray(start.astype(I)), f"{side}_taps": weight.shape[1],
                     f"{side}_weight": b.cuda.asarray(weight.astype(F))}
         rows.append(row)
-    out = b.empty(3, size, size, 4)
+    out = b.empty(3, *size, 4)
     affine = b.cuda.asarray(np.concatenate([1 / (255 * std), -mean / std]).astype(F))
-    b.launch("resize_normalize", (-(-size * size // block), 1, 3), (block,), image_table(b, rows), affine,
-             out, I(size))
+    b.launch("resize_normalize", (-(-size[0] * size[1] // block), 1, 3), (block,), image_table(b, rows),
+             affine, out, *map(I, size))
     want = np.stack([fp.resize_normalize(image, size, mean, std) for image in images])
-    b.check(out, np.concatenate([want, np.zeros((3, size, size, 1))], -1))
+    b.check(out, np.concatenate([want, np.zeros((3, *size, 1))], -1))
 
 
 def stem(b, block=96):
-    size, c = 18, 24
-    x, x64 = b.random(2, size, size, 4)
+    (height, width), c = (18, 26), 24
+    x, x64 = b.random(2, height, width, 4)
     w, w64 = b.random(3, 3, 3, c)
     bias, bias64 = b.random(c, dtype=F)
     for act in (fp.NONE, fp.RELU6, fp.SILU):
-        out = b.empty(2, size // 2, size // 2, c)
-        strips = size // 2 * -(-size // 8) * c // 4
-        b.launch("stem", (-(-strips // block), 1, 2), (block,), x, w, bias, out, I(size), I(c), I(act))
+        out = b.empty(2, height // 2, width // 2, c)
+        strips = height // 2 * -(-width // 8) * c // 4
+        b.launch("stem", (-(-strips // block), 1, 2), (block,), x, w, bias, out, I(height), I(width), I(c),
+                 I(act))
         b.check(out, np.stack([fp.stem(i[..., :3], w64, bias64, act) for i in x64]))
 
 
@@ -171,16 +172,16 @@ def squeeze_excite(b, block=64, s=5, parts=3, pieces=1):
 
 
 def pool(b, block=32):
-    side, grid, c, ldx, first, columns, fill = 12, 4, 18, 24, 3, 29, 5
-    x, x64 = b.random(2, side, side, ldx)
-    out = b.empty(2, grid * grid, columns, dtype=F)
+    cell, (down, across), c, ldx, first, columns, fill = 3, (4, 5), 18, 24, 3, 29, 5
+    x, x64 = b.random(2, down * cell, across * cell, ldx)
+    out = b.empty(2, down * across, columns, dtype=F)
     out.fill(3)
     vector = 16 // np.dtype(b.dtype).itemsize
-    b.launch("pool", (-(-grid * grid * -(-(c + fill) // vector) // block), 1, 2), (block,), x, out, I(side),
-             I(ldx), I(c), I(fill), I(grid), I(first), I(columns))
-    want = np.full((2, grid * grid, columns), 3.0)
+    b.launch("pool", (-(-down * across * -(-(c + fill) // vector) // block), 1, 2), (block,), x, out, I(cell),
+             I(ldx), I(c), I(fill), I(down), I(across), I(first), I(columns))
+    want = np.full((2, down * across, columns), 3.0)
     want[..., first + c:first + c + fill] = 0
-    want[..., first:first + c] = np.stack([fp.pool(i[..., :c], grid).reshape(-1, c) for i in x64])
+    want[..., first:first + c] = np.stack([fp.pool(i[..., :c], (down, across)).reshape(-1, c) for i in x64])
     b.check(out, want)
 
 
@@ -275,20 +276,20 @@ def fine_density(b, block=64, n=19, c=64):
     b.check(f, want)
 
 
-def sharpen(b, block=32, grid=3, fine=12):
-    z, z64 = b.random(3, grid, grid, dtype=F)
-    (weight, weight64), (offset, offset64) = b.random(grid, grid, dtype=F), b.random(grid, grid, dtype=F)
-    f64 = b.random(3, fine, fine, dtype=F)[1] ** 2
+def sharpen(b, block=32, grid=(3, 2), fine=(12, 20)):
+    z, z64 = b.random(3, *grid, dtype=F)
+    (weight, weight64), (offset, offset64) = b.random(*grid, dtype=F), b.random(*grid, dtype=F)
+    f64 = b.random(3, *fine, dtype=F)[1] ** 2
     f64[0, :3] = 0  # beside its own maximum, and far from any
     f64 = f64.astype(F).astype(np.float64)
     f64[2, 4, 5] = np.nan
-    operator = fp.map_operator(grid, fine, .4)
-    out = b.empty(3, fine, fine, dtype=F)
+    down, across = (fp.map_operator(*sides, .4) for sides in zip(grid, fine))
+    out = b.empty(3, *fine, dtype=F)
     out.fill(3)
-    f, enlarge = b.cuda.asarray(f64.astype(F)), b.cuda.asarray(operator.astype(F))
-    b.launch("sharpen", (fine, 1, 3), (block,), z, weight, offset, f, enlarge, out,
-             maps_wanted(b, True, False, True), I(grid), I(fine))
-    want = np.stack([fp.sharpen(weight64 * i + offset64, own, operator) for i, own in zip(z64, f64)])
+    f, *enlargers = (b.cuda.asarray(a.astype(F)) for a in (f64, down, across))
+    b.launch("sharpen", (fine[0], 1, 3), (block,), z, weight, offset, f, *enlargers, out,
+             maps_wanted(b, True, False, True), *map(I, (*down.shape, *across.shape)))
+    want = np.stack([fp.sharpen(weight64 * i + offset64, own, down, across) for i, own in zip(z64, f64)])
     want[1] = 3
     got = out.get()
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
@@ -296,20 +297,20 @@ def sharpen(b, block=32, grid=3, fine=12):
 
 
 def anomaly_map(b, block=32, blocks=5):
-    fine, sizes = 8, ((13, 37), (20, 9), None, (5, 6))
-    m, m64 = b.random(4, fine, fine, dtype=F)
+    fine, sizes = (8, 12), ((13, 37), (20, 9), None, (5, 6))
+    m, m64 = b.random(4, *fine, dtype=F)
     rows, want = [], []
     for i, size in enumerate(sizes):
         if size is None:
             rows.append({"height": 8, "width": 8})
             continue
         rows.append({"height": size[0], "width": size[1], "map": b.empty(*size, dtype=F)})
-        for side, n in zip(("map_row", "map_col"), size):
-            start, share = fp.linear_taps(fine, n)
+        for side, *sides in zip(("map_row", "map_col"), fine, size):
+            start, share = fp.linear_taps(*sides)
             rows[-1] |= {side: b.cuda.asarray(start.astype(I)),
                          f"{side}_share": b.cuda.asarray(share.astype(F))}
         want.append(fp.anomaly_map(m64[i], *size))
-    b.launch("anomaly_map", (blocks, 1, 4), (block,), m, image_table(b, rows), I(fine))
+    b.launch("anomaly_map", (blocks, 1, 4), (block,), m, image_table(b, rows), *map(I, fine))
     for row, w in zip([row for row in rows if "map" in row], want):
         b.check(row["map"], w)
 
@@ -342,7 +343,7 @@ OPERATIONS = {
     "worst_mean": (worst_mean, [{}, {"block": 256}, {"n": 1, "count": 1}, {"count": 100}]),
     "fine_density": (fine_density, [{}, {"block": 32}, {"n": 3, "c": 96, "block": 96},
                                     {"c": 160, "block": 64}]),
-    "sharpen": (sharpen, [{}, {"block": 128, "fine": 24}, {"grid": 1, "block": 1, "fine": 8}]),
+    "sharpen": (sharpen, [{}, {"block": 128, "fine": (24, 8)}, {"grid": (1, 1), "block": 1, "fine": (8, 8)}]),
     "anomaly_map": (anomaly_map, [{}, {"blocks": 64, "block": 64}, {"blocks": 1, "block": 1}]),
 }
 FILES = {"mix": "product", "whiten_diagonal": "whiten"}
@@ -416,12 +417,14 @@ def test_whitening_has_the_same_bits_whatever_the_batch():
 
 # A break of every kind in the very text that ships: (operation, text, broken text).
 MUTANTS = [
-    ("resize_normalize", "if (i >= size * size) return;", "if (i > size * size) return;"),
+    ("resize_normalize", "if (i >= height * width) return;", "if (i > height * width) return;"),
+    ("resize_normalize", "y = i / width, x = i % width;", "y = i / height, x = i % height;"),
     ("resize_normalize", "(long long)r * image.width * 3", "(long long)r * image.height * 3"),
     ("stem", "line[2 * o + kx]", "line[2 * o + 2 - kx]"),
-    ("stem", "if (y_in >= size) continue;", "if (y_in > size) continue;"),
-    ("stem", "2 * column + j < size ?", "2 * column + j <= size ?"),
-    ("stem", "if (column + o >= side) continue;", ""),
+    ("stem", "if (y_in >= height) continue;", "if (y_in > height) continue;"),
+    ("stem", "pixels[y_in * width +", "pixels[y_in * height +"),
+    ("stem", "2 * column + j < width ?", "2 * column + j <= width ?"),
+    ("stem", "if (column + o >= wide) continue;", ""),
     ("product", "    __syncthreads();\n    if (first_row >= m) return;", "    if (first_row >= m) return;"),
     ("product", "if (first_row + row >= m ||", "if (first_row + row > m ||"),
     ("product", "first_col + col >= n) continue", "first_col + col > n) continue"),
@@ -494,15 +497,16 @@ MUTANTS = [
     ("fine_density", "mean += (long long)first * c;", ""),
     ("fine_density", "if (!images[blockIdx.z].map) return;", ""),
     ("sharpen", "mixed[j] = sum;\n    }\n    __syncthreads();", "mixed[j] = sum;\n    }"),
-    ("sharpen", "min(max(x + j, 0), fine - 1)", "max(x + j, 0)"),
+    ("sharpen", "min(max(x + j, 0), width - 1)", "max(x + j, 0)"),
+    ("sharpen", "min(max(y + i, 0), height - 1) * width", "min(max(y + i, 0), width - 1) * width"),
     ("sharpen", "int i = -REACH", "int i = 0"),
-    ("sharpen", "f += (long long)blockIdx.z * fine * fine;", ""),
+    ("sharpen", "f += (long long)blockIdx.z * height * width;", ""),
     ("sharpen", "a > b || a != a ? a : b", "a > b ? a : b"),
     ("sharpen", "most = 1.17549435e-38f", "most = 0.f"),
     ("sharpen", "if (!images[blockIdx.z].map) return;", ""),
     ("anomaly_map", "if (!image.map) return;", ""),
-    ("anomaly_map", "down * ((1.f - right) * at[fine]", "down * ((1.f - right) * at[1]"),
-    ("anomaly_map", "image.map_row[y] * fine", "image.map_row[y] * image.width"),
+    ("anomaly_map", "down * ((1.f - right) * at[width]", "down * ((1.f - right) * at[1]"),
+    ("anomaly_map", "image.map_row[y] * width", "image.map_row[y] * image.width"),
     ("anomaly_map", "y * image.width + x", "y * image.height + x"),
 ]
 

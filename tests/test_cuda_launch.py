@@ -59,9 +59,9 @@ def model(backbone="small", size=64, steps=2, variant="whitened", denoiser=True,
     """A prior with random weights; calibrated so that scores are of the order of one."""
     rng = np.random.default_rng(seed)
     backbone = small_backbone(rng) if backbone == "small" else fp.load_backbone(backbone)
-    n, c = (size // 16) ** 2, sum(backbone.channels)
     settings = fp.Settings(backbone=backbone.name, size=size, steps=steps, variant=variant, width=48,
                            worst=.1, factors=0 if variant == "plain" else 10)
+    n, c = int(np.prod(settings.grid)), sum(backbone.channels)
     mean = rng.standard_normal((n, c)).astype(np.float32)
     if variant == "plain":
         whitener = rng.uniform(.5, 2, (n, c)).astype(np.float32)
@@ -101,9 +101,9 @@ def relative(got, want):
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("case", [
-    {}, {"size": 64, "steps": 3}, {"variant": "plain", "steps": 1}, {"denoiser": False},
+    {}, {"size": (64, 96), "steps": 3}, {"variant": "plain", "steps": 1}, {"denoiser": False},
     {"backbone": "lite0", "size": 64, "steps": 2}],
-    ids=["small", "three-steps", "plain", "no-denoiser", "lite0"])
+    ids=["small", "three-steps-wide", "plain", "no-denoiser", "lite0"])
 def test_whole_model_agrees_with_the_cpu(cuda, case, precision):
     gpu, cpu = model(**case, device="cuda", precision=precision)
     batch = images()
@@ -494,7 +494,7 @@ def test_the_stand_in_refuses_wrong_arguments(cuda, change, message):
 
 def test_bench_reports_every_figure(cuda):
     engine = model(device="cuda", size=64)[0]._engine()
-    report = engines.bench_cuda(engine, images=(1, 2), frames=2, pixels=32, values=1 << 14)
+    report = engines.bench_cuda(engine, images=(1, 2), frames=2, pixels=(32, 32), values=1 << 14)
     assert set(report["batches"]) == {1, 2}
     assert set(report["stages_p50_ms"]) == set(fp.STAGES)
     assert report["gpu"] == "emulated" and report["rotate_share_of_copy"] > 0

@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, features
 
 import fastprior as fp
 
-find_depth = fp._room("curation").find_depth
+settle = fp._room("curation").settle
 
 RNG = np.random.default_rng(0)
 RGB = np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)[:45, :61]  # odd sides
@@ -384,6 +384,10 @@ def test_the_depth_is_that_of_the_set_not_of_a_hot_pixel(tmp_path):
     with pytest.raises(fp.ShapeError, match="6 of 7 images use at most 12 bits, others 16"):
         find_depth([HALF] * 6 + [DEEP])
     assert find_depth([HALF >> 2, HALF]) == 12 and find_depth([tmp_path / "none.png", HALF]) == 12
+
+
+def find_depth(sources):
+    return settle(sources, fp.Settings()).bits
 
 
 def test_a_model_keeps_its_depth(tmp_path):

@@ -19,8 +19,8 @@ def fine_map(prior, image):
     z = .5 * np.square(prior.latent(coarse)).sum(-1) * prior.calibration["gain"] + prior.calibration["offset"]
     weight, offset = prior._map_weights()
     f = fp.fine_density(fine, prior.fine[0].astype(np.float32), prior.fine[1])
-    f = f.reshape(prior.settings.fine, -1)
-    return fp.sharpen((weight * z + offset).reshape(prior.grid, prior.grid), f, prior._map_operator)
+    f = f.reshape(prior.settings.fine)
+    return fp.sharpen((weight * z + offset).reshape(prior.grid), f, *fp._enlargers(prior.settings))
 
 
 def test_the_detail_is_a_ratio_to_the_largest_beside():
@@ -35,7 +35,7 @@ def test_the_detail_is_a_ratio_to_the_largest_beside():
 def test_sharpening_lowers_or_keeps_and_keeps_where_the_fine_view_is_highest():
     rng = np.random.default_rng(1)
     cells, f, operator = rng.uniform(0, 9, (4, 4)), rng.gamma(1, 1, (16, 16)), fp.map_operator(4, 16, 0)
-    coarse, sharp = operator @ cells @ operator.T, fp.sharpen(cells, f, operator)
+    coarse, sharp = operator @ cells @ operator.T, fp.sharpen(cells, f, operator, operator)
     assert (sharp <= coarse).all()
     top = f == ndimage.maximum_filter(f, 5, mode="nearest")
     np.testing.assert_array_equal(sharp[top], coarse[top])
@@ -103,10 +103,11 @@ def extracted(rng):
 def test_what_does_not_calibrate_has_no_peak():
     e = extracted(np.random.default_rng(0))
     e.features[7] *= 20
-    w = fp._whiten_features(e, fp.Settings(size=96, cell=32, factors=0))
+    config = fp.Settings(size=96, cell=32, factors=0)
+    w = fp._whiten_features(e, config)
     assert w.summary["set_aside"] == [7]
     kept = np.delete(np.arange(60), 7)
-    np.testing.assert_array_equal(w.details, fp._details([e.fine[i] for i in kept], *w.fine))
+    np.testing.assert_array_equal(w.details, fp._details([e.fine[i] for i in kept], *w.fine, config))
     assert len(w.details) == w.clean.sum()
 
 

@@ -91,7 +91,7 @@ def test_a_score_in_float32_throughout(trained, pictures, monkeypatch):
 def test_float32_scores_as_float64_does(trained, pictures):
     s, b = trained.settings, trained.backbone
     for image in pictures:
-        wide = fp.resize_normalize(image, s.size, b.mean, b.std)
+        wide = fp.resize_normalize(image, s.shape, b.mean, b.std)
         view = trained.grid, b.stages
         want, got = (trained.latent(b.features(x, view)[0]) for x in (wide, wide.astype(np.float32)))
         assert (want.dtype, got.dtype) == (np.float64, np.float32)

@@ -48,7 +48,8 @@ def cases(name, rng):
     """Argument tuples; floats come first where there is a choice: NaN can be planted in argument 0."""
     a = lambda *shape: rng.standard_normal(shape)  # noqa: E731
     if name == "resize_normalize":
-        for h, w, size, shift in ((37, 51, 64, (0., 0.)), (237, 151, 64, (.02, -.03)), (64, 64, 64, (0., 0.)),
+        for h, w, size, shift in ((37, 51, 64, (0., 0.)), (237, 151, (64, 96), (.02, -.03)),
+                                  (64, 64, 64, (0., 0.)), (99, 99, (32, 160), (0., 0.)),
                                   (8, 300, 96, (0., 0.)), (513, 9, 32, (-.01, .01))):
             image = rng.integers(0, 256, (h, w, 3), np.uint8)
             yield image, size, (.485, .456, .406), (.229, .224, .225), shift
@@ -61,7 +62,8 @@ def cases(name, rng):
             for h, w in ((17, 13), (1, 1), (6, 64), (70, 3)):
                 yield a(h, w, spec[0]), block(rng, *spec)
     elif name == "pool":
-        yield from ((a(12, 12, 5), 4), (a(9, 9, 33), 9), (a(32, 32, 17), 2))
+        yield from ((a(12, 12, 5), 4), (a(9, 9, 33), 9), (a(32, 32, 17), 2),
+                    (a(6, 10, 3), (3, 5)))
     elif name == "whiten":
         for n, c in ((3, 1), (6, 45), (5, 32), (9, 100)):
             yield a(n, c), a(n, c), lower(rng, n, c)
@@ -89,13 +91,15 @@ def cases(name, rng):
         for n, c in ((1, 1), (9, 5), (36, 64), (17, 72), (100, 33)):
             yield a(n, c), a(n, c), a(c, c) / np.sqrt(c)
     elif name == "sharpen":
-        for grid, fine, sigma in ((1, 8, 0), (3, 12, .7), (7, 56, 0), (4, 32, 2), (2, 10, 0)):
-            f = a(fine, fine) ** 2
+        for grid, fine, sigma in (((1, 1), (8, 8), 0), ((3, 3), (12, 12), .7), ((7, 2), (56, 16), 0),
+                                  ((4, 9), (32, 72), 2), ((2, 1), (10, 8), 0)):
+            f = a(*fine) ** 2
             f[:3] = 0  # beside its own maximum, and far from any
-            yield a(grid, grid), f, fp.map_operator(grid, fine, sigma)
+            yield a(*grid), f, *(fp.map_operator(*sides, sigma) for sides in zip(grid, fine))
     elif name == "anomaly_map":
-        for fine, h, w in ((8, 33, 21), (56, 256, 250), (16, 9, 1000), (8, 8, 8), (12, 5, 9), (9, 301, 1)):
-            yield a(fine, fine), h, w
+        for fine, h, w in (((8, 8), 33, 21), ((56, 12), 256, 250), ((16, 80), 9, 1000), ((8, 8), 8, 8),
+                           ((12, 12), 5, 9), ((9, 20), 301, 1)):
+            yield a(*fine), h, w
     else:
         raise AssertionError(f"no test case for {name}")
 

@@ -217,7 +217,7 @@ def test_a_denoiser_of_any_hidden_width(trained, pictures):
 def test_z_takes_what_score_takes_and_is_what_it_reads(trained, pictures, washers):
     path, image = fp.find_images(washers)[0], pictures[0]
     z = trained.z([path, image, image[:, ::2], image[..., 0]])
-    assert z.shape == (4, trained.grid ** 2) and z.dtype == np.float32
+    assert z.shape == (4, np.prod(trained.grid)) and z.dtype == np.float32
     for row, source in zip(z, (path, image, np.ascontiguousarray(image[:, ::2]), image[..., 0])):
         np.testing.assert_array_equal(trained.z([source])[0], row)
         assert trained._image_scores(row) == pytest.approx(trained.score(source).score, rel=1e-6)

@@ -15,7 +15,7 @@ HEIGHT, WIDTH = 72, 96
 ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
 MASK = (ROWS >= 6) & (COLUMNS < 70)
 MASK[44:58, 20:44] = False  # a label
-SETTINGS = {"iterations": 0, "size": 64, "copies": 1, "worst": .2}
+SETTINGS = {"iterations": 0, "size": (64, 64), "copies": 1, "worst": .2}
 
 
 def part(rng):
@@ -167,7 +167,7 @@ def test_copies_are_painted_too(monkeypatch):
     region = fp.RegionOfInterest(MASK)
     settings, backbone = fp.Settings(size=64, copies=3), fp.load_backbone("lite0")
     e = fp.extract_features(parts(0, 1), settings, backbone, roi=region)
-    assert len(seen) == 4 and e.features.shape[:2] == (4, fp._inside(region, 4).sum())
+    assert len(seen) == 4 and e.features.shape[:2] == (4, fp._inside(region, (4, 4)).sum())
     for image, shift in seen:
         outside = ~region.at(HEIGHT, WIDTH, shift)[0]
         assert (image[outside] == fp.GREY).all() and (image[~outside] != fp.GREY).mean() > .9
@@ -182,14 +182,14 @@ def test_the_denoiser_knows_the_places_inside_only():
 def test_the_fine_view_is_that_of_the_places_inside():
     rng, region = np.random.default_rng(0), fp.RegionOfInterest(MASK)
     fine, settings = rng.standard_normal((6, 64, 5)).astype(np.float16), fp.Settings(size=64)
-    outside = ~fp._inside(region, 8)
+    outside = ~fp._inside(region, (8, 8))
     changed = fine.copy()
     changed[:, outside] *= 9
     (_, a), (_, b), (_, c) = (fp._fit_fine(x, settings, r) for x, r in ((fine, region), (changed, region),
                                                                           (changed, None)))
     np.testing.assert_array_equal(a, b)
     assert not np.allclose(b, c) and outside.any()
-    near = fp._details(fine, *fp._fit_fine(fine, settings, region), region) > 0
+    near = fp._details(fine, *fp._fit_fine(fine, settings, region), settings, region) > 0
     seen = np.zeros((8, 8), bool)  # those that a pixel inside is interpolated from, by brute force
     (y, dy), (x, dx) = fp.linear_taps(8, HEIGHT), fp.linear_taps(8, WIDTH)
     for i, j in np.argwhere(MASK):
@@ -348,7 +348,7 @@ def test_the_command(tmp_path):
         Image.fromarray(image).save(tmp_path / "good" / f"{i:02}.png")
     Image.fromarray(MASK).save(tmp_path / "mask.png")
     Image.fromarray(spoilt(parts(1, 1)[0])).save(tmp_path / "new.png")
-    model, at = tmp_path / "part.npz", ["--size", 64, "--iterations", 0]
+    model, at = tmp_path / "part.npz", ["--size", "64x64", "--iterations", 0]
     done = run("train", tmp_path / "good", "--roi", tmp_path / "mask.png", "-o", model, *at)
     made = fp.Prior.load(model)
     told = f"{MASK.mean():.1%} of the image, {made.inside.sum()} of 16 places"

@@ -228,7 +228,7 @@ def extracted(rng, n, places=9, channels=16):
     f = (rng.standard_normal((n, places, channels)) @ mix).astype(np.float16)
     looks = np.random.default_rng(9).standard_normal((n, 128, 65)).astype(np.complex64)  # none alike
     return fp.Extracted(f, np.arange(n), looks, [f"{i:016x}" for i in range(n)], list(range(n)), 0, [],
-                        rng.standard_normal((n, 36, 4)).astype(np.float16))
+                        rng.standard_normal((n, 144, 4)).astype(np.float16))
 
 
 def small_backbone():

@@ -75,10 +75,13 @@ def resize_normalize(image, size, mean, std, shift=(0.0, 0.0), *, threads=None):
            f"image: expected uint8 (h, w, 3), got {image.dtype} {image.shape}")
     check(mean=(mean, "3"), std=(std, "3"), shift=(shift, "2"))
 
+    height, width = np.broadcast_to(size, 2).tolist()
+
     def build(e):  # a row and a column after the image are the zeros that the stem reads
-        return [], [("workspace", e.resize(size, mean, std, fp.resize_taps), (size + 1, size + 1, 3))]
+        place = e.resize((height, width), mean, std, fp.resize_taps)
+        return [], [("workspace", place, (height + 1, width + 1, 3))]
     (out,), _ = run_alone(build, threads, image, shift)
-    return out[:size, :size]
+    return out[:height, :width]
 
 
 _BLOCK_AXES = {"expand_w": "in mid", "expand_b": "mid", "dw_w": "k k mid", "dw_b": "mid",
@@ -112,15 +115,17 @@ def mbconv(x, block, stem_w=None, stem_b=None, *, threads=None):
 
 
 def pool(x, grid, *, threads=None):
-    c = check(x=(x, "h h c"))["c"]
-    expect(x.size > 0 and x.shape[0] % grid == 0, f"x: expected a multiple of {grid} a side, got {x.shape}")
+    c, (down, across) = check(x=(x, "h w c"))["c"], np.broadcast_to(grid, 2).tolist()
+    cell = x.shape[0] // down
+    expect(x.size > 0 and x.shape[:2] == (cell * down, cell * across),
+           f"x: expected a multiple of {grid} a side, got {x.shape}")
 
     def build(e):
         planted = widened(x, cpu._LANES)
-        place, out = e.workspace(*planted.shape), e.state(grid * grid, c)
-        e.emit(cpu._pool, x=place, h=x.shape[0], stride=planted.shape[2], channels=c, grid=grid, out=out,
-               columns=c)
-        return [("workspace", place, planted)], [("state", out, (grid, grid, c))]
+        place, out = e.workspace(*planted.shape), e.state(down * across, c)
+        e.emit(cpu._pool, x=place, cell=cell, stride=planted.shape[2], channels=c, down=down, across=across,
+               out=out, columns=c)
+        return [("workspace", place, planted)], [("state", out, (down, across, c))]
     return run_alone(build, threads)[0][0]
 
 
@@ -224,26 +229,26 @@ def fine_density(x, mean, w, *, threads=None):
     return run_alone(build, threads, with_map=True)[0][0]
 
 
-def sharpen(cells, f, operator, *, threads=None):
-    sizes = check(cells=(cells, "g g"), f=(f, "f f"), operator=(operator, "f g"))
+def sharpen(cells, f, down, across, *, threads=None):
+    sizes = check(cells=(cells, "r c"), f=(f, "h w"), down=(down, "h r"), across=(across, "w c"))
     expect(min(sizes.values()) > 0, f"expected a map, got {sizes}")
     weight, offset = np.random.default_rng(0).uniform(.5, 2, (2, cells.size)).astype(np.float32)
 
     def build(e):
         z, density = e.state(*cells.shape), e.state(*f.shape)
-        out = e.sharpen(z, weight, offset, density, operator)
+        out = e.sharpen(z, weight, offset, density, down, across)
         planted = (cells - offset.reshape(cells.shape)) / weight.reshape(cells.shape)
         return [("state", z, planted), ("state", density, f)], [("state", out, f.shape)]
     return run_alone(build, threads, with_map=True)[0][0]
 
 
 def anomaly_map(m, height, width, *, threads=None):
-    fine = check(m=(m, "f f"))["f"]
-    expect(fine > 1 and min(height, width) > 0, f"expected a map, got {m.shape}")
+    check(m=(m, "h w"))
+    expect(min(m.shape) > 1 and min(height, width) > 0, f"expected a map, got {m.shape}")
 
     def build(e):
-        place = e.state(fine, fine)
-        e.map(place, fine, fp.linear_taps)
+        place = e.state(*m.shape)
+        e.map(place, m.shape, fp.linear_taps)
         return [("state", place, m)], []
     return run_alone(build, threads, np.zeros((height, width, 3), np.uint8), with_map=True)[1]
 
