@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
@@ -515,7 +516,7 @@ def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backb
         else:
             speed = bench_speed(prior, pixels, batch) | peaks
         speed |= bench_against(prior, against) if against else {}
-        speed |= bench_process(prior) if processes else {}
+        speed |= bench_process(prior) | bench_neighbours(prior) if processes else {}
         print(json.dumps(facts | speed) if as_json else _speed_text(dict(facts), speed), flush=True)
         return facts | speed
     if data:
@@ -707,6 +708,41 @@ def bench_process(prior) -> dict[str, float]:
             peak = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("VmHWM")]
             report |= {f"{name}_peak_mb": int(peak[0]) / 1e3} if peak else {}  # Linux only
     return report
+
+
+def bench_neighbours(prior, calls: int = 100, rounds: int = 3) -> dict[str, float]:
+    """Frames beside a busy Python thread of this process (p50) and a busy process (p95), by the quiet p50."""
+    image = _pixels(_first(prior).settings.shape)
+
+    def frames() -> np.ndarray:
+        return _median_ms(lambda: prior.score(image), 0, calls)
+
+    def beside_thread() -> np.ndarray:
+        done = threading.Event()
+
+        def spin():
+            while not done.is_set():
+                pass
+        thread = threading.Thread(target=spin)
+        thread.start()
+        try:
+            return frames()
+        finally:
+            done.set()
+            thread.join()
+
+    def beside_process() -> np.ndarray:
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            return frames()
+        finally:
+            other.kill()
+            other.wait()
+    quiet, thread, process = np.array([[f() for f in (frames, beside_thread, beside_process)]
+                                       for _ in range(rounds)]).swapaxes(0, 1).reshape(3, -1)
+    p50 = np.median(quiet)
+    return {"quiet_p50_ms": float(p50), "busy_thread_p50_ratio": float(np.median(thread) / p50),
+            "busy_process_p95_ratio": float(np.percentile(process, 95) / p50)}
 
 
 def check_runtimes(names: Sequence[str], device: str) -> None:

@@ -233,7 +233,8 @@ def build_app() -> "typer.Typer":
                                                         "WIDTHxHEIGHT (default: --size)."),
               batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),
               against: str = typer.Option("", help="Also the bare backbone in onnxruntime, openvino, torch."),
-              processes: bool = typer.Option(False, "--processes", help="Also whole processes."),
+              processes: bool = typer.Option(False, "--processes", help="Also whole processes, and frames "
+                                                                        "beside other work."),
               data: list[Path] = typer.Option([], help="Also accuracy: a data set, or a category of one."),
               variants: str = typer.Option("full", help="--data: of gaussian, joint, full, unshared, plain."),
               seeds: str = typer.Option("0", help="--data: each trains its own models."),

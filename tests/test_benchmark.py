@@ -1,10 +1,12 @@
 """`examples/benchmark.py`: layouts, the grid and its cache, other runtimes, how it is found and loaded."""
 import json
+import math
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -325,6 +327,13 @@ def test_whole_processes_are_timed(small, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(fp.FastPriorError, match="scoring failed: error: no$"):
         benchmark.bench_process(small)
+
+
+def test_frames_beside_other_work_are_timed(small):
+    threads = threading.active_count()
+    got = benchmark.bench_neighbours(small, calls=5, rounds=2)
+    assert got.keys() == {"quiet_p50_ms", "busy_thread_p50_ratio", "busy_process_p95_ratio"}
+    assert all(0 < value < math.inf for value in got.values()) and threading.active_count() <= threads + 1
 
 
 # -- found and loaded ----------------------------------------------------------------------------
