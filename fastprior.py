@@ -2632,8 +2632,9 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False, pro
     fresh = _apply_whitener(fresh.features[fresh.clean], mean, whitener)
     if not holdout:
         aside[np.flatnonzero(used)[unlike]] = True
-    elif not keep_all:  # what lies among them is judged by them alone, after all fits
-        unlike, _ = curation.outliers(.5 * np.square(fresh, dtype=np.float32).sum(-1), config.worst)
+    elif not keep_all:  # each is judged by the training images, not by each other: see `outliers`
+        own = .5 * np.square(fresh, dtype=np.float32).sum(-1)
+        unlike, _ = curation.outliers(nll[curation.first_of(kind)], config.worst, own)
         aside[held_out[unlike]], fresh = True, fresh[~unlike]
         details = details[~unlike[:len(details)]]
     summary = {"images": len(trained_on), "held_out": len(fresh) or int(clean.sum()),

@@ -148,8 +148,11 @@ def first_of(group: np.ndarray) -> np.ndarray:
     return first
 
 
-def outliers(nll: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:
+def outliers(nll: np.ndarray, worst: float, of: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Which images are unlike the others, and which of them by far? Held-out nll (n, N) -> bool (n,), twice.
+
+    of (m, N): judge these, each by the others alone -> bool (m,), twice. What an image is then called depends
+    on no other image of `of`: what these promise of the next image stays exact.
 
     None of fewer than MIN_HELD_OUT, a tenth at most. Each place is standardised by median and quartiles, an
     image judged by the mean of its worst places. The tail of good images is taken as exponential beyond the
@@ -157,17 +160,20 @@ def outliers(nll: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:
     a hundred if they are fewer, is expected to exceed. By far: twice as far from the median as the farthest
     of the rest.
     """
-    unlike, far = np.zeros((2, len(nll)), bool)
+    unlike, far = np.zeros((2, len(nll if of is None else of)), bool)
     if len(nll) < fp.MIN_HELD_OUT:
         return unlike, far
     low, middle, high = np.quantile(nll, [.25, .5, .75], 0)
     variance = ((high - low) / 1.349) ** 2
-    raw = fp.worst_mean((nll - middle) / (np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12), worst)
+    deviation = np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12
+    raw = fp.worst_mean((nll - middle) / deviation, worst)
     centre, top = np.quantile(raw, [.5, .9])
+    if of is not None:
+        raw = fp.worst_mean((of - middle) / deviation, worst)
     p = .5 * np.exp(-(raw - centre) * math.log(5) / max(top - centre, 1e-12))
-    most = np.argsort(p, kind="stable")[:int(fp._MOST_ASIDE * len(nll))]
+    most = np.argsort(p, kind="stable")[:int(fp._MOST_ASIDE * len(raw))]
     unlike[most] = p[most] < 1 / max(len(nll), 100)
-    far[unlike] = raw[unlike] - centre > 2 * (raw[~unlike].max() - centre)
+    far[unlike] = raw[unlike] - centre > 2 * (raw[~unlike].max(initial=centre) - centre)
     return unlike, far
 
 

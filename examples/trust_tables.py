@@ -96,13 +96,6 @@ def frames_of(prior: fp.Prior, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return tuple(map(np.concatenate, zip(*((f.scores, f.outputs[0]) for f in frames))))
 
 
-def holdout(prior: fp.Prior, tokens: np.ndarray) -> np.ndarray:
-    """Scores that calibrate "holdout", of images kept away from the fit; those set aside left out."""
-    scores, z = frames_of(prior, tokens)
-    nll = (z - prior.calibration["offset"]) / prior.calibration["gain"]
-    return scores[~fp._room("curation").outliers(nll, prior.settings.worst)[0]]
-
-
 def alarms(scores: np.ndarray, calibration: np.ndarray, aside: int) -> list:
     """[promised on average as printed, seen, more than in 95 % of draws] for each of RATES."""
     rows = []
@@ -115,21 +108,24 @@ def alarms(scores: np.ndarray, calibration: np.ndarray, aside: int) -> list:
 
 
 def refits(kept: list[Kept], config, net, args):
-    """Fits n images, calibrates "holdout" by n / 4 others, and scores the rest."""
+    """Fits n images, and with "holdout" n / 4 more, of which a fifth is kept away; scores the rest."""
     low, high = args.images
     for seed, own in itertools.product(range(args.splits), kept):
         rng, count = np.random.default_rng(seed), len(own.good.keys)
         n = round(np.exp(rng.uniform(np.log(low), np.log(min(high, (count - FRAMES) / 1.25)))))
-        fitted, held, new = np.split(rng.permutation(count), (n, n + n // 4))
+        order, more = rng.permutation(count), n + n // 4
+        fitted, new = order[:n], order[more:]
         prior = refit(own.good.of(np.sort(fitted)), dataclasses.replace(config, seed=seed), net)
+        exact = refit(own.good.of(np.sort(order[:more])),
+                      dataclasses.replace(config, seed=seed, calibration="holdout"), net)
         clean, aside = own.good.features[own.good.clean], prior.summary["held_out_aside"]
-        scores, away = frames_of(prior, clean[new])[0], holdout(prior, clean[held])
+        scores, apart = (frames_of(p, clean[new])[0] for p in (prior, exact))
         known = prior.calibration["scores"], prior.threshold.value
         kept_traits, drift = prior.summary["traits"], fp._room("curation").drift
         parts = [slice(None), *(slice(i, i + FRAMES) for i in range(0, len(new) - FRAMES + 1, FRAMES))]
         row = {"category": own.name, "seed": seed, "images": n, "new": len(new), "set_aside": aside,
                "cross": alarms(scores, known[0], aside),
-               "holdout": alarms(scores, away, len(held) - len(away)),
+               "holdout": alarms(apart, exact.calibration["scores"], exact.summary["held_out_aside"]),
                "false_warnings": [bool(drift(scores[p], *known, own.traits[new[p]], kept_traits))
                                   for p in parts]}
         for name, (features, traits) in own.drifts.items():

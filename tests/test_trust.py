@@ -239,13 +239,26 @@ def small_backbone():
 
 def test_a_bad_image_among_the_held_out():
     config = fp.Settings(size=96, cell=32, calibration="holdout", factors=4)
-    e = extracted(np.random.default_rng(0), 100)
+    e = extracted(np.random.default_rng(1), 100)
     away = np.flatnonzero(np.random.default_rng(config.seed).permutation(100) < 20)
     e.features[away[3]] *= 8
     found, kept = (fp._whiten_features(e, config, keep) for keep in (False, True))
     assert found.summary["set_aside"] == [away[3]] and found.summary["held_out_aside"] == 1
     assert len(found.fresh) == found.summary["held_out"] == 19 and len(kept.fresh) == 20
     np.testing.assert_array_equal(found.x0, kept.x0)
+
+
+def test_what_is_set_aside_of_the_held_out_is_decided_one_by_one():
+    """So that what they promise is exact: others among them change nothing for an image."""
+    rng = np.random.default_rng(2)
+    reference, of = rng.gamma(3, 1, (80, 9)), rng.gamma(3, 1, (200, 9)) * rng.uniform(.8, 1.3, (200, 1))
+    unlike, far = curation.outliers(reference, .3, of)
+    assert 0 < unlike.sum() < 20 and not far[~unlike].any()
+    for some in (slice(100, 200), slice(0, 150), rng.permutation(200)[:120]):
+        np.testing.assert_array_equal(curation.outliers(reference, .3, of[some])[0], unlike[some])
+    assert curation.outliers(reference, .3, of * 9)[0].sum() == 20  # a tenth at most
+    own, same = (curation.outliers(reference, .3, *of)[0] for of in ((), (reference,)))
+    np.testing.assert_array_equal(own, same)
 
 
 def test_holdout_touches_nothing_before_the_threshold():

@@ -28,24 +28,6 @@ def config():
     return fp.Settings(size=64, copies=1, factors=4)
 
 
-def test_holdout_is_what_the_product_does(parts, config):
-    net = fp.load_backbone("lite0")
-    e = fp.extract_features(fp.find_images(parts / "washer" / "train"), config, net)
-    held = fp.Settings(size=64, copies=1, factors=4, calibration="holdout")
-    kept_away = trust_tables.refit(e, held, net)
-    group = curation.near_duplicates(e)
-    away = (np.random.default_rng(0).permutation(group.max() + 1) < (group.max() + 1) // 5)[group]
-    prior, lone = trust_tables.refit(e.of(~away), config, net), e.of(away & curation.first_of(group))
-    for name in ("mean", "whitener", "factors"):
-        np.testing.assert_array_equal(getattr(prior, name), getattr(kept_away, name))
-    for name in ("gain", "offset"):
-        np.testing.assert_array_equal(prior.calibration[name], kept_away.calibration[name])
-    scores = np.sort(trust_tables.holdout(prior, lone.features[lone.clean]))
-    low, middle, high = np.quantile(scores, [.25, .5, .75])
-    expected = kept_away.calibration["scores"]  # not rounded to 8 bits
-    np.testing.assert_allclose((scores - middle) / (high - low) * 1.349, expected, atol=.3)
-
-
 def test_merged_is_as_if_extracted_together(parts, config):
     net, files = fp.load_backbone("lite0"), fp.find_images(parts / "plate" / "test")
     together = fp.extract_features(files, config, net)
