@@ -50,10 +50,10 @@ def tiny_backbone(rng, act=fp.RELU6, squeeze=False, channels=(5, 7, 8, 17, 6)):
 
 
 def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whitened", backbone=None,
-               roi=None):
+               roi=None, size=64):
     rng = np.random.default_rng(seed)
     backbone = backbone or tiny_backbone(rng, act, squeeze)
-    settings = fp.Settings(backbone="tiny", size=64, factors=3 * (variant == "whitened"), width=16,
+    settings = fp.Settings(backbone="tiny", size=size, factors=3 * (variant == "whitened"), width=16,
                            variant=variant)
     n, c = int(fp._inside(roi, settings.grid).sum()), sum(backbone.channels)
     whitener = 1 + rng.random((n, c)).astype("f4")
@@ -137,7 +137,8 @@ VALUES = [None, True, False, 0, 1, 2, 3, -1, 5, 31, 32, 96, 128, 2048, 1 << 31, 
           0.0, -0.0, 1.0, 2.0,
           .5, 1e-300, 1e-9, 1e10, 1e300, float("inf"), float("-inf"), float("nan"), "", "x", "2", "a\nb\t",
           "../x", "é", "\ud800",
-          "x" * 5000, [], {}, [1], [1.5, 2.5, 3.5], [0, 0, 0], {"a": 1}, [[[[]]]], "prior", "priors", "plain",
+          "x" * 5000, [], {}, [1], [1.5, 2.5, 3.5], [0, 0, 0], [64, 96], [96, 64],
+          [64, 8192], [8192, 8192], [64, 1e300], {"a": 1}, [[[[]]]], "prior", "priors", "plain",
           "whitened", "tiny"]
 NUMBERS = [0, -1, 1, 1e-30, -1e-30, 1e-9, 1e4, -1e5, 1e10, 1e14, 1e20, 1e37, 3e38, np.inf, -np.inf, np.nan,
            65504, 5e-324]
@@ -356,7 +357,7 @@ def main(seconds=20.0, seed=0):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         models = [tiny_prior(), tiny_prior(1, fp.SILU, True), tiny_prior(2, denoiser=False),
-                  tiny_prior(3, variant="plain"), tiny_prior(6, roi=half())]
+                  tiny_prior(3, variant="plain"), tiny_prior(6, roi=half()), tiny_prior(7, size=(96, 64))]
         one = tiny_backbone(np.random.default_rng(9))
         cut = dataclasses.replace(models[0].settings, tile=64)
         models.append(models[0]._with(cut, models[0].calibrations, models[0].summary | {"windows": 2}))
