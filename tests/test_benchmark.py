@@ -111,7 +111,7 @@ def test_maps_are_held_against_their_own_masks(tmp_path):
             rows = {"1": (0, 0), "2": (0, 4), "3": (4, 6), "4": (0, 8)}
             maps = [np.zeros((8, 8)) for _ in paths]
             for m, p in zip(maps, paths):
-                m[slice(*rows[p.stem])] = 1
+                m[slice(*rows[p.stem])] = 2
             return [SimpleNamespace(score=m.max(), anomaly_map=m) for m in maps]
     category, = benchmark.find_categories(tmp_path)
     assert set(benchmark.evaluate(Oracle(), category).values()) == {1.0}
@@ -226,13 +226,13 @@ def test_report_has_table_and_picture(bench, data, tmp_path):
     assert table.strip() in done.stdout and "seeds 0, 1 (mean ± deviation)" in table
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
     head, _, *rows = lines
-    assert head == ["backbone", "variant", "steps", "disc", "plate", "mean", "pixel AUROC", "AUPRO",
-                    "ms a frame", "frames/s"]
+    assert head == ["backbone", "variant", "steps", "disc", "plate", "mean", "pixel AUROC", "pixel AP",
+                    "AUPRO", "box ÷ defect", "ms a frame", "frames/s"]
     assert [r[:3] for r in rows] == [["small", v, n] for v in ("joint", "joint, one model") for n in "12"]
     assert all(re.fullmatch(r"[01]\.\d{4} ± 0\.\d{4}", cell) for cell in rows[0][3:5])
     mean = np.mean([float(cell.split()[0]) for cell in rows[0][3:5]])
     assert float(rows[0][5]) == pytest.approx(mean, abs=1.1e-4)
-    assert rows[0][6:] == ["–", "–", "2.00", "500"]
+    assert rows[0][6:] == [*"––––", "2.00", "500"]
     with Image.open(tmp_path / "report" / "tradeoff.png") as picture:
         assert picture.size[0] > 400
     assert "<svg" in (tmp_path / "report" / "tradeoff.svg").read_text()

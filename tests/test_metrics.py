@@ -268,3 +268,27 @@ def test_wrong_images_are_refused(masks, maps, options, message):
 def test_examples_run():
     done = doctest.testmod(benchmark)
     assert done.attempted >= 3 and not done.failed
+
+
+def test_box_metrics_by_hand():
+    mask, scored = np.zeros((20, 30), bool), np.zeros((20, 30))
+    mask[2:6, 3:8] = True  # 4 x 5, found by a region of 6 x 10, not by the fainter one of 1 x 1
+    scored[1:7, 2:12], scored[4, 6] = 2, 5
+    scored[2:4, 3], scored[1, 2] = .5, 1
+    mask[12, 12] = True  # touched by a region that is not its own alone
+    scored[12:15, 12:14] = 1.5
+    mask[18, 25:28] = True  # missed: at the threshold is not above it
+    scored[18, 25:28] = 1
+    got = benchmark.box_metrics([mask, np.zeros((4, 4))], [scored, np.full((4, 4), 9)])
+    assert got == {"defects_found": 2 / 3, "box_ratio": (60 / 20 + 6) / 2}
+    assert benchmark.box_metrics([np.zeros((4, 4))], [np.ones((4, 4))]) == {}
+    assert benchmark.box_metrics([mask], [np.zeros((20, 30))]) == {"defects_found": 0}
+
+
+def test_of_two_regions_on_a_defect_the_higher_is_its_box():
+    mask, scored = np.zeros((9, 20), bool), np.zeros((9, 20))
+    mask[4, 2:18] = True
+    scored[4, 2:5], scored[2:7, 10:14] = 3, 2
+    assert benchmark.box_metrics([mask], [scored])["box_ratio"] == 3 / 16
+    scored[5, 11] = 4
+    assert benchmark.box_metrics([mask], [scored])["box_ratio"] == 20 / 16
