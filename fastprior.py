@@ -282,10 +282,7 @@ def _resample(x: np.ndarray, n_out: int, shift: float = 0.0, dtype: type = np.fl
 
 def resize_normalize(image: np.ndarray, size, mean, std, shift=(0.0, 0.0),
                      dtype: type = np.float64) -> np.ndarray:
-    """uint8 (H, W, 3) -> dtype (*size, 3): triangle-filter resize, then (x/255 - mean)/std.
-
-    size: (height, width), or one number for both.
-    """
+    """uint8 (H, W, 3) -> dtype (*size, 3), size a pair or a side: triangle filter, (x/255 - mean)/std."""
     height, width = np.broadcast_to(size, 2).tolist()
     x = _resample(image, height, shift[0], dtype)
     x = _resample(x.swapaxes(0, 1), width, shift[1], dtype).reshape(width, -1)
@@ -1215,8 +1212,7 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _pixels(source, deep_only: bool = False) -> np.ndarray:
-    """uint8 (H, W, 3) or (H, W), or uint16, as the source holds them; with deep_only of uint8 the shape alone
-    is right."""
+    """uint8 (H, W, 3) or (H, W), or uint16, as the source holds them; deep_only: of uint8 its shape alone."""
     if isinstance(source, (str, os.PathLike)):
         return _decode(source, deep_only)
     if "PIL.Image" in sys.modules and isinstance(source, sys.modules["PIL.Image"].Image):
@@ -1326,8 +1322,11 @@ def _from_pillow(image, deep_only: bool = False, again: Callable | None = None) 
     if trouble:
         raise ShapeError(trouble)
     if deep_only and not deep:
-        turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
-        return np.broadcast_to(np.uint8(), image.size if turned else image.size[::-1])
+        is_tiff = image.format == "TIFF"  # whose size may be turned already; a PNG, asked, would be decoded
+        tags = image.tag_v2 if is_tiff else image.getexif() if "exif" in image.info else {}
+        turned = tags.get(274, 1) in (5, 6, 7, 8)
+        size = (tags[256], tags[257]) if is_tiff and turned else image.size
+        return np.broadcast_to(np.uint8(), size if turned else size[::-1])
     with _without_pillow_limits(image.height * image.width):
         if not colours and deep:
             a = np.asarray(_turned(image))
@@ -1718,10 +1717,9 @@ class Settings:
     eps-prediction), for ablations. `steps` may be changed when scoring.
     """
     backbone: str = "lite0"
-    # Pixels that an image is resized to: (height, width); or the side of a square, of whose area `fit` makes
-    # a rectangle with the proportions of the images.
+    # Pixels an image is resized to, (height, width); or a square's side: `fit` takes its images' proportions.
     size: int | tuple[int, int] = 448
-    cell: int = 0  # side of a place, pixels of the resized image; 0: 32 from 384 pixels on, else 16
+    cell: int = 0  # side of a place, pixels of the resized image; 0: 32 from 384 x 384 pixels on, else 16
     steps: int = 2
     first: int = 50  # t at which the features are taken to lie
     last: int = 500  # t at which the density is read
@@ -1744,7 +1742,7 @@ class Settings:
     def __post_init__(self) -> None:
         if isinstance(self.size, list):  # of a file
             object.__setattr__(self, "size", tuple(self.size))
-        if self.cell == 0 and all(isinstance(n, int) for n in self.shape):
+        if self.cell == 0 and len(self.shape) == 2 and all(type(n) is int for n in self.shape):
             object.__setattr__(self, "cell", 32 if math.prod(self.shape) >= 384 ** 2 else 16)
 
     @property
@@ -1769,7 +1767,7 @@ class Settings:
         if not good or math.prod(sides) > 1024 ** 2:
             expected = ("a height and a width, multiples of 32 from 64 to 8192, of at most 1024 * 1024 pixels"
                         if isinstance(self.size, tuple) else "a multiple of 32 from 64 to 1024")
-            raise ShapeError(f"size: expected {expected}, got {self.size!r:.60}")
+            raise ShapeError(f"size: expected {expected}, got {_size_text(self.size)!r:.60}")
         last = NUM_TRAIN_TIMESTEPS - 1
         allowed = {"cell": range(16, 1025, 16), "steps": range(1, 201),
                    "first": range(last), "last": range(1, last + 1), "factors": range(_MOST_FACTORS + 1),
@@ -1794,11 +1792,16 @@ class Settings:
         if 0 < self.tile < 64:
             raise ShapeError(f"tile: expected 0 or an integer from 64 to 4096, got {self.tile}")
         if self.tile and sides[0] != sides[1]:
-            raise ShapeError(f"tile: windows are squares, and so must be the size; got {self.size}")
+            raise ShapeError(f"tile: its windows, squares, need a square size, not {_size_text(self.size)}")
         if any(n % self.cell for n in sides):
-            raise ShapeError(f"cell: expected a multiple of 16 that divides the size, {self.size}, "
-                             f"got {self.cell}")
+            raise ShapeError("cell: expected a multiple of 16 that divides the size, "
+                             f"{_size_text(self.size)}, got {self.cell}")
         select_timesteps(self.steps, self.first, self.last)
+
+
+def _size_text(size):
+    """A pair (height, width) as people say it, "640x320", width x height; anything else as it is."""
+    return "x".join(map(str, size[::-1])) if isinstance(size, tuple) else size
 
 
 # Speed against accuracy, as keywords of `fit`.

@@ -354,7 +354,8 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
 
     @functools.cache
     def features() -> fp.Extracted:
-        return kept_features(kept("features", config.size, config.cell, config.copies, config.seed),
+        key = config.size, config.cell, config.copies, config.seed, config.bits
+        return kept_features(kept("features", *key),
                              lambda: fp.extract_features(category.train, config, backbone, threads, progress))
 
     @functools.lru_cache(1)
@@ -469,8 +470,8 @@ def _frame_ms(point: dict) -> float:
 def accuracy_table(points: list[dict]) -> str:
     """Markdown: a row a configuration: image AUROC a category, means over categories and seeds, speed."""
     names, seeds = (list(dict.fromkeys(r[k] for r in points[0]["rows"])) for k in ("category", "seed"))
-    head = ["backbone", "variant", "steps", *names, "mean", "pixel AUROC", "pixel AP", "AUPRO", "box ÷ defect",
-            "ms a frame", "frames/s"]
+    head = ["backbone", "variant", "steps", *names, "mean", "pixel AUROC", "pixel AP", "AUPRO",
+            "box ÷ defect", "ms a frame", "frames/s"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for p in points:
         each = [[r["image_auroc"] for r in p["rows"] if r["category"] == n] for n in names]
@@ -533,6 +534,7 @@ def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backb
                             f"{precision!r:.20}")
     if against:
         check_runtimes(against, device)
+    fp._check_size(*np.broadcast_to(input_size or 448, 2).tolist())
     peaks = measure_peaks() if device == "cpu" else {}
     facts = fp._room("console").machine() | {"fastprior": fp.__version__, "dtype": precision}
     fp._room("console").say(*(f"{k}={v}" for k, v in facts.items()),
@@ -591,7 +593,8 @@ def bench_speed(prior, pixels: Sequence[int], batch: int = 16, seconds: float = 
 
     def decode():
         return np.asarray(Image.open(stream).convert("RGB"))
-    report = {"size": first.settings.size, "input_size": [height, width], "steps": first.settings.steps,
+    report = {"size": fp._size_text(first.settings.size), "input_size": f"{width}x{height}",
+              "steps": first.settings.steps,
               "threads": first._engine().threads if prior.backend == "numba" else 1,
               "frame_p50_ms": np.median(frame), "frame_p95_ms": np.percentile(frame, 95),
               "frame_p99_ms": np.percentile(frame, 99),

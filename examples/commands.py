@@ -228,7 +228,7 @@ def build_app() -> "typer.Typer":
               tier: str = typer.Option("default", help="fast, default or accurate: backbone and size."),
               backbone: list[str] = typer.Option([], help="May be given several times."),
               size: str = typer.Option(None, help="Pixels that images are resized to, see `train`."),
-              cell: int = typer.Option(fp.Settings.cell, help="Side of a place; 0: 32 from 384 pixels on."),
+              cell: int = typer.Option(fp.Settings.cell, help="Side of a place; 0: 32 from 384 x 384 on."),
               input_size: str = typer.Option(None, help="Pixels of the image that is timed: a side, or "
                                                         "WIDTHxHEIGHT (default: --size)."),
               batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),

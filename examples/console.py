@@ -138,8 +138,10 @@ def numbers(text: str, name: str) -> list[int]:
 def size_of(text: str, name: str = "size") -> int | tuple[int, int]:
     """"448" -> 448, "640x320", width x height -> (320, 640)."""
     try:
-        sides = [int(n) for n in text.lower().split("x")]
-        return sides[0] if len(sides) == 1 else (sides[1], sides[0], *sides[2:])
+        width, *height = (int(n) for n in text.lower().split("x"))
+        if min(width, *height, width) < 1 or len(height) > 1:
+            raise ValueError("not one or two sides")
+        return (*height, width) if height else width
     except ValueError as e:
         raise fp.ShapeError(f"--{name}: expected pixels a side, or WIDTHxHEIGHT, got {text!r:.60}") from e
 
@@ -197,7 +199,8 @@ def tell_training(made) -> None:
         tell_doubts(s["near_duplicates"], s["set_aside"])
         depth = f", {prior.settings.bits} bits" if prior.settings.bits else ""
         loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
-        say(f"{s['images']} images{depth}, {s['held_out']} of them scored held out "
+        size = f", resized to {fp._size_text(prior.settings.shape)}" if prior.grid[0] != prior.grid[1] else ""
+        say(f"{s['images']} images{depth}{size}, {s['held_out']} of them scored held out "
             f"({prior.settings.calibration}); "
              f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
         if prior.roi:
@@ -432,7 +435,8 @@ def info(model: Path | None, as_json: bool) -> None:
                   "backbone": made.backbone.name, "grid": "{1}x{0}".format(*made.grid),
                   "channels": sum(made.backbone.channels)}
         for name, prior in fp._products(made).items():
-            own = {**dataclasses.asdict(prior.settings), "looks_at": looks_at(prior),
+            own = {**dataclasses.asdict(prior.settings), "size": fp._size_text(prior.settings.size),
+                   "looks_at": looks_at(prior),
                    "timesteps": prior.timesteps.tolist(), "calibrated_steps": sorted(prior.calibrations),
                    "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()),
                    **{k: v for k, v in prior.summary.items() if k != "traits"},

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fastprior as fp  # noqa: E402
@@ -27,7 +27,7 @@ tiles = []
 for path in fp._room("folders").find_all(args.paths).images:
     image = fp.load_image(path)
     result = prior.score(image)
-    pair = [Image.fromarray(a).resize((args.cell, args.cell), Image.LANCZOS)
+    pair = [ImageOps.pad(Image.fromarray(a), (args.cell, args.cell), Image.LANCZOS, "white")
             for a in (image, fp._room("console").overlay(image, result.anomaly_map))]
     tile = Image.new("RGB", (args.cell, 2 * args.cell + 22), "white")
     tile.paste(pair[0], (0, 0))

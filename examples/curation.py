@@ -21,6 +21,8 @@ if "fp" not in globals():
 
 def settle(images: Iterable, settings: fp.Settings) -> fp.Settings:
     """The settings with what good images decide, where it was not given: proportions of the size, depth."""
+    if settings.bits and (isinstance(settings.size, tuple) or settings.tile):
+        return dataclasses.replace(settings, size=find_shape((), settings))
     shapes, deep = [], []
     for source in images:
         with contextlib.suppress(Exception):  # what cannot be read is said when it is to be used
@@ -33,16 +35,17 @@ def settle(images: Iterable, settings: fp.Settings) -> fp.Settings:
 
 
 def find_shape(shapes: Sequence[tuple[int, int]], settings: fp.Settings) -> int | tuple[int, int]:
-    """For a size that is one number: (height, width) of about its area and the proportions of most images.
+    """For a size that is one number: (height, width) of about its area and the images' median proportions.
 
-    A number where it is a square. Windows (tile) are squares. Sides are as `Settings.check` wants them.
+    A number where it is a square. Windows (tile) are squares. Sides are as `Settings.check` wants them: at
+    least 64 and a cell, so that what is very long has more than that area.
     """
     if isinstance(settings.size, tuple) or settings.tile or not shapes:
         square = len({*settings.shape}) == 1
         return settings.shape[0] if square else settings.size
     unit = math.lcm(settings.cell, 32)
     least, most = -(-64 // unit), 8192 // unit
-    aspect = float(np.exp(np.median([math.log(width / height) for height, width in shapes])))
+    aspect = sorted(width / height for height, width in shapes)[(len(shapes) - 1) // 2]
     longer = max(aspect, 1 / aspect)  # of the proportions, and then of the sides
     short = max(least, round(settings.size / unit / math.sqrt(longer)))
     long = min(round(short * longer), most, 1024 ** 2 // (short * unit ** 2))

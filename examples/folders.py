@@ -305,7 +305,7 @@ def fit_many(root: str | os.PathLike, *, progress=fp._quiet, **options) -> "fp.M
     settings.check()
     settings = fp._room("curation").settle((file for own in found.values() for file in own.images), settings)
     backbone = fp.load_backbone(options.pop("backbone", fp.Settings.backbone))
-    options |= {"backbone": backbone, "bits": settings.bits, "size": settings.shape}
+    options |= {"backbone": backbone, "bits": settings.bits, "size": settings.shape, "cell": settings.cell}
     return fp.MultiPrior({product: fp.fit(own, progress=lambda what, done, of, name=product:
                                     progress(f"{name}: {what}", done, of), **options)
                        for product, own in found.items()})

@@ -55,9 +55,10 @@ def update(prior: fp.Prior, images, known: str | os.PathLike, *, iterations: int
     """The model trained on `images` too, without the images it was trained on.
 
     images: as for `fit`, may repeat old ones. known: the features that `fit(features=)` kept of the old
-    ones. Gaussians, factors and calibration are bit for bit those of a training on all. iterations: 0
-    keeps the denoiser while it still lowers the held-out loss; `summary["gain_kept"]` is by what share,
-    which at its training was 1 - loss / loss_start. Else it is trained again. options: those of `fit`.
+    ones. Gaussians, factors and calibration are bit for bit those of a training on all at its size.
+    iterations: 0 keeps the denoiser while it still lowers the held-out loss; `summary["gain_kept"]` is by
+    what share, which at its training was 1 - loss / loss_start. Else it is trained again. options: those of
+    `fit`.
     """
     kept = prior.denoiser if iterations == 0 else None
     factors = prior.settings.factors and fp.Settings.factors  # it may have less, for it had few images

@@ -162,6 +162,7 @@ def check_memory(images: int, settings: fp.Settings, backbone: fp.Backbone) -> N
     needed, left = training_memory(images, settings, backbone), memory_left()
     if needed > left:
         raise fp.FastPriorError(
-            f"training on {images} images at {settings.size} pixels takes {needed / 1e9:.1f} GB of memory, "
-            f"{max(left, 0) / 1e9:.1f} are free: take fewer images, or a smaller size or backbone")
+            f"training on {images} images at {fp._size_text(settings.size)} pixels takes "
+            f"{needed / 1e9:.1f} GB of memory, {max(left, 0) / 1e9:.1f} are free: take fewer images, or a "
+            "smaller size or backbone")
     fp._log.info("training takes about %.1f GB of memory", (needed + 6e8) / 1e9)

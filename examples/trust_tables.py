@@ -58,9 +58,10 @@ class Kept:
         bench = fp._room("benchmark")
 
         def kept(images, kind, change=None):
-            own, files, key = config, images, (config.size, config.cell, config.copies, config.seed)
+            own, files, key = config, images, (config.size, config.cell, config.bits, config.copies,
+                                                  config.seed)
             if change:
-                own, files, key = dataclasses.replace(config, copies=0), Changed(images), key[:2]
+                own, files, key = dataclasses.replace(config, copies=0), Changed(images), key[:3]
                 files.change = change
             return bench.kept_features(bench.cache_files(category.name, images, net)(kind, *key),
                                        lambda: fp.extract_features(files, own, net, 1))

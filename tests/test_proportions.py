@@ -65,7 +65,7 @@ def test_what_the_user_names_stays():
             fp.Settings(size=size).check()
     with pytest.raises(fp.ShapeError, match="cell: .* multiple of 16 that divides"):
         fp.Settings(size=(448, 320), cell=64 + 48).check()
-    with pytest.raises(fp.ShapeError, match="tile: windows are squares"):
+    with pytest.raises(fp.ShapeError, match="tile: its windows, squares, need a square size, not 320x448"):
         fp.Settings(size=(448, 320), tile=64).check()
 
 
@@ -126,13 +126,35 @@ def test_more_images_keep_the_model_s_proportions(prior, tmp_path):
     assert more.settings.size == made.settings.size and more.summary["images"] == 24
 
 
+@pytest.mark.parametrize("name", ["t.tif", "p.png", "j.jpg", "w.webp"])
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_proportions_are_those_of_the_upright_image(tmp_path, name, turn):
+    """And nothing is decoded to learn them."""
+    exif = Image.Exif()
+    exif[274] = turn
+    Image.fromarray(parts(0, 1, (40, 120))[0]).save(tmp_path / name, exif=exif)
+    settled = curation.settle([tmp_path / name], fp.Settings(size=64))
+    upright = fp.load_image(tmp_path / name).shape[:2]
+    assert settled.shape == {(40, 120): (64, 192), (120, 40): (192, 64)}[upright]
+    with Image.open(tmp_path / name) as image:
+        assert fp._pixels(image, deep_only=True).shape == upright
+        image.load()
+        assert fp._pixels(image, deep_only=True).shape == fp.load_image(image).shape[:2]
+
+
+def test_a_png_is_not_decoded_to_learn_its_proportions(tmp_path, monkeypatch):
+    Image.fromarray(parts(0, 1)[0]).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda *_: pytest.fail("decoded"))
+    assert fp._pixels(tmp_path / "a.png", deep_only=True).shape == (HEIGHT, WIDTH)
+
+
 def test_products_of_several_proportions_share_one(tmp_path):
     for name, shape in (("wide", (60, 120)), ("wider", (60, 240))):
         (tmp_path / name).mkdir()
         for i, image in enumerate(parts(len(name), 8, shape)):
             Image.fromarray(image).save(tmp_path / name / f"{i}.png")
     made = fp.fit_many(tmp_path, size=128, copies=0, iterations=0)
-    assert made.settings.shape == (64, 192) and {p.settings.size for p in made.priors.values()} == {(64, 192)}
+    assert {(p.settings.size, p.settings.cell) for p in made.priors.values()} == {((96, 192), 16)}
 
 
 def test_the_command(tmp_path):
@@ -140,17 +162,18 @@ def test_the_command(tmp_path):
     for i, image in enumerate(parts(0, 12)):
         Image.fromarray(image).save(tmp_path / "good" / f"{i}.png")
     model = tmp_path / "m.npz"
-    for size, shape, grid in (("128", [96, 256], "16x6"), ("128x64", [64, 128], "8x4"),
-                              ("64X64", 64, "4x4")):
-        done = run("train", tmp_path / "good", "-o", model, "--size", size, "--iterations", 0)
-        assert done.returncode == 0, done.stderr
+    for given, size, grid in (("128", "256x96", "16x6"), ("128x64", "128x64", "8x4"), ("64X64", 64, "4x4")):
+        done = run("train", tmp_path / "good", "-o", model, "--size", given, "--iterations", 0)
+        assert done.returncode == 0 and ("x" not in str(size) or f"resized to {size}," in done.stderr), done
         told = json.loads(run("info", model, "--json").stdout)
-        assert told["size"] == shape and told["grid"] == grid
+        assert told["size"] == size and told["grid"] == grid
     for options, words in ((["12by8"], ("--size", "WIDTHxHEIGHT", "12by8")),
-                           (["64x64x64"], ("size", "a height and a width")),
+                           (["64x64x64"], ("--size", "WIDTHxHEIGHT")), (["-64"], ("--size", "WIDTHxHEIGHT")),
+                           (["1024x2048"], ("size", "8192", "got '1024x2048'")),
                            (["128x64", "--tiles", "64"], ("tile", "squares"))):
         refused(run("train", tmp_path / "good", "-o", model, "--size", *options), *words)
     done = run("bench", "--size", "96x64", "--input-size", "120x80", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["size"] == [64, 96] and told["input_size"] == [80, 120]
+    assert told["size"] == "96x64" and told["input_size"] == "120x80"
+    refused(run("bench", "--size", "64", "--input-size", "9999999"), "8 to 65535 pixels a side")
