@@ -2727,7 +2727,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or "
                          "more are better")
     backbone = load_backbone(config.backbone)
-    config = dataclasses.replace(_room("curation").settle(images, config), backbone=backbone.name)
+    config, proportions = _room("curation").settle(images, config)
+    config = dataclasses.replace(config, backbone=backbone.name)
     if config.tile:
         return _room("tiles").fit(images, locked, found, config, backbone, keep_all, (roi, known, features),
                                   progress, iterations=iterations, minutes=minutes, threads=threads)
@@ -2749,8 +2750,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
                                 threads)
     whitened.summary["set_aside"] = _names(images, whitened.summary["set_aside"])
     prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress, denoiser)
-    prior.summary |= {"seconds": round(time.perf_counter() - began, 1),
-                      "found": found, "not_read": len(unreadable)}
+    prior.summary |= {"seconds": round(time.perf_counter() - began, 1), "found": found,
+                      "not_read": len(unreadable), "proportions": proportions}
     return prior
 
 

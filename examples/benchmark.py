@@ -410,8 +410,8 @@ def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable,
         base = fp.Settings(backbone=backbone.name, steps=(other or [fp.Settings.steps])[0], **settings)
         base.check()
         files, settle = {}, fp._room("curation").settle
-        together = settle([f for c in categories for f in c.train], base) if multi else None
-        settled = {c.name: together or settle(c.train, base) for c in categories}
+        together = settle([f for c in categories for f in c.train], base)[0] if multi else None
+        settled = {c.name: together or settle(c.train, base)[0] for c in categories}
         with _interrupted_at_once():
             for category, seed in itertools.product(categories, seeds):
                 own = dataclasses.replace(settled[category.name], seed=seed)

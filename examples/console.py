@@ -116,7 +116,9 @@ def promise(prior) -> str:
     if aside:
         text += f" ({t.expected:.1%} on average if the {aside} are bad)"
     if safe.bound > t.fpr:
-        text += f"; for {t.fpr:.1%} you need {t.needed} (an estimate, no promise: threshold {t.estimate:.2f})"
+        text += f"; for {t.fpr:.1%} you need {t.needed} images"
+        if t.estimate > t.value:
+            text += f" (an estimate of its threshold, no promise: {t.estimate:.2f})"
     return text
 
 
@@ -200,9 +202,11 @@ def tell_training(made) -> None:
         depth = f", {prior.settings.bits} bits" if prior.settings.bits else ""
         loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
         size = f", resized to {fp._size_text(prior.settings.shape)}" if prior.grid[0] != prior.grid[1] else ""
-        say(f"{s['images']} images{depth}{size}, {s['held_out']} of them scored held out "
-            f"({prior.settings.calibration}); "
-             f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
+        by = f"{s['held_out']} of them scored held out ({prior.settings.calibration})"
+        if prior.settings.tile:
+            by = f"{s['windows_trained_on']} windows of them train, {s['held_out']} other images calibrate"
+        say(f"{s['images']} images{depth}{size}, {by}; "
+            f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
         if prior.roi:
             say(f"looks at {looks_at(prior)}")
         say(promise(prior))
@@ -220,9 +224,14 @@ def load(path: str | os.PathLike, bits: int | None, told: set[str]) -> np.ndarra
     return image
 
 
-def judge(prior: fp.Prior | fp.MultiPrior, image: np.ndarray, with_map: bool) -> fp.Result:
-    """Its result; ShapeError where it is not a number."""
+def judge(prior: fp.Prior | fp.MultiPrior, image: np.ndarray, with_map: bool, told: set[str]) -> fp.Result:
+    """Its result; ShapeError where it is not a number. Other proportions are said once and kept in `told`."""
     r = prior.score(image, with_map=with_map)
+    own = fp._products(prior).get(r.product or "")
+    if own and (text := fp._room("curation").squashed(image.shape, own)) and not any(
+            "other proportions" in old for old in told):
+        told.add(text)
+        fp._log.warning("%s", text)
     if not math.isfinite(r.score) or r.device_map is not None and not np.isfinite(r.anomaly_map).all():
         raise fp.ShapeError("its score or map is not a number")
     return r
@@ -280,7 +289,7 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
                 image = load(path, fp._bits(prior), told)
                 looked_at = prior.roi.paint(image) if prior.roi else image
                 seen += fp.image_key(looked_at) in known_images
-                r = judge(prior, image, bool(map_folder or mask_folder or as_json or page))
+                r = judge(prior, image, bool(map_folder or mask_folder or as_json or page), told)
             except (fp.FastPriorError, MemoryError) as e:
                 refuse(str(e) if isinstance(e, fp.ImageError) else f"{path}: {str(e) or 'out of memory'}",
                        row)
@@ -352,6 +361,8 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
     tell_doubts(prior.summary["near_duplicates_today"], prior.summary["set_aside_today"])
     say(promise(prior))
     if known_bad:
+        say(f"{len(bad)} bad images from {known_bad}; 'at most' with 95 % confidence, of the proposed one, which "
+            "was chosen by looking at these, by a bound that holds for all thresholds at once")
         print("threshold\tfalse alarms\tat most\tmissed")
         for t, wrong, most, missed, note in trade_off(prior.calibration["scores"], np.array(bad)):
             average = "-" if note else f"{wrong:.1%}"  # of a threshold chosen by looking it promises nothing

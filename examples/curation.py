@@ -19,10 +19,11 @@ if "fp" not in globals():
     import fastprior as fp
 
 
-def settle(images: Iterable, settings: fp.Settings) -> fp.Settings:
-    """The settings with what good images decide, where it was not given: proportions of the size, depth."""
-    if settings.bits and (isinstance(settings.size, tuple) or settings.tile):
-        return dataclasses.replace(settings, size=find_shape((), settings))
+def settle(images: Iterable, settings: fp.Settings) -> tuple[fp.Settings, list[float]]:
+    """The settings with what good images decide, where it was not given: proportions of the size, depth.
+
+    And the least and the greatest width / height of the images.
+    """
     shapes, deep = [], []
     for source in images:
         with contextlib.suppress(Exception):  # what cannot be read is said when it is to be used
@@ -30,8 +31,23 @@ def settle(images: Iterable, settings: fp.Settings) -> fp.Settings:
             shapes.append(a.shape[:2])
             if a.dtype == np.uint16:
                 deep.append((fp._beyond(a), a.size))
-    return dataclasses.replace(settings, bits=settings.bits or find_depth(deep),
-                               size=find_shape(shapes, settings))
+    settled = dataclasses.replace(settings, bits=settings.bits or find_depth(deep),
+                                  size=find_shape(shapes, settings))
+    ratios = [width / height for height, width in shapes]
+    return settled, [min(ratios), max(ratios)] if ratios else []
+
+
+def squashed(shape: Sequence[int], prior: fp.Prior) -> str:
+    """That an image (H, W, ...) has other proportions than all that trained, by over 2 %; "" if not."""
+    try:
+        low, high = map(float, prior.summary["proportions"])
+    except (AttributeError, KeyError, TypeError, ValueError):  # not known
+        return ""
+    if prior.settings.tile or low / 1.02 <= shape[1] / shape[0] <= high * 1.02:
+        return ""
+    known = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+    return (f"{shape[1]}x{shape[0]} pixels: other proportions than the images that trained (width / height "
+            f"{known}) are squashed, and the scores mean little")
 
 
 def find_shape(shapes: Sequence[tuple[int, int]], settings: fp.Settings) -> int | tuple[int, int]:

@@ -196,8 +196,8 @@ def find_good(path: str | os.PathLike) -> Found:
         names = ", ".join(sorted(f"{f.name}/" for f in folders)[:6])
         raise fp.ImageError(f"{here}: which images are good is not clear "
                             f"({'images beside ' * bool(loose and folders)}"
-                            f"{names or 'by its name, none'}); give the folder of good images "
-                            "(for a folder a product, --multi)")
+                            f"{names or 'by its name, none'}); give the folder of good images, "
+                            "or put its folders into one called good/ (for a folder a product, --multi)")
     found.folder(here, without="bad", deep=kind == "good")
     for folder in sorted(aside):
         found.leave(folder)
@@ -303,7 +303,8 @@ def fit_many(root: str | os.PathLike, *, progress=fp._quiet, **options) -> "fp.M
     names = {f.name for f in dataclasses.fields(fp.Settings)} - {"backbone"}
     settings = fp.Settings(**{k: v for k, v in options.items() if k in names})
     settings.check()
-    settings = fp._room("curation").settle((file for own in found.values() for file in own.images), settings)
+    files = [file for own in found.values() for file in own.images]
+    settings, _ = fp._room("curation").settle(files, settings)
     backbone = fp.load_backbone(options.pop("backbone", fp.Settings.backbone))
     options |= {"backbone": backbone, "bits": settings.bits, "size": settings.shape, "cell": settings.cell}
     return fp.MultiPrior({product: fp.fit(own, progress=lambda what, done, of, name=product:

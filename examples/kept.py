@@ -65,5 +65,7 @@ def update(prior: fp.Prior, images, known: str | os.PathLike, *, iterations: int
     settings = dataclasses.asdict(prior.settings) | {"backbone": prior.backbone, "factors": factors,
                                                      "roi": prior.roi, "size": prior.settings.shape}
     new = fp.fit(images, known=known, denoiser=kept, iterations=iterations, **settings | options)
+    ratios = [*prior.summary.get("proportions", ()), *new.summary.get("proportions", ())]
+    new.summary["proportions"] = [min(ratios), max(ratios)] if ratios else []
     new.summary |= {k: prior.summary[k] for k in ("loss_start", "loss") if k in prior.summary and kept}
     return new

@@ -409,7 +409,9 @@ def scored(files: list[dict], model, workers: int, cpus: float, batch: int):
             failed = [e]
     if failed:  # no worker that died, and no image's fault
         cause = re.search(r"^[\w.]*(Error|Exception): .*", str(failed[0]), re.MULTILINE)
-        raise fp.FastPriorError(f"the workers cannot score: {cause[0] if cause else failed[0]}")
+        hint = "; install fastprior on every machine, or let PYTHONPATH name its folder"
+        raise fp.FastPriorError(f"the workers cannot score: {cause[0] if cause else failed[0]}"
+                                + hint * ("No module named 'fastprior'" in str(failed[0])))
 
 
 def unscored(files: list[dict], errors: list[str]) -> pa.Table:

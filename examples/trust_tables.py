@@ -276,8 +276,8 @@ def main() -> None:
     args, net, rows = parser.parse_args(), fp.load_backbone(fp.Settings.backbone), []
     fp._CALIBRATED_STEPS = ()  # but the default: with F = 0 the number of steps changes no score
     categories = fp._room("benchmark").find_categories(args.data)
-    config = fp._room("curation").settle([f for c in categories for f in c.train],
-                                         fp.Settings(backbone=net.name, size=args.size))
+    config, _ = fp._room("curation").settle([f for c in categories for f in c.train],
+                                            fp.Settings(backbone=net.name, size=args.size))
     keep = Traits if args.table == "traits" else Kept
     kept = [keep(c, config, net) for c in categories]
     with contextlib.suppress(KeyboardInterrupt):

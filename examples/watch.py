@@ -76,6 +76,7 @@ class Watch:
         self.prior, self.with_map = prior, with_map or keep is not None
         self.keep = None if keep is None else Path(keep)
         self.count = self.anomalies = self.failed = 0
+        self.told: set[str] = set()  # what was said of images and need not be said again
         self.stopped = False
         self._busy, self._last = 0.0, None
         is_folder = not isinstance(source, int) and os.path.isdir(source)
@@ -152,7 +153,7 @@ class Watch:
         try:
             if frame.image is None:
                 raise fp.ImageError(frame.error)
-            r = console.judge(self.prior, frame.image, self.with_map)
+            r = console.judge(self.prior, frame.image, self.with_map, self.told)
             row |= console.as_row(frame.path, r)
             self.anomalies += r.is_anomaly
         except (fp.FastPriorError, MemoryError) as e:
@@ -212,6 +213,7 @@ class Folder:
         self.waiting: dict[Path, Waiting] = {}
         self.told: set[str] = set()  # warnings
         self.troubles: dict[str, str] = {}  # folders and links that cannot be read
+        self.looked = False
 
     def close(self) -> None:
         self.journal.close()
@@ -230,17 +232,22 @@ class Folder:
         for path, text in found.errors.items():
             if self.troubles.get(path) != text:
                 fp._log.warning("%s: %s", path, text)
-        self.troubles, self.waiting = found.errors, {}
+        self.troubles, self.waiting, known = found.errors, {}, 0
         for path, name in found.images.items():
             try:
                 state = _state(path)
             except OSError:  # it has left
                 continue
             if self.journal.seen.get(str(name)) == state:
+                known += 1
                 continue
             old = before.get(path)
             self.waiting[path] = (old._replace(stable=True) if old and old.state == state
                                   else Waiting(name, state, now, False, False))
+        if known and not self.looked:
+            fp._log.info("%d images were scored before, by whatever model, and are not again (so says %s: "
+                         "delete it, or name another by --journal)", known, self.journal.path)
+        self.looked = True
         self.journal.tidy({str(name) for name in found.images.values()})
 
     def ready(self) -> list[Path]:

@@ -1,4 +1,5 @@
 """Images that are not square: a grid of their proportions, and the same scores by every engine."""
+import itertools
 import json
 
 import numpy as np
@@ -124,6 +125,7 @@ def test_more_images_keep_the_model_s_proportions(prior, tmp_path):
     made = fp.fit(parts(0, 16), size=128, copies=1, iterations=0, features=tmp_path / "f.npz")
     more = made.update(parts(6, 8, (90, 90)), tmp_path / "f.npz")
     assert more.settings.size == made.settings.size and more.summary["images"] == 24
+    assert more.summary["proportions"] == [1, 2.5]
 
 
 @pytest.mark.parametrize("name", ["t.tif", "p.png", "j.jpg", "w.webp"])
@@ -133,7 +135,7 @@ def test_proportions_are_those_of_the_upright_image(tmp_path, name, turn):
     exif = Image.Exif()
     exif[274] = turn
     Image.fromarray(parts(0, 1, (40, 120))[0]).save(tmp_path / name, exif=exif)
-    settled = curation.settle([tmp_path / name], fp.Settings(size=64))
+    settled, _ = curation.settle([tmp_path / name], fp.Settings(size=64))
     upright = fp.load_image(tmp_path / name).shape[:2]
     assert settled.shape == {(40, 120): (64, 192), (120, 40): (192, 64)}[upright]
     with Image.open(tmp_path / name) as image:
@@ -177,3 +179,24 @@ def test_the_command(tmp_path):
     told = json.loads(done.stdout)
     assert told["size"] == "96x64" and told["input_size"] == "120x80"
     refused(run("bench", "--size", "64", "--input-size", "9999999"), "8 to 65535 pixels a side")
+
+
+def test_images_of_other_proportions_are_said_once(prior, tmp_path):
+    assert prior.summary["proportions"] == [2.5, 2.5]
+    model = tmp_path / "m.npz"
+    prior.save(model)
+    for i, image in enumerate(parts(1, 2) + parts(2, 2, (90, 90)) + parts(3, 1, (40, 101))):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    done = run("score", tmp_path / "0.png", tmp_path / "1.png", tmp_path / "4.png", "-m", model)
+    assert "other proportions" not in done.stderr
+    done = run("score", tmp_path, "-m", model)
+    text = "90x90 pixels: other proportions than the images that trained (width / height 2.50)"
+    assert done.stderr.count(text) == 1
+    with fp._room("watch").Watch(prior, tmp_path, journal=tmp_path / "journal") as stream:
+        assert len([*itertools.islice(stream, 5)]) == 5 and len(stream.told) == 1
+
+
+@pytest.mark.parametrize("told", [None, 3, [1], ["a", "b"], [[], []], {}, {"a": 1, "b": 2}])
+def test_proportions_of_a_file_are_not_trusted(prior, told):
+    made = prior._with(prior.settings, prior.calibrations, prior.summary | {"proportions": told})
+    assert curation.squashed((90, 90, 3), made) == ""
