@@ -361,8 +361,8 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
     tell_doubts(prior.summary["near_duplicates_today"], prior.summary["set_aside_today"])
     say(promise(prior))
     if known_bad:
-        say(f"{len(bad)} bad images from {known_bad}; 'at most' with 95 % confidence, of the proposed one, which "
-            "was chosen by looking at these, by a bound that holds for all thresholds at once")
+        say(f"{len(bad)} bad images from {known_bad}; 'at most' with 95 % confidence, of the proposed one, "
+            "which was chosen by looking at these, by a bound that holds for all thresholds at once")
         print("threshold\tfalse alarms\tat most\tmissed")
         for t, wrong, most, missed, note in trade_off(prior.calibration["scores"], np.array(bad)):
             average = "-" if note else f"{wrong:.1%}"  # of a threshold chosen by looking it promises nothing

@@ -175,7 +175,8 @@ def test_the_command(webs, tmp_path):
         return subprocess.run([sys.executable, str(ROOT / "fastprior.py"), *args], cwd=tmp_path,
                               capture_output=True, text=True)
     done = run("train", "good", "--tiles", "64", "--size", "64", "--iterations", "0", "-o", "m.npz")
-    assert done.returncode == 0 and "14 images, 42 windows of them train, 10 other images calibrate;" in done.stderr, done.stderr
+    text = "14 images, 42 windows of them train, 10 other images calibrate;"
+    assert done.returncode == 0 and text in done.stderr, done.stderr
     done = run("score", "-m", "m.npz", "bad.png", "--map", "maps")
     assert done.returncode == 1 and done.stdout.split("\t")[3].strip() == "anomaly", done
     with Image.open(tmp_path / "maps" / "bad.png.map.png") as drawn:
