@@ -1999,9 +1999,9 @@ class Prior:
         """This model with zero and unit of score and map, p-values and thresholds read from new good images.
 
         images: folder, or sequence of paths or uint8 arrays, that the model was not trained on; then the
-        promise is split conformal, with keep_all exact. Equal pixels and near-duplicates count once, and images unlike
-        the others are set aside (`summary["set_aside_today"]`) unless keep_all. settings: `fpr`, `threshold`.
-        Nothing is trained, and the order of scores does not change. ImageError if fewer than 10 can be read.
+        promise is split conformal, exact with keep_all. Equal pixels and near-duplicates count once, images
+        unlike the others are set aside (`summary["set_aside_today"]`) unless keep_all. settings: `fpr`,
+        `threshold`. Nothing is trained, the order of scores stays. ImageError if fewer than 10 can be read.
         """
         images, unreadable, _ = _room("folders").good_images(images)
         if self.settings.tile:

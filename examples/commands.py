@@ -49,8 +49,8 @@ def build_app() -> "typer.Typer":
               tier: str = typer.Option("default", help="fast, default or accurate: backbone and size."),
               backbone: str = typer.Option(None, help="lite0, lite1, lite2, timm:NAME, or a weight file."),
               size: str = typer.Option(None, help="Pixels that images are resized to, multiples of 32: a "
-                                                  "side (of a square, whose area keeps the images' "
-                                                  "proportions), or WIDTHxHEIGHT."),
+                                                  "square's side, whose area takes the proportions of the "
+                                                  "images, or WIDTHxHEIGHT."),
               cell: int = typer.Option(None,
                                        help="Side of a place, pixels of the resized image: 16, 32, ..."),
               steps: int = typer.Option(fp.Settings.steps, help="DDIM inversion steps."),

@@ -170,8 +170,8 @@ def first_of(group: np.ndarray) -> np.ndarray:
 def outliers(nll: np.ndarray, worst: float, of: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Which images are unlike the others, and which of them by far? Held-out nll (n, N) -> bool (n,), twice.
 
-    of (m, N): judge these, each by the others alone -> bool (m,), twice. What an image is then called depends
-    on no other image of `of`: what these promise of the next image stays exact.
+    of (m, N): judge these, each by nll alone -> bool (m,), twice. What one is called depends on no other of
+    them (but where a tenth is passed): what they promise of the next image stays exact.
 
     None of fewer than MIN_HELD_OUT, a tenth at most. Each place is standardised by median and quartiles, an
     image judged by the mean of its worst places. The tail of good images is taken as exponential beyond the

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import fastprior as fp
 from test_cli import refused, run
@@ -163,22 +164,23 @@ def test_the_command(tmp_path):
     (tmp_path / "good").mkdir()
     for i, image in enumerate(parts(0, 12)):
         Image.fromarray(image).save(tmp_path / "good" / f"{i}.png")
-    model = tmp_path / "m.npz"
+    model, app = tmp_path / "m.npz", fp._room("commands").build_app()
     for given, size, grid in (("128", "256x96", "16x6"), ("128x64", "128x64", "8x4"), ("64X64", 64, "4x4")):
         done = run("train", tmp_path / "good", "-o", model, "--size", given, "--iterations", 0)
         assert done.returncode == 0 and ("x" not in str(size) or f"resized to {size}," in done.stderr), done
-        told = json.loads(run("info", model, "--json").stdout)
+        told = json.loads(CliRunner().invoke(app, ["info", str(model), "--json"]).stdout)
         assert told["size"] == size and told["grid"] == grid
     for options, words in ((["12by8"], ("--size", "WIDTHxHEIGHT", "12by8")),
                            (["64x64x64"], ("--size", "WIDTHxHEIGHT")), (["-64"], ("--size", "WIDTHxHEIGHT")),
                            (["1024x2048"], ("size", "8192", "got '1024x2048'")),
                            (["128x64", "--tiles", "64"], ("tile", "squares"))):
-        refused(run("train", tmp_path / "good", "-o", model, "--size", *options), *words)
+        done = CliRunner().invoke(app, ["train", str(tmp_path / "good"), "-o", "m", "--size", *options])
+        assert isinstance(done.exception, fp.ShapeError) and all(w in str(done.exception) for w in words)
     done = run("bench", "--size", "96x64", "--input-size", "120x80", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["size"] == "96x64" and told["input_size"] == "120x80"
-    refused(run("bench", "--size", "64", "--input-size", "9999999"), "8 to 65535 pixels a side")
+    refused(run("bench", "--input-size", "9999999"), "8 to 65535 pixels a side")
 
 
 def test_images_of_other_proportions_are_said_once(prior, tmp_path):
