@@ -63,9 +63,9 @@ import numpy as np
 
 __version__ = "0.2.0"
 __all__ = [
-    "Prior", "MultiPrior", "fit_many", "Result", "Region", "find_regions", "RegionOfInterest",
-    "FastPriorError", "ShapeError", "ImageError", "ModelError",
-    "BackendUnavailable", "alpha_bar", "select_timesteps", "rotation", "ddim_invert",
+    "Prior", "MultiPrior", "fit_many", "Result", "Region", "find_regions", "label_regions",
+    "RegionOfInterest", "FastPriorError", "ShapeError", "ImageError", "ModelError", "BackendUnavailable",
+    "alpha_bar", "select_timesteps", "rotation", "ddim_invert",
     "gaussian_log_prob", "conformal_p_value", "conformal_threshold", "Engine",
 ]
 
@@ -845,38 +845,6 @@ def denoise(p: dict[str, np.ndarray], x: np.ndarray, t: int) -> np.ndarray:
         u = linear(u, p[f"mix{i}_w1"], p[f"mix{i}_b1"], SILU)
         h = linear(u, p[f"mix{i}_w2"], p[f"mix{i}_b2"], NONE, h)
     return linear(layer_norm(h, p["norm_gain"], p["norm_bias"]), p["out_w"], p["out_b"])
-
-
-def initial_denoiser(n: int, c: int, settings: Settings) -> dict[str, np.ndarray]:
-    """Random weights of the denoiser; its output layer starts at zero, so that F = 0."""
-    rng, d, tokens = np.random.default_rng(settings.seed), settings.width, 64
-
-    def dense(*shape):
-        return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(np.float32)
-    k = 64
-    p = {"in_w": dense(c, d), "pos": .02 * dense(n, d) * math.sqrt(n), "time_w": dense(12, k),
-         "time_b": np.zeros(k), "shift_w": dense(k, d), "gain_w": np.zeros((k, c)),
-         "norm_gain": np.ones(d), "norm_bias": np.zeros(d), "out_w": np.zeros((d, c)), "out_b": np.zeros(c)}
-    for i in range(settings.mixers):
-        p |= {f"mix{i}_token1": dense(n, tokens).T, f"mix{i}_token2": dense(tokens, n).T,
-              f"mix{i}_w1": dense(d, 2 * d), f"mix{i}_b1": np.zeros(2 * d),
-              f"mix{i}_w2": dense(2 * d, d), f"mix{i}_b2": np.zeros(d)}
-        for j in (1, 2):
-            p |= {f"mix{i}_norm{j}_gain": np.ones(d), f"mix{i}_norm{j}_bias": np.zeros(d)}
-    return {name: np.ascontiguousarray(a, np.float32) for name, a in p.items()}
-
-
-def denoiser_loss(x0: np.ndarray, p: dict[str, np.ndarray] | None, prediction: str) -> float:
-    """Mean |F(x_t, t) - target|^2 of x0 (M, N, C), what training lowers, at four t; None: F = 0."""
-    rng, losses = np.random.default_rng(0), []
-    for x in x0:
-        for t in (50, 100, 200, 400):
-            eps, abar = rng.standard_normal(x.shape, np.float32), _alpha_bar_table()[t]
-            signal, noise = np.float32(abar ** .5), np.float32((1 - abar) ** .5)
-            target = signal * eps - noise * x if prediction == "v" else eps
-            f = denoise(p, signal * x + noise * eps, t) if p else 0
-            losses.append(np.mean((f - target) ** 2))
-    return float(np.mean(losses))
 
 
 def _num_mixers(p: dict) -> int:
@@ -1883,13 +1851,33 @@ class Region(NamedTuple):
     peak: float
 
 
+HALO = .3  # chosen on drawn specks, see BENCHMARKS.md, "Boxes of regions"
+
+
+def label_regions(anomaly_map: np.ndarray) -> np.ndarray:
+    """(H, W) in units of its threshold -> int32 (H, W): the region, from 1, that a pixel lies in; 0 in none.
+
+    One region for each 8-connected part above 1: around its peak, what is at least `HALO` of the peak. The
+    rest is halo: what is strong shines as far as the network looks, which says nothing of its size.
+    """
+    from scipy import ndimage
+    above, eight = np.asarray(anomaly_map) > 1, np.ones((3, 3))
+    parts, count = ndimage.label(above, eight)
+    part, value, peaks = parts[above], anomaly_map[above], np.zeros(count + 1)
+    np.maximum.at(peaks, part, value)
+    above[above] = value >= HALO * peaks[part]
+    pieces, count = ndimage.label(above, eight)
+    highest, number = value == peaks[part], np.zeros(count + 1, np.int32)
+    number[pieces[parts > 0][highest]] = part[highest]
+    return number[pieces]
+
+
 def find_regions(anomaly_map: np.ndarray | None) -> list[Region]:
-    """8-connected regions of `anomaly_map > 1` (H, W), highest peak first. ShapeError without a map."""
+    """`label_regions` of a map (H, W), highest peak first. ShapeError without a map."""
     if anomaly_map is None:
         raise ShapeError("regions: this image was scored without its map: score(..., with_map=True)")
     from scipy import ndimage
-    labels, _ = ndimage.label(anomaly_map > 1, np.ones((3, 3)))
-    regions = []
+    labels, regions = label_regions(anomaly_map), []
     for number, (y, x) in enumerate(ndimage.find_objects(labels), 1):
         inside = labels[y, x] == number
         peak = float(anomaly_map[y, x][inside].max())
@@ -2668,7 +2656,8 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
     denoiser, trained = None, {"iterations": 0}
     if kept is not None:
         held = x0[(fold == 0) & w.clean][:32].astype(np.float32)
-        gain = 1 - denoiser_loss(held, kept, prediction) / denoiser_loss(held, None, prediction)
+        loss = _room("training").denoiser_loss
+        gain = 1 - loss(held, kept, prediction) / loss(held, None, prediction)
         denoiser, trained = kept if gain > 0 else None, {"iterations": 0, "gain_kept": round(gain, 5)}
     elif iterations is None or iterations > 0:
         denoiser, trained = _room("training").train_denoiser(

@@ -271,7 +271,7 @@ def box_metrics(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> dict
     for mask, scored in zip(masks, maps):
         parts, count = ndimage.label(mask, np.ones((3, 3)))
         defects += count
-        areas, _ = ndimage.label(scored > 1, np.ones((3, 3)))
+        areas = fp.label_regions(scored)
         regions = ndimage.find_objects(areas)
         for number, (y, x) in enumerate(ndimage.find_objects(parts), 1):
             hit = areas[y, x][parts[y, x] == number]
@@ -661,7 +661,7 @@ def untrained(backbone: str, size: int | tuple[int, int], threads: int | None = 
     net = fp.load_backbone(backbone)
     n, c = math.prod(settings.grid), sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // fp._PANEL)
-    denoiser = fp.initial_denoiser(n, c, settings)
+    denoiser = fp._room("training").initial_denoiser(n, c, settings)
     calibration = {"gain": np.ones(n, np.float32), "offset": np.zeros(n, np.float32),
                    "moments": np.array([0., 1., 0.]), "scores": np.arange(100.), "peaks": np.arange(1., 101.)}
     counts = panels * (panels + 1) // 2, panels * -(-settings.factors // fp._PANEL)

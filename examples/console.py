@@ -307,7 +307,7 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
                     drawn = overlay(image, r.anomaly_map, r.regions)
                     row["map"] = folders.write_png(map_folder, name, "map", drawn, path)
                 if mask_folder:
-                    mask = (r.anomaly_map > 1).astype(np.uint8) * 255
+                    mask = (fp.label_regions(r.anomaly_map) > 0).astype(np.uint8) * 255
                     row["mask"] = folders.write_png(mask_folder, name, "mask", mask, path)
             except (OSError, ValueError, MemoryError) as e:
                 unwritten = (f"{path}: scored, but its map or mask cannot be written "

@@ -32,6 +32,38 @@ def import_torch():
     return torch
 
 
+def initial_denoiser(n: int, c: int, settings: fp.Settings) -> dict[str, np.ndarray]:
+    """Random weights of the denoiser; its output layer starts at zero, so that F = 0."""
+    rng, d, tokens = np.random.default_rng(settings.seed), settings.width, 64
+
+    def dense(*shape):
+        return (rng.standard_normal(shape) / math.sqrt(shape[0])).astype(np.float32)
+    k = 64
+    p = {"in_w": dense(c, d), "pos": .02 * dense(n, d) * math.sqrt(n), "time_w": dense(12, k),
+         "time_b": np.zeros(k), "shift_w": dense(k, d), "gain_w": np.zeros((k, c)),
+         "norm_gain": np.ones(d), "norm_bias": np.zeros(d), "out_w": np.zeros((d, c)), "out_b": np.zeros(c)}
+    for i in range(settings.mixers):
+        p |= {f"mix{i}_token1": dense(n, tokens).T, f"mix{i}_token2": dense(tokens, n).T,
+              f"mix{i}_w1": dense(d, 2 * d), f"mix{i}_b1": np.zeros(2 * d),
+              f"mix{i}_w2": dense(2 * d, d), f"mix{i}_b2": np.zeros(d)}
+        for j in (1, 2):
+            p |= {f"mix{i}_norm{j}_gain": np.ones(d), f"mix{i}_norm{j}_bias": np.zeros(d)}
+    return {name: np.ascontiguousarray(a, np.float32) for name, a in p.items()}
+
+
+def denoiser_loss(x0: np.ndarray, p: dict[str, np.ndarray] | None, prediction: str) -> float:
+    """Mean |F(x_t, t) - target|^2 of x0 (M, N, C), what training lowers, at four t; None: F = 0."""
+    rng, losses = np.random.default_rng(0), []
+    for x in x0:
+        for t in (50, 100, 200, 400):
+            eps, abar = rng.standard_normal(x.shape, np.float32), fp._alpha_bar_table()[t]
+            signal, noise = np.float32(abar ** .5), np.float32((1 - abar) ** .5)
+            target = signal * eps - noise * x if prediction == "v" else eps
+            f = fp.denoise(p, signal * x + noise * eps, t) if p else 0
+            losses.append(np.mean((f - target) ** 2))
+    return float(np.mean(losses))
+
+
 def torch_denoise(torch, p: dict, x, t):
     """`fp.denoise` for a batch, differentiable: x (B, N, C), t int64 (B,)."""
     functional = torch.nn.functional
@@ -65,7 +97,7 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: fp.Settings, 
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     m, n, c = x0.shape
-    p = {k: torch.from_numpy(v).requires_grad_() for k, v in fp.initial_denoiser(n, c, settings).items()}
+    p = {k: torch.from_numpy(v).requires_grad_() for k, v in initial_denoiser(n, c, settings).items()}
     average = {k: v.detach().clone() for k, v in p.items()}
     optimiser = torch.optim.AdamW(p.values(), lr=2e-3, weight_decay=.01, betas=(.9, .99))
     table = torch.from_numpy(fp._alpha_bar_table().copy()).float()

@@ -59,7 +59,7 @@ def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whit
     whitener = 1 + rng.random((n, c)).astype("f4")
     if variant == "whitened":
         whitener = fp.pack_lower(np.tril(.1 * rng.standard_normal((n, c, c))) + np.eye(c))
-    weights = fp.initial_denoiser(n, c, settings) if denoiser else None
+    weights = fp._room("training").initial_denoiser(n, c, settings) if denoiser else None
     if denoiser:
         weights["out_w"] += .05
     calibrations = {steps: {"offset": rng.standard_normal(n).astype("f4"),

@@ -194,6 +194,24 @@ def test_regions_are_the_connected_parts_above_one():
         fp.find_regions(None)
 
 
+def test_a_region_is_as_large_as_its_spot_not_as_the_halo():
+    y, x = np.mgrid[:90, :120]
+    m = 40 * np.exp(-np.hypot(y - 30, x - 40) / 9)  # above 1 within 33 pixels
+    m[70:75, 100:110] = 1.5  # weak, but its own part
+    strong, weak = fp.find_regions(m)
+    radius = 9 * np.log(1 / fp.HALO)
+    assert (strong.right - strong.left) == (strong.bottom - strong.top) == 2 * int(radius) + 1
+    assert strong.pixels == (np.hypot(y - 30, x - 40) <= radius).sum() and strong.peak == 40
+    assert weak == fp.Region(100, 70, 110, 75, 50, 1.5)
+    m[30, 70] = 16  # on the halo of the first, so it belongs to it
+    assert fp.find_regions(m) == [strong, weak]
+    m[30, 51:71] = 16  # a scratch from one to the other
+    assert fp.find_regions(m)[0][2:] == (71, strong.bottom, strong.pixels + 20, 40)
+    labels = fp.label_regions(m)
+    assert labels.dtype == np.int32 and labels[30, 70] == 1 and labels[72, 105] == 2 and labels[30, 71] == 0
+    assert not fp.label_regions(np.ones((5, 5))).any()
+
+
 def test_a_region_lies_on_the_scratch(prior, good, tmp_path):
     result = prior.score(scratched(good[0], tmp_path / "bad.png"))
     assert result.is_anomaly

@@ -72,7 +72,7 @@ def model(backbone="small", size=64, steps=2, variant="whitened", denoiser=True,
         factors = fp.pack_factors(rng.standard_normal((10, n, c)) * .3 / np.sqrt(n * c))
     weights = None
     if denoiser:
-        weights = fp.initial_denoiser(n, c, settings)
+        weights = fp._room("training").initial_denoiser(n, c, settings)
         weights["out_w"] = (rng.standard_normal(weights["out_w"].shape) / 20).astype(np.float32)
         weights["out_b"] = (rng.standard_normal(c) / 20).astype(np.float32)
         weights["gain_w"] = (rng.standard_normal(weights["gain_w"].shape) / 20).astype(np.float32)

@@ -89,14 +89,14 @@ def test_a_model_is_no_file_of_features(grown, parts, tmp_path):
 def test_the_denoiser_stays_while_it_helps(grown, parts, monkeypatch):
     folder, first, new, _ = grown
     n, c = first.mean.shape
-    own = fp.initial_denoiser(n, c, first.settings)
+    own = fp._room("training").initial_denoiser(n, c, first.settings)
     had = first._with(first.settings, first.calibrations, first.summary | {"loss_start": 1.0, "loss": .95})
     had.denoiser, seen = own, []
 
     def loss(x0, p, prediction):
         seen.append((len(x0), x0.dtype, prediction))
         return with_it if p else 1.0
-    monkeypatch.setattr(fp, "denoiser_loss", loss)
+    monkeypatch.setattr(fp._room("training"), "denoiser_loss", loss)
     with_it = .97
     kept = had.update(parts[1], folder / "first.npz")
     for name, a in own.items():
@@ -123,13 +123,15 @@ def test_the_loss_is_the_one_that_training_lowers(trained):
             f = fp._room("training").torch_denoise(torch, p, noisy[None], torch.tensor([t]))[0]
             target = abar ** .5 * torch.from_numpy(eps) - (1 - abar) ** .5 * x[i]
             total.append(float(((f - target) ** 2).mean()))
-    assert fp.denoiser_loss(held, trained.denoiser, "v") == pytest.approx(np.mean(total), rel=1e-4)
+    loss = fp._room("training").denoiser_loss(held, trained.denoiser, "v")
+    assert loss == pytest.approx(np.mean(total), rel=1e-4)
 
 
 def test_the_loss_without_a_denoiser_is_that_of_the_target():
     x = np.random.default_rng(1).standard_normal((3, 4, 500)).astype(np.float32)
-    assert fp.denoiser_loss(x, None, "v") == pytest.approx(1, abs=.03)  # both have unit variance
-    assert fp.denoiser_loss(3 * x, None, "eps") == pytest.approx(1, abs=.03)
+    loss = fp._room("training").denoiser_loss
+    assert loss(x, None, "v") == pytest.approx(1, abs=.03)  # both have unit variance
+    assert loss(3 * x, None, "eps") == pytest.approx(1, abs=.03)
 
 
 def run(*arguments):
