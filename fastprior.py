@@ -2302,8 +2302,8 @@ def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 11  # raised when the same images and settings give another model: caches are then stale
-_FOLDS = 5
+FIT_REVISION = 12  # raised when the same images and settings give another model: caches are then stale
+_FOLDS = 10
 _MOST_FINE = 1200  # images whose fine features are held, 0.4 MB each at 448 pixels
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2403,54 +2403,49 @@ def extract_features(images: Sequence, settings: Settings, backbone: Backbone, t
                      [fine[key] for key in sorted(fine)], roi=roi)
 
 
-@dataclasses.dataclass
 class _Gaussians:
-    """Sums over folds of images, from which the Gaussian of any set of folds follows."""
-    centre: np.ndarray  # (N, C), subtracted before squaring
-    count: np.ndarray  # (K,)
-    first: np.ndarray  # (K, N, C) sums
-    second: np.ndarray  # (K, N, C, C) sums of outer products; (K, N, C) of squares for the plain variant
+    """Gaussians of features (M, N, C) at each place, of all rows or of all but a fold (M,) of them.
 
-    @staticmethod
-    def of(features: np.ndarray, fold: np.ndarray, folds: int, diagonal: bool,
-           threads: int | None = None) -> "_Gaussians":
-        m, n, c = features.shape
-        centre = features.mean(0, dtype=np.float32)
-        first = np.zeros((folds, n, c), np.float32)
-        second = np.zeros((folds, n, c) if diagonal else (folds, n, c, c), np.float32)
+    Sums over all rows are kept, and what a fold adds to them is taken away again.
+    """
+
+    def __init__(self, features: np.ndarray, fold: np.ndarray, diagonal: bool, threads: int | None = None):
+        n, c = features.shape[1:]
+        self.features, self.fold, self.diagonal, self.threads = features, fold, diagonal, threads
+        self.centre = features.mean(0, dtype=np.float32)  # subtracted before squaring
+        self.first = np.empty((n, c), np.float32)
+        self.second = np.empty((n, c) if diagonal else (n, c, c), np.float32)
 
         def add(i):
-            rows = features[:, i].astype(np.float32) - centre[i]
-            for k in range(folds):
-                x = rows[fold == k]
-                first[k, i] = x.sum(0)
-                second[k, i] = (x * x).sum(0) if diagonal else x.T @ x
+            self.first[i], self.second[i] = self._sums(i, slice(None))
         _run(add, n, threads)
-        return _Gaussians(centre, np.bincount(fold, minlength=folds), first, second)
 
-    def without(self, left_out: int | None, settings: Settings,
-                threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def _sums(self, i: int, rows) -> tuple[np.ndarray, np.ndarray]:
+        x = self.features[rows, i].astype(np.float32) - self.centre[i]
+        return x.sum(0), (x * x).sum(0) if self.diagonal else x.T @ x
+
+    def without(self, left_out: int | None, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
         """mean (N, C) and whitener of all folds but one: L^-1 (N, C, C), or (N, C) for the plain variant."""
-        use = [k for k in range(len(self.count)) if k != left_out]
-        m = self.count[use].sum()
-        mean = self.first[use].sum(0) / m
-        if settings.variant == "plain":  # one mean and deviation a channel, over images and positions
-            second = self.second[use].sum(0) / m
+        rows, mean = self.fold == left_out, np.empty(self.first.shape, np.float32)
+        m, second = np.count_nonzero(~rows), np.empty(self.second.shape, np.float64)
+
+        def moments(i):
+            first, square = self._sums(i, rows)
+            mean[i], second[i] = (self.first[i] - first) / m, (self.second[i] - square) / m
+            if not self.diagonal:
+                second[i] -= np.outer(mean[i], mean[i])
+        _run(moments, len(mean), self.threads)
+        if self.diagonal:  # one mean and deviation a channel, over images and positions
             overall = (self.centre + mean).mean(0)
             square = (second + 2 * self.centre * mean + self.centre ** 2).mean(0)
             deviation = np.sqrt(np.maximum(square - overall ** 2, 1e-8))
-            return tuple(np.broadcast_to(a, mean.shape).copy() for a in (overall, 1 / deviation))
-        cov, whitener = np.empty(self.second.shape[1:]), np.empty(self.second.shape[1:], np.float32)
-
-        def covariance(i):  # a place after the other: it stays in the cache
-            cov[i] = np.sum([self.second[k, i] for k in use], 0) / m - np.outer(mean[i], mean[i])
+            return tuple(np.broadcast_to(a, mean.shape).astype(np.float32) for a in (overall, 1 / deviation))
+        average, whitener = second.mean(0), np.empty(second.shape, np.float32)
 
         def invert(i):
-            own = shrink_covariance(cov[i], average, settings.shrink, settings.floor)
+            own = shrink_covariance(second[i], average, settings.shrink, settings.floor)
             whitener[i] = inverse_cholesky(own[None])[0]
-        _run(covariance, len(cov), threads)
-        average = cov.mean(0)
-        _run(invert, len(cov), threads)
+        _run(invert, len(mean), self.threads)
         return mean + self.centre, whitener
 
 
@@ -2602,18 +2597,17 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False, pro
         part = e.of(used)
         _, kind = np.unique(group[used], return_inverse=True)
         rows = (np.random.default_rng(config.seed).permutation(kind.max() + 1) % _FOLDS)[kind][part.owner]
-        gaussians = _Gaussians.of(part.features, rows, _FOLDS, config.variant == "plain", threads)
-        x0 = np.empty(part.features.shape, np.float16)
-        for k in range(_FOLDS):
-            x0[rows == k] = _apply_whitener(part.features[rows == k], *gaussians.without(k, config, threads),
-                                           threads)
-            progress("whitening", k + 1, _FOLDS)
+        gaussians = _Gaussians(part.features, rows, config.variant == "plain", threads)
+        x0, folds = np.empty(part.features.shape, np.float16), rows.max() + 1
+        for k in range(folds):
+            x0[rows == k] = _apply_whitener(part.features[rows == k], *gaussians.without(k, config), threads)
+            progress("whitening", k + 1, folds)
         nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[part.clean]])
         unlike, far = curation.outliers(nll, config.worst) if not keep_all else np.zeros((2, len(nll)), bool)
         if not far.any() or aside.sum() + far.sum() > _MOST_ASIDE * count:
             break
         aside[np.flatnonzero(used)[far]] = True
-    mean, whitener = gaussians.without(None, config, threads)
+    mean, whitener = gaussians.without(None, config)
     clean, held_out, fresh = part.clean, np.flatnonzero(away & lone), e.of(away & lone)
     trained_on, calibrates = e.of(~aside).keys, curation.first_of(kind) & ~unlike
     clean[clean] = calibrates
@@ -2654,14 +2648,15 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
             _to_unit_variance(x0, whitener, w.fresh)
     prediction = "v" if config.variant == "whitened" else "eps"
     denoiser, trained = None, {"iterations": 0}
+    held_out = fold < max(1, (fold.max() + 1) // 5)  # from the denoiser's training: about a fifth
     if kept is not None:
-        held = x0[(fold == 0) & w.clean][:32].astype(np.float32)
+        held = x0[held_out & w.clean][:32].astype(np.float32)
         loss = _room("training").denoiser_loss
         gain = 1 - loss(held, kept, prediction) / loss(held, None, prediction)
         denoiser, trained = kept if gain > 0 else None, {"iterations": 0, "gain_kept": round(gain, 5)}
     elif iterations is None or iterations > 0:
         denoiser, trained = _room("training").train_denoiser(
-            x0, fold == 0, config, iterations or 900, minutes, prediction, progress, threads)
+            x0, held_out, config, iterations or 900, minutes, prediction, progress, threads)
     calibrations = {}
     for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
         grid = select_timesteps(steps, config.first, config.last)

@@ -164,11 +164,11 @@ def training_memory(images: int, settings: fp.Settings, backbone: fp.Backbone) -
     """Bytes that a training on so many images takes, about, beside the 0.6 GB of Python with torch.
 
     Features four times (two bytes; themselves, those that are used, whitened, in work), fine features, and
-    8 numbers of 4 bytes for each place and pair of channels: sums over five folds, a covariance, a whitener.
+    5 numbers of 4 bytes for each place and pair of channels: sums, a covariance in float64, two whiteners.
     """
     n, c = math.prod(settings.grid), sum(backbone.channels)
     fine = min(images, fp._MOST_FINE) * math.prod(settings.fine) * backbone.fine_channels
-    return 8 * images * (fp._copies(images, settings) + 1) * n * c + 2 * fine + 32 * n * c * c
+    return 8 * images * (fp._copies(images, settings) + 1) * n * c + 2 * fine + 20 * n * c * c
 
 
 def memory_left() -> float:

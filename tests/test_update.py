@@ -102,7 +102,7 @@ def test_the_denoiser_stays_while_it_helps(grown, parts, monkeypatch):
     for name, a in own.items():
         np.testing.assert_array_equal(kept.denoiser[name], a)
     assert kept.summary["gain_kept"] == pytest.approx(.03) and kept.summary["loss"] == .95
-    assert seen == [(5, np.float32, "v")] * 2  # a fold of 24
+    assert seen == [(6, np.float32, "v")] * 2  # two folds of 24
     np.testing.assert_array_equal(kept.whitener, new.whitener)
     with_it = 1.01
     dropped = had.update(parts[1], folder / "first.npz")
