@@ -2697,8 +2697,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     BackendUnavailable without torch.
 
     Images with the same pixels count once. The same set of images gives the same model, whatever their
-    names and order. Calibration "cross" scores every image by Gaussians that did not see it (5 folds) while
-    the final Gaussian uses all images; the denoiser has seen four of the five folds. "holdout" keeps a
+    names and order. Calibration "cross" scores every image by Gaussians that did not see it (10 folds) while
+    the final Gaussian uses all images; the denoiser has seen eight of the ten folds. "holdout" keeps a
     fifth of the images away from everything: exact split-conformal, at some cost in accuracy.
     """
     began, training = time.perf_counter(), _room("training")
