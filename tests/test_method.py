@@ -231,3 +231,19 @@ def test_training_lowers_the_held_out_loss_and_is_repeatable(trained, washers):
     again = fp.fit(washers, size=96, iterations=200, copies=2)
     for name, a in trained.denoiser.items():
         np.testing.assert_allclose(again.denoiser[name], a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("left_out", [None, 3])
+def test_a_gaussian_without_a_fold_is_that_of_the_other_rows(left_out):
+    rng = np.random.default_rng(0)
+    features, fold = rng.normal(5, 2, (60, 4, 3)).astype(np.float16), np.arange(60) % 10
+    settings = fp.Settings(shrink=0.2, floor=0.05)
+    mean, whitener = fp._Gaussians(features, fold, False).without(left_out, settings)
+    others = features[fold != left_out].astype(np.float64) if left_out is not None else features.astype(float)
+    cov = np.stack([np.cov(others[:, i].T, bias=True) for i in range(4)])
+    cov = np.stack([fp.shrink_covariance(own, cov.mean(0), .2, .05) for own in cov])
+    np.testing.assert_allclose(mean, others.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(whitener, np.linalg.inv(np.linalg.cholesky(cov)), rtol=1e-3, atol=1e-5)
+    mean, scale = fp._Gaussians(features, fold, True).without(left_out, settings)
+    np.testing.assert_allclose(mean, np.tile(others.mean((0, 1)), (4, 1)), rtol=1e-5)
+    np.testing.assert_allclose(scale, np.tile(1 / others.std((0, 1)), (4, 1)), rtol=1e-4)
