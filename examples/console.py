@@ -447,7 +447,7 @@ def info(model: Path | None, as_json: bool) -> None:
                   "channels": sum(made.backbone.channels)}
         for name, prior in fp._products(made).items():
             own = {**dataclasses.asdict(prior.settings), "size": fp._size_text(prior.settings.size),
-                   "looks_at": looks_at(prior),
+                   "threshold": round(prior.threshold.value, 4), "looks_at": looks_at(prior),
                    "timesteps": prior.timesteps.tolist(), "calibrated_steps": sorted(prior.calibrations),
                    "denoiser_parameters": sum(a.size for a in (prior.denoiser or {}).values()),
                    **{k: v for k, v in prior.summary.items() if k != "traits"},

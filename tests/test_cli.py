@@ -68,7 +68,9 @@ def test_json_lines(model_file, washers):
     assert len(rows) == 6 and rows[0].keys() == {"path", "score", "p_value", "verdict", "threshold",
                                                  "regions"}
     assert all(r["verdict"] == ("anomaly" if r["score"] > r["threshold"] else "good") for r in rows)
-    assert json.loads(run("info", model_file, "--json").stdout)["size"] == 96
+    facts = json.loads(run("info", model_file, "--json").stdout)
+    assert facts["size"] == 96
+    assert facts["threshold"] == pytest.approx(fp.Prior.load(model_file).threshold.value, abs=1e-4)
     text = run("info").stdout
     assert all(word in text for word in ("backend", "threads", fp.__version__, "cuda"))
 
