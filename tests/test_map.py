@@ -105,8 +105,9 @@ def test_what_does_not_calibrate_has_no_peak():
     e.features[7] *= 20
     config = fp.Settings(size=96, cell=32, factors=0)
     w = fp._whiten_features(e, config)
-    assert w.summary["set_aside"] == [7]
-    kept = np.delete(np.arange(60), 7)
+    aside = w.summary["set_aside"]
+    assert 7 in aside and len(aside) <= 6
+    kept = np.delete(np.arange(60), aside)
     np.testing.assert_array_equal(w.details, fp._details([e.fine[i] for i in kept], *w.fine, config))
     assert len(w.details) == w.clean.sum()
 
