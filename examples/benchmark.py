@@ -351,12 +351,14 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
     computed once, and the models. Gaussians are fitted once a number of images (and once more for "plain").
     """
     kept = cache_files(category.name, category.train, backbone)
+    backbone, ranged = fp._room("quantization").quantize_on(backbone, category.train, config, None, progress)
 
     @functools.cache
     def features() -> fp.Extracted:
         key = config.size, config.cell, config.copies, config.seed, config.bits
         return kept_features(kept("features", *key),
-                             lambda: fp.extract_features(category.train, config, backbone, threads, progress))
+                             lambda: fp.extract_features(category.train, config, backbone, threads, progress
+                                                         )._replace(ranged=ranged))
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):
@@ -658,7 +660,8 @@ def untrained(backbone: str, size: int | tuple[int, int], threads: int | None = 
     """A prior of random numbers with the shapes of a trained one: for timing, its scores mean nothing."""
     settings = fp.Settings(backbone=backbone, size=size, cell=cell)
     settings.check()
-    net = fp.load_backbone(backbone)
+    picture = np.random.default_rng(0).integers(0, 256, (*settings.shape, 3), np.uint8)
+    net, _ = fp._room("quantization").quantize_on(fp.load_backbone(backbone), [picture], settings)
     n, c = math.prod(settings.grid), sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // fp._PANEL)
     denoiser = fp._room("training").initial_denoiser(n, c, settings)

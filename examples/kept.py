@@ -33,7 +33,8 @@ def write(e: fp.Extracted, path: str | os.PathLike, made_by: dict) -> None:
     """Into a file that `read` reads if `made_by` is the same; FastPriorError if it cannot be written."""
     arrays = {"features": e.features, "owner": e.owner, "looks": e.looks.view(np.float32),
               "sources": np.array(e.sources, np.int64), "fine": np.array(e.fine)}
-    fp._write_npz(path, {"kind": "features", "about": made_by, "keys": e.keys, "names": e.names}, arrays)
+    fp._write_npz(path, {"kind": "features", "about": made_by, "keys": e.keys, "names": e.names,
+                         "ranged": e.ranged}, arrays)
 
 
 def read(path: str | os.PathLike, made_by: dict) -> fp.Extracted:
@@ -47,7 +48,7 @@ def read(path: str | os.PathLike, made_by: dict) -> fp.Extracted:
         raise fp.ModelError(f"{path}: its features were made with another {', '.join(other)}: give what "
                             "made them, or train anew")
     return fp.Extracted(a["features"], a["owner"], a["looks"].view(np.complex64), header["keys"],
-                        a["sources"].tolist(), 0, [], a["fine"], header["names"])
+                        a["sources"].tolist(), 0, [], a["fine"], header["names"], ranged=header["ranged"])
 
 
 def update(prior: fp.Prior, images, known: str | os.PathLike, *, iterations: int | None = 0,
