@@ -742,34 +742,43 @@ def _define_intrinsics(lanes: int) -> None:
             return context.get_dummy_value()
         return types.void(*[types.int64] * 4), codegen
 
-    @intrinsic
-    def resize_pixels(typing, line, start, weight, taps, n, affine, out):
-        """out (n, 3) = scale * (sum of taps of line) + shift.
+    def make_resize(integer: bool):
+        four, short_four = ir.VectorType(f32, 4), ir.VectorType(ir.IntType(16), 4)
 
-        A pixel is four lanes: the last is 0, and the next pixel's to write.
-        """
-        four = ir.VectorType(f32, 4)
+        @intrinsic
+        def resize_pixels(typing, line, start, weight, taps, n, affine, out):
+            """out (n, 3) = scale * (sum of taps of line) + shift, or the floor of that, int16.
 
-        def codegen(context, b, signature, args):
-            line, start, weight, taps, n, affine, out = args
-            scale, shift = load(b, affine, const(0), four), load(b, affine, const(4), four)
-            kind = ir.FunctionType(four, [four] * 3)
-            fma = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v4f32")
-            total = cgutils.alloca_once(b, four)
-            with cgutils.for_range(b, n, intp=i64) as pixel:
-                first = b.load(b.inttoptr(b.add(start, b.shl(pixel.index, const(3))), i64.as_pointer()))
-                own = b.mul(pixel.index, taps)
-                b.store(ir.Constant(four, [0.] * 4), total)
-                with cgutils.for_range(b, taps, intp=i64) as tap:
-                    share = load(b, weight, b.add(own, tap.index), f32)
-                    one = b.insert_element(ir.Constant(four, ir.Undefined), share, ir.Constant(i32, 0))
-                    share = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, 4), [0] * 4))
-                    at_line = b.mul(b.add(first, tap.index), const(3))
-                    b.store(b.call(fma, [share, load(b, line, at_line, four), b.load(total)]), total)
-                to = at(b, out, b.mul(pixel.index, const(3)), four)
-                b.store(b.call(fma, [scale, b.load(total), shift]), to, align=4)
-            return context.get_dummy_value()
-        return types.void(*[types.int64] * 7), codegen
+            A pixel is four lanes: the last is 0, and the next pixel's to write.
+            """
+            def codegen(context, b, signature, args):
+                line, start, weight, taps, n, affine, out = args
+                scale, shift = load(b, affine, const(0), four), load(b, affine, const(4), four)
+                kind = ir.FunctionType(four, [four] * 3)
+                fma = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v4f32")
+                total = cgutils.alloca_once(b, four)
+                with cgutils.for_range(b, n, intp=i64) as pixel:
+                    first = b.load(b.inttoptr(b.add(start, b.shl(pixel.index, const(3))), i64.as_pointer()))
+                    own = b.mul(pixel.index, taps)
+                    b.store(ir.Constant(four, [0.] * 4), total)
+                    with cgutils.for_range(b, taps, intp=i64) as tap:
+                        share = load(b, weight, b.add(own, tap.index), f32)
+                        one = b.insert_element(ir.Constant(four, ir.Undefined), share, ir.Constant(i32, 0))
+                        share = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, 4), [0] * 4))
+                        at_line = b.mul(b.add(first, tap.index), const(3))
+                        b.store(b.call(fma, [share, load(b, line, at_line, four), b.load(total)]), total)
+                    y = b.call(fma, [scale, b.load(total), shift])
+                    if integer:
+                        kind = ir.FunctionType(four, [four])
+                        y = b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.floor.v4f32"), [y])
+                        y = b.trunc(b.fptosi(y, ir.VectorType(i32, 4)), short_four)
+                        to = b.add(out, b.mul(pixel.index, const(6)))
+                        b.store(y, b.inttoptr(to, short_four.as_pointer()), align=2)
+                    else:
+                        b.store(y, at(b, out, b.mul(pixel.index, const(3)), four), align=4)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 7), codegen
+        return resize_pixels
 
     @intrinsic
     def as_pointer(typing, address):
@@ -863,7 +872,7 @@ def _define_intrinsics(lanes: int) -> None:
         scope[f"_pairs_{n_vecs}"], scope[f"_sums_{n_vecs}"] = (make_product(n_vecs, p) for p in (True, False))
         scope[f"_stem_{n_vecs}"] = make_product(n_vecs, True, dot_pairs)
     scope.update(_qtile_rows=make_qtile(rows // 2), _qtile_row=make_qtile(1), _dots=dots,
-                 _resize_pixels=resize_pixels, _narrow=narrow)
+                 _resize_pixels=make_resize(False), _resize_integers=make_resize(True), _narrow=narrow)
     for size in (3, 5):
         for stride in (1, 2):
             scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
@@ -954,7 +963,7 @@ def _row(address, fields):
 _IMAGE = _fields("pixels height width row_start row_weight row_taps col_start col_weight col_taps "
                  "map map_row map_row_share map_col map_col_share line")
 
-_RESIZE = _fields("operation out height width row_stride affine integer scratch")
+_RESIZE = _fields("operation out height width row_stride affine integer")
 
 
 @_kernel(_RESIZE)
@@ -989,16 +998,12 @@ def _resize(row, band, bands, ws, own, state, image, batch, state_stride):
                         line[i] += w0 * np.float32(s0[i])
                 t += 1
         to = ws + 4 * (p.out + y * p.row_stride)
-        if p.integer == 0:
+        if p.integer:
+            for i in range(w * 3):
+                line[i] = np.float32(np.int32(line[i] / np.float32(256) + np.float32(.5)))
+            _resize_integers(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine, to)
+        else:
             _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine, to)
-            continue
-        for i in range(w * 3):
-            line[i] = np.float32((np.int32(line[i]) + np.int32(128)) >> np.int32(8))
-        work = own + 4 * p.scratch
-        _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine, work)
-        pixels_at, shorts = _floats(work, p.width * 3), _shorts(to, p.width * 3)
-        for i in range(p.width * 3):
-            shorts[i] = ((np.int32(pixels_at[i]) + np.int32(8192)) >> np.int32(14)) - np.int32(510)
 
 
 _COPY, _POINTWISE, _STEM = 0, 1, 2  # where an inverted residual's expanded rows come from
@@ -1967,10 +1972,11 @@ class Engine:
         self._shape, self._taps, (height, width) = shape, taps, shape
         row_stride = (width + 1) * 3 if not integer else -(-(width + 1) * 3 // 2)
         out = self.workspace(height + 1, row_stride)
-        mean, std = np.asarray(mean), np.asarray(std)
-        affine = [1, 1, 1, 0, 0, 0, 0, 0] if integer else [*1 / (255 * std), 0, *-mean / std, 0]
+        mean, std, step = np.asarray(mean), np.asarray(std), 1 / 16384
+        affine = [*1 / (255 * std), 0, *-mean / std, 0]
+        affine = [step, step, step, 0, -509.5, -509.5, -509.5, .5] if integer else affine  # a floor follows
         self.emit(_resize, out=out, height=height, width=width, row_stride=row_stride,
-                  affine=self.constant(affine), integer=integer, scratch=width * 3 + 1 if integer else 16)
+                  affine=self.constant(affine), integer=integer)
         return out
 
     def mbconv_integer(self, x: int, h: int, w: int, block, stem_w=None, stem_b=None,
