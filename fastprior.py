@@ -262,10 +262,13 @@ def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, 
 
 
 def fixed_point_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """`resize_taps` in 1/4096: integers in float64; each running sum is rounded, so that rows sum to 4096."""
+    """`resize_taps` in 1/4096: integers in float64; each running sum is rounded, so that rows sum to 4096.
+
+    Half up, by a little less: last bits decide no tie.
+    """
     start, weight = resize_taps(n_in, n_out, shift)
     total = np.cumsum(weight, 1)
-    return start, np.diff(np.rint(total / total[:, -1:] * 4096), axis=1, prepend=0)
+    return start, np.diff(np.floor(total / total[:, -1:] * 4096 + (.5 + 1e-9)), axis=1, prepend=0)
 
 
 @functools.lru_cache(16)
@@ -1564,7 +1567,7 @@ FORMAT = 2
 _MOST_FACTORS = 64  # that kernels/remove_factors.cu takes
 _MAX_BYTES, _MAX_HEADER = 2 << 30, 4 << 20  # a longer zip has other records
 _DTYPES = {repr(np.lib.format.dtype_to_descr(t)).encode(): t
-           for t in (QTILE, *map(np.dtype, ("f2", "f4", "f8", "i8", "u1")))}
+           for t in (QTILE, *map(np.dtype, ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1")))}
 _NPY = re.compile(rb"(?s)\x93NUMPY\x01\0..\{'descr': (.+), 'fortran_order': False, 'shape': \((.*)\), \} *\n")
 
 
