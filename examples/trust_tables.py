@@ -278,6 +278,9 @@ def main() -> None:
     categories = fp._room("benchmark").find_categories(args.data)
     config, _ = fp._room("curation").settle([f for c in categories for f in c.train],
                                             fp.Settings(backbone=net.name, size=args.size))
+    if args.table != "traits":
+        files = [f for c in categories for f in c.train]
+        net, _ = fp._room("quantization").quantize_on(net, files, config)
     keep = Traits if args.table == "traits" else Kept
     kept = [keep(c, config, net) for c in categories]
     with contextlib.suppress(KeyboardInterrupt):
