@@ -344,14 +344,17 @@ def kept_features(file: Path, make: Callable[[], fp.Extracted]) -> fp.Extracted:
 
 
 def train(category: Category, backbone, config, variants: Sequence[str], counts: Sequence[int | None],
-          iterations: int | None, threads: int | None, progress: Callable) -> Iterator[tuple[tuple, Path]]:
+          iterations: int | None, threads: int | None, progress: Callable,
+          ranged: Sequence[str] = ()) -> Iterator[tuple[tuple, Path]]:
     """((variant, count), model file) for each variant and number of images (None: all of them).
 
     Everything is kept in the cache folder, under a digest of all that decides it: the features, which are
     computed once, and the models. Gaussians are fitted once a number of images (and once more for "plain").
+    ranged: of a backbone that is in integers already, see `fp.Extracted`.
     """
     kept = cache_files(category.name, category.train, backbone)
-    backbone, ranged = fp._room("quantization").quantize_on(backbone, category.train, config, None, progress)
+    backbone, own = fp._room("quantization").quantize_on(backbone, category.train, config, None, progress)
+    ranged = own or ranged
 
     @functools.cache
     def features() -> fp.Extracted:
@@ -412,16 +415,16 @@ def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable,
         base = fp.Settings(backbone=backbone.name, steps=(other or [fp.Settings.steps])[0], **settings)
         base.check()
         files, settle = {}, fp._room("curation").settle
-        together, everything = None, [f for c in categories for f in c.train]
+        together, ranged, everything = None, [], [f for c in categories for f in c.train]
         if multi:  # products of one model share a backbone
-            together = settle(everything, base)[0]
-            backbone, _ = fp._room("quantization").quantize_on(backbone, everything, together, None, progress)
+            together, quantize = settle(everything, base)[0], fp._room("quantization").quantize_on
+            backbone, ranged = quantize(backbone, everything, together, None, progress)
         settled = {c.name: together or settle(c.train, base)[0] for c in categories}
         with _interrupted_at_once():
             for category, seed in itertools.product(categories, seeds):
                 own = dataclasses.replace(settled[category.name], seed=seed)
                 for key, file in train(category, backbone, own, variants,
-                                       images or [None], iterations, threads, progress):
+                                       images or [None], iterations, threads, progress, ranged):
                     files[key, category.name, seed] = file
 
         def load(key, category, seed, n):
