@@ -19,11 +19,11 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the e
 export = fp._room("export")
 
 
-def in_onnxruntime(data, outputs=("score", "map")):
+def in_onnxruntime(data, outputs=("score", "map"), argument="pixels"):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
-    return lambda pixels: session.run(outputs, {"pixels": pixels})
+    return lambda x: session.run(outputs, {argument: x})
 
 
 def in_openvino(data, outputs=("score", "map")):
@@ -118,12 +118,15 @@ def test_a_backbone_in_integers(runtime, name, size, cell):
                    pictures_of(3, 1, 8, 700))
 
 
-def test_integers_whose_sums_leave_float32():
-    net, settings = in_integers(fp.load_backbone("lite0"), 192), fp.Settings(size=192, cell=192)
-    white = pictures_of(1, 3, 192, 192)
-    means = fp._reference_tokens(white[2], net, settings)[0]
-    assert np.abs(means / np.repeat(net.scales[[*net.stages]], net.channels)).max() * 48 * 48 > 1 << 24
-    check_features(net, settings, in_onnxruntime, white, pictures_of(2, 3, 90, 70))
+@pytest.mark.parametrize("cell", [1, 16, 48])
+def test_cells_of_integers_whose_sums_float32_does_not_hold(cell):
+    x = np.random.default_rng(0).integers(20000, 32768, (2 * cell, 3 * cell, 4)).astype(np.float32)
+    g, unit = export.Graph(), np.float32(.003)
+    output = export.pool(g, "x", (2, 3), cell, unit)
+    data = g.model("pool", {"x": (onnx.TensorProto.FLOAT, [1, 4, 2 * cell, 3 * cell])},
+                   {output: [1, 4, 2, 3]}, {})
+    got, = in_onnxruntime(data, [output], "x")(x.transpose(2, 0, 1)[None])
+    np.testing.assert_array_equal(got[0].transpose(1, 2, 0), fp.pool(x, (2, 3), unit))
 
 
 @runtimes
