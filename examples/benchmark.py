@@ -549,7 +549,7 @@ def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backb
                             *(f"{k}={v:.0f}" for k, v in peaks.items()))
 
     def measure(prior, **facts) -> dict:
-        facts["dtype"] = "int8 features, " * prior.backbone.integer + precision
+        facts["dtype"] = "int8 features and " * prior.backbone.integer + precision
         pixels = np.broadcast_to(input_size or _first(prior).settings.shape, 2).tolist()
         if prior.device == "cuda":
             speed = fp._engines("cuda").bench_cuda(prior._engine(), pixels=pixels)
