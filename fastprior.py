@@ -2800,7 +2800,7 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
 
 def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,
         keep_all: bool = False, roi=None, progress: Progress = _quiet, features=None, known=None,
-        denoiser=None, **settings) -> Prior:
+        denoiser=None, ranged=(), **settings) -> Prior:
     """Train a prior on good images. See `Settings` for the keywords; `Prior.fit` is this function.
 
     Parameters
@@ -2815,6 +2815,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     features : file to keep the images' features in, for `Prior.update`.
     known, denoiser : what `Prior.update` hands in: a file of features, whose images take part too, and
         weights to keep instead of training.
+    ranged : what `fit_many` hands in, keys of images that decided the ranges of a backbone in integers.
 
     Raises
     ------
@@ -2842,13 +2843,13 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         return _room("tiles").fit(images, locked, found, config, backbone, keep_all, (roi, known, features),
                                   progress, iterations=iterations, minutes=minutes, threads=threads)
     roi = None if roi is None else _room("region").region_of(roi, images, config)
-    backbone, ranged = _room("quantization").quantize_on(backbone, images, config, roi, progress)
+    backbone, own = _room("quantization").quantize_on(backbone, images, config, roi, progress)
     kept = _room("kept")
     about = kept.about(config, backbone, roi)
     known = kept.read(known, about) if known else None
     training.check_memory(len(images) + (len(known.keys) if known else 0), config, backbone)
     extracted = extract_features(images, config, backbone, threads, progress, known=known, roi=roi)
-    extracted = extracted._replace(ranged=known.ranged if known else ranged)
+    extracted = extracted._replace(ranged=known.ranged if known else own or ranged)
     images = [*(known.names if known else ()), *images]
     if features:
         extracted = extracted._replace(names=_names(images, range(len(images)), False))

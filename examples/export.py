@@ -188,20 +188,19 @@ def backbone_outputs(g: Graph, x: str, net) -> list[tuple[str, int]]:
         p = net.blocks[i].arrays
         return conv(x, f"block{i}_{name}", p[f"{name}_w"].T[:, :, None, None], p[f"{name}_b"])
 
-    def done(x, name, own, *limits):  # a layer's output
-        m = own.get(name.split("_")[-1] + "_m")
-        return activate(g, x, net.act) if m is None else requantize(g, x, name, m, *limits)
-    x = conv(x, "stem", net.stem_w.transpose(3, 2, 0, 1), net.stem_b, 2)
-    x = done(x, "stem", {"stem_m": net.stem_m})
+    def done(x, name, m):  # a layer's output; m: in integers
+        return activate(g, x, net.act) if m is None else requantize(g, x, name, m)
+    x = done(conv(x, "stem", net.stem_w.transpose(3, 2, 0, 1), net.stem_b, 2), "stem", net.stem_m)
     outputs, stride = [], 2
     for i, block in enumerate(net.blocks):
         p, y, stride = block.arrays, x, stride * block.stride
         if "input_m" in p:
             y = requantize(g, y, f"block{i}_input", p["input_m"], -127, 127)
         if "expand_w" in p:
-            y = done(pointwise(y, i, "expand"), f"block{i}_expand", p)
+            y = done(pointwise(y, i, "expand"), f"block{i}_expand", p.get("expand_m"))
         w = p["dw_w"].transpose(2, 0, 1)[:, None]
-        y = done(conv(y, f"block{i}_dw", w, p["dw_b"], block.stride, len(w)), f"block{i}_dw", p)
+        y = conv(y, f"block{i}_dw", w, p["dw_b"], block.stride, len(w))
+        y = done(y, f"block{i}_dw", p.get("dw_m"))
         if "se_reduce_w" in p:
             s = activate(g, pointwise(g("GlobalAveragePool", y), i, "se_reduce"), fp.SILU)
             y = g("Mul", y, g("Sigmoid", pointwise(s, i, "se_expand")))

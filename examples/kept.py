@@ -56,7 +56,8 @@ def update(prior: fp.Prior, images, known: str | os.PathLike, *, iterations: int
     """The model trained on `images` too, without the images it was trained on.
 
     images: as for `fit`, may repeat old ones. known: the features that `fit(features=)` kept of the old
-    ones. Gaussians, factors and calibration are bit for bit those of a training on all at its size.
+    ones. The backbone stays. Gaussians, factors and calibration are bit for bit those of a training with
+    it on all images at its size.
     iterations: 0 keeps the denoiser while it still lowers the held-out loss; `summary["gain_kept"]` is by
     what share, which at its training was 1 - loss / loss_start. Else it is trained again. options: those of
     `fit`.

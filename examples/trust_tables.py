@@ -54,7 +54,7 @@ class Changed(list):
 class Kept:
     """Features of a category's images."""
 
-    def __init__(self, category, config, net):
+    def __init__(self, category, config, net, ranged=()):
         bench = fp._room("benchmark")
 
         def kept(images, kind, change=None):
@@ -65,7 +65,7 @@ class Kept:
                 files.change = change
             return bench.kept_features(bench.cache_files(category.name, images, net)(kind, *key),
                                        lambda: fp.extract_features(files, own, net, 1))
-        self.name, self.good = category.name, kept(category.train, "features")
+        self.name, self.good = category.name, kept(category.train, "features")._replace(ranged=ranged)
         self.test, self.drifts = kept(category.test, "features"), {}
         self.files, self.bad = (np.asarray(a)[self.test.sources] for a in (category.test, category.labels))
         for name, change in DRIFTS.items():
@@ -278,8 +278,12 @@ def main() -> None:
     categories = fp._room("benchmark").find_categories(args.data)
     config, _ = fp._room("curation").settle([f for c in categories for f in c.train],
                                             fp.Settings(backbone=net.name, size=args.size))
-    keep = Traits if args.table == "traits" else Kept
-    kept = [keep(c, config, net) for c in categories]
+    if args.table == "traits":
+        kept = [Traits(c, config, net) for c in categories]
+    else:  # one backbone for all, as of products of one model
+        files = [f for c in categories for f in c.train]
+        net, ranged = fp._room("quantization").quantize_on(net, files, config)
+        kept = [Kept(c, config, net, ranged) for c in categories]
     with contextlib.suppress(KeyboardInterrupt):
         for row in globals()[args.table](kept, config, net, args):
             rows.append(row)

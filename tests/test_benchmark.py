@@ -300,6 +300,29 @@ def test_against_times_both(small):
     assert got["ratio_torch"] == got["fastprior_ms"] / got["torch_ms"] > 0
 
 
+def test_other_runtimes_get_the_backbone_in_floats(small, monkeypatch):
+    floats = fp.load_backbone("lite0")
+    assert small.backbone.integer and benchmark.in_floats(floats) is floats
+    np.testing.assert_array_equal(benchmark.in_floats(small.backbone).stem_w, floats.stem_w)
+    renamed = fp.dataclasses.replace(small.backbone, name="mine")
+    with pytest.raises(fp.BackendUnavailable, match="mine in floats.*--backbone$"):
+        benchmark.in_floats(renamed, ["lite0", "lite2"])
+    mine = fp.dataclasses.replace(floats, name="mine")
+    assert benchmark.in_floats(renamed, ["lite0", mine]) is mine
+
+
+def test_weights_are_counted_as_they_are_written(small):
+    written = {k: a.nbytes for k, a in small.backbone.to_arrays().items()}
+    want = sum(written.values()) - sum(written[k] for k in ("stem_b", "stem_m", "scales"))
+    assert benchmark.count_work(small)[1]["features"] == want
+    floats = small._with(small.settings, small.calibrations, {})
+    floats.backbone = fp.load_backbone("lite0")
+    flops, read = benchmark.count_work(floats)
+    assert flops == benchmark.count_work(small)[0]
+    assert read["features"] == 2 * sum(
+        a.nbytes for k, a in floats.backbone.to_arrays().items() if k != "stem_b")
+
+
 def test_a_runtime_that_fails_is_named(small, monkeypatch):
     monkeypatch.setattr(console, "is_installed", lambda name: True)
     monkeypatch.setitem(benchmark.RUNTIMES, "odd", None)  # unknown to the child

@@ -239,21 +239,23 @@ def test_calibrate_keeps_the_region_in_force(prior):
 
 
 def test_update_is_training_at_once_with_the_same_region(prior, tmp_path):
-    few = fp.fit(parts(0, 12), roi=MASK, features=tmp_path / "features.npz", **SETTINGS)
+    few = fp.fit(parts(0, 12), roi=MASK, features=tmp_path / "features.npz", backbone=prior.backbone,
+                 **SETTINGS)
     same(few.update(parts(0, 24)[12:], tmp_path / "features.npz"), prior)
     with pytest.raises(fp.ModelError, match="another region"):
         few.update(parts(0, 24)[12:], tmp_path / "features.npz", roi=~MASK)
 
 
 def test_several_products_have_one_region(prior):
-    second = fp.fit([255 - image for image in parts(3, 12)], roi=MASK, **SETTINGS)
+    shared = SETTINGS | {"backbone": prior.backbone}
+    second = fp.fit([255 - image for image in parts(3, 12)], roi=MASK, **shared)
     both = fp.MultiPrior({"a": prior, "b": second})
     for image, name, own in ((parts(1, 1)[0], "a", prior), (255 - parts(4, 1)[0], "b", second)):
         a, b = both.score(image), both.score(spoilt(image))
         assert a.product == b.product == name and a.score == b.score == pytest.approx(own.score(image).score)
         np.testing.assert_array_equal(a.anomaly_map, b.anomaly_map)
     with pytest.raises(fp.ModelError, match="one region"):
-        fp.MultiPrior({"a": prior, "b": fp.fit(parts(3, 12), **SETTINGS)})
+        fp.MultiPrior({"a": prior, "b": fp.fit(parts(3, 12), **shared)})
 
 
 # -- masks, polygons, errors -----------------------------------------------------------------------------
