@@ -623,9 +623,9 @@ def _define_intrinsics(lanes: int) -> None:
         def product(typing, a, a_hi, lda, last, k, w, bias, multiplier, res, out, ldo):
             """`tall` pixels x (n_vecs * lanes) of a layer: k words of inputs, pixels lda bytes apart.
 
-            Of fewer pixels than a tile has the `last` is computed again. Paired: a word of out has the u8
-            of a's row below that of a_hi's; pixels follow one another, and ldo bytes on come the next
-            `lanes` channels. Else out is i16 with the residual at res (0: none) added, pixels ldo bytes apart.
+            Where there are fewer, the `last` is computed again. Paired: a word of out has the u8 of a's row
+            below that of a_hi's; pixels follow one another, and ldo bytes on come the next `lanes` channels.
+            Else out is i16 with the residual at res (0: none) added, and pixels are ldo bytes apart.
             """
             def codegen(context, b, signature, args):
                 a, a_hi, lda, last, k, w, bias, multiplier, res, out, ldo = args
@@ -1001,7 +1001,8 @@ def _resize(row, band, bands, ws, own, state, image, batch, state_stride):
         if p.integer:
             for i in range(w * 3):
                 line[i] = np.float32(np.int32(line[i] / np.float32(256) + np.float32(.5)))
-            _resize_integers(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine, to)
+            _resize_integers(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine,
+                             to)
         else:
             _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine, to)
 
@@ -1161,8 +1162,8 @@ def _pool(row, band, bands, ws, own, state, image, batch, state_stride):
                 to[c] *= share
 
 
-# Integers. Maps in the workspace are int16 (h, w, c); `_mbconv_integer` packs values in words: two rows of the
-# expanded map, so that the depthwise part reads two taps at once; for products, `_GROUP` channels.
+# Integers. Maps in the workspace are int16 (h, w, c); `_mbconv_integer` packs values in words: two rows of
+# the expanded map, so that the depthwise part reads two taps at once; for products, `_GROUP` channels.
 
 @_kernel(exact=True)
 def _product_pairs(stem, a, a_hi, lda, m, k, w, bias, multiplier, out, block, n):
@@ -1170,7 +1171,8 @@ def _product_pairs(stem, a, a_hi, lda, m, k, w, bias, multiplier, out, block, n)
     j = 0
     while j < n:
         wide = min((n - j) // _LANES, _WIDE)
-        to, at_bias, at_scale, panel = out + j // _LANES * block, bias + 4 * j, multiplier + 4 * j, w + 4 * j * k
+        to, panel = out + j // _LANES * block, w + 4 * j * k
+        at_bias, at_scale = bias + 4 * j, multiplier + 4 * j
         i = 0
         while i < m:
             i = max(min(i, m - _TILE // 2), 0)
@@ -1198,7 +1200,7 @@ def _product_sums(a, lda, m, k, w, bias, multiplier, res, out, n):
     j = 0
     while j < n:
         wide = min((n - j) // _LANES, _WIDE)
-        to, at_bias, at_scale, panel = out + 2 * j, bias + 4 * j, multiplier + 4 * j, w + 4 * j * k
+        to, panel, at_bias, at_scale = out + 2 * j, w + 4 * j * k, bias + 4 * j, multiplier + 4 * j
         i = 0
         while i < m:
             i = max(min(i, m - _TILE), 0)

@@ -184,6 +184,7 @@ def test_kernels_that_would_not_run_are_refused(kernel, message, tmp_path, monke
     monkeypatch.setattr(cpu, "_KERNELS", [kernel])
     monkeypatch.setattr(cpu, "_load_kernels", cpu._load_kernels.__wrapped__)
     monkeypatch.setattr(kernel, "fields", cpu._LAYER_NORM, raising=False)
+    monkeypatch.setattr(kernel, "exact", False, raising=False)
     caplog.set_level(logging.INFO, "fastprior")
     with pytest.raises(cpu.Unavailable, match=message) as caught:
         cpu.load_kernels()
