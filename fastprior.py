@@ -272,8 +272,7 @@ def fixed_point_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndar
 
 
 @functools.lru_cache(16)
-def _tap_bands(n_in: int, n_out: int, shift: float, dtype: type,
-               taps: Callable) -> list[tuple[int, np.ndarray]]:
+def _tap_bands(n_in: int, n_out: int, shift: float, dtype: type, taps: Callable) -> list:
     """Taps as one dense matrix for every 32 outputs: [(first input, (32, inputs))], kept a size."""
     start, weight = taps(n_in, n_out, shift)
     bands = []
@@ -647,9 +646,9 @@ class Backbone:
         return {name: a.astype(_written_as(name, self.integer)) for name, a in arrays.items()}
 
     def header(self) -> dict:
+        blocks = [{"stride": b.stride, "act": b.act, "skip": b.skip} for b in self.blocks]
         return {"name": self.name, "mean": self.mean, "std": self.std, "act": self.act, "stages": self.stages,
-                "blocks": [{"stride": b.stride, "act": b.act, "skip": b.skip} for b in self.blocks],
-                } | ({"integer": True} if self.integer else {})
+                "blocks": blocks} | ({"integer": True} if self.integer else {})
 
     @staticmethod
     def from_arrays(header: dict, arrays: dict[str, np.ndarray]) -> "Backbone":
@@ -670,11 +669,8 @@ class Backbone:
 
 def _written_as(name: str, integer: bool) -> type:
     """The type of a backbone's array in a file."""
-    if not integer:
-        return np.float16
-    if name.endswith(("stem_w", "dw_w")):
-        return np.int16
-    return {"_w": np.int8, "_b": np.int32}.get(name[-2:], np.float32)
+    kinds = {"_w": np.int16 if name.endswith(("stem_w", "dw_w")) else np.int8, "_b": np.int32}
+    return kinds.get(name[-2:], np.float32) if integer else np.float16
 
 
 _BLOCK_SHAPES = dict(dw_w="kkm", dw_b="m", project_w="mo", project_b="o", expand_w="im", expand_b="m",
@@ -716,7 +712,7 @@ def _check_integers(b: Backbone) -> None:
             wrong.append(f"block {i}: expansion, input or squeeze-excitation")
             continue
         layers += [("expand", own, 127)] * expands + [("dw", own, 255), ("project", own, 255)]
-        wrong += [f"block {i}: input_m"] if expands and not 0 <= own["input_m"][0] < 128 else []
+        wrong += ["input_m"] * (expands and not 0 <= own["input_m"][0] < 128)
     for name, own, most in layers:
         w, bias, m = (own[f"{name}_{part}"].astype(np.float64) for part in "wbm")
         total = (np.abs(w).reshape(-1, len(bias)).sum(0) * most + np.abs(bias)).max()
@@ -1495,19 +1491,6 @@ def find_images(path: str | os.PathLike, without: str = "") -> list[Path]:
 def image_key(image: np.ndarray) -> str:
     """A short hash of the pixels of uint8 (H, W, 3): what tells images apart, whatever their names."""
     return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()[:16]
-
-
-def jitter(image: np.ndarray, rng: np.random.Generator, light: float = .15,
-           shift: float = .03) -> tuple[np.ndarray, tuple[float, float]]:
-    """Brightness and contrast within +-light; and a shift (rows, columns) within +-shift of a side.
-
-    The shift is left to the resampling (`resize_taps`), which does it to a fraction of a pixel.
-    """
-    brightness, contrast = rng.uniform(1 - light, 1 + light, 2)
-    mean = image.mean()
-    table = ((np.arange(256) - mean) * contrast + mean) * brightness
-    dy, dx = rng.uniform(-shift, shift, 2)
-    return np.rint(np.clip(table, 0, 255)).astype(np.uint8)[image], (dy, dx)
 
 
 class RegionOfInterest:
@@ -2424,104 +2407,9 @@ MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
 FIT_REVISION = 13  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 10
-_MOST_FINE = 1200  # images whose fine features are held, 0.4 MB each at 448 pixels
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
-
-
-def _quiet(what: str, done: int, total: int) -> None:
-    pass
-
-
-class Extracted(NamedTuple):
-    """Features of different images, ordered by their keys, so that names and order decide nothing."""
-    features: np.ndarray  # (M, N, C), a row an image or a jittered copy, an image's own row first
-    owner: np.ndarray  # (M,), ascending: the image of each row
-    looks: np.ndarray  # complex64 (I, 128, 65), see `look` of examples/curation.py
-    keys: list[str]  # of each image
-    sources: list[int]  # of each image, its place in the sequence that was given
-    repeated: int  # images left out since their pixels were there already
-    unreadable: list[str]  # a line for each image that could not be read
-    fine: Sequence[np.ndarray]  # float16 (F*F', C') of each image itself, of the first _MOST_FINE
-    names: Sequence[str] = ()  # of what `sources` counts, where a file keeps it
-    roi: RegionOfInterest | None = None  # N above counts the places inside
-    ranged: Sequence[str] = ()  # keys of the images that decided the backbone's ranges
-
-    @property
-    def clean(self) -> np.ndarray:
-        """bool (M,): the rows that are an image itself."""
-        return np.diff(self.owner, prepend=-1) > 0
-
-    def of(self, images) -> "Extracted":
-        """Only these images: a bool mask or indices, ascending."""
-        chosen = np.arange(len(self.keys))[images]
-        rows = np.isin(self.owner, chosen)
-        return self._replace(features=self.features[rows], owner=np.searchsorted(chosen, self.owner[rows]),
-                             looks=self.looks[chosen],
-                             keys=[self.keys[i] for i in chosen], sources=[self.sources[i] for i in chosen],
-                             fine=[self.fine[i] for i in chosen[chosen < len(self.fine)]])
-
-
-def _readable(images: Iterable, bits: int | None, roi: RegionOfInterest | None) -> Iterator[np.ndarray]:
-    for source in images:
-        with contextlib.suppress(ImageError, ShapeError):
-            yield load_image(source, bits, roi)
-
-
-def _copies(different: int, settings: Settings) -> int:
-    """Of each image: at most 2400 rows are held in memory."""
-    return max(0, min(settings.copies, 2400 // max(different, 1) - 1))
-
-
-def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
-                     progress: Progress = _quiet, dtype=np.float16, known: Extracted | None = None,
-                     roi: RegionOfInterest | None = None) -> Extracted:
-    """Features of every different image and of its jittered copies (whose jitter its pixels decide).
-
-    known: images whose features are there already. They come first in what `sources` counts.
-    """
-    kept, fine, repeated, unreadable, before = {}, {}, 0, [], 0
-    if known:
-        before = len(known.names)
-        rows = np.split(known.features, np.flatnonzero(known.clean)[1:])
-        kept = {key: (f, source, look) for key, f, source, look in zip(
-            known.keys, rows, known.sources, known.looks)}
-        fine = dict(zip(known.keys, known.fine))
-    inside, c = _inside(roi, settings.grid), sum(backbone.channels)
-    look = _room("curation").look
-    different = len(images) + len(kept)
-    if _copies(different, settings) < settings.copies:  # it may be less, with what was given twice
-        different = len({*kept, *(image_key(a) for a in _readable(images, settings.bits, roi))})
-    copies = _copies(different, settings)
-    engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
-    for i, source in enumerate(images):
-        try:
-            image = load_image(source, settings.bits, roi)
-        except (ImageError, ShapeError) as e:
-            unreadable.append(str(e))
-            continue
-        key = image_key(image)
-        repeated += key in kept
-        if key not in kept:
-            rng = np.random.default_rng([settings.seed, int(key, 16)])
-            batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
-            batch = [(roi.paint(a, shift), shift) for a, shift in batch] if roi else batch
-            if engine:
-                f, own = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs
-            else:
-                f, own = map(np.stack, zip(*(_reference_tokens(a, backbone, settings, s) for a, s in batch)))
-            kept[key] = f[:, inside].astype(dtype), before + i, look(image)
-            fine[key] = own[0].astype(np.float16)
-            if len(fine) > _MOST_FINE:
-                del fine[max(fine)]
-        progress("features", i + 1, len(images))
-    keys = sorted(kept)
-    rows = [kept[key][0][:copies + 1] for key in keys]
-    return Extracted(np.concatenate(rows) if rows else np.empty((0, inside.sum(), c), dtype),
-                     np.repeat(np.arange(len(keys)), [len(f) for f in rows]),
-                     np.array([kept[key][2] for key in keys]), keys,
-                     [kept[key][1] for key in keys], repeated, unreadable,
-                     [fine[key] for key in sorted(fine)], roi=roi)
+_quiet: Progress = lambda *_: None
 
 
 class _Gaussians:
@@ -2813,9 +2701,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         and named in `summary["set_aside"]`; those that are so by far do not train either.
     roi : mask (H, W) of the images' size, not 0 inside, or a file (examples/region.py): `RegionOfInterest`.
     features : file to keep the images' features in, for `Prior.update`.
-    known, denoiser : what `Prior.update` hands in: a file of features, whose images take part too, and
-        weights to keep instead of training.
-    ranged : what `fit_many` hands in, keys of images that decided the ranges of a backbone in integers.
+    known, denoiser, ranged : what `Prior.update` hands in: a file of features, whose images take part too,
+        and weights to keep instead of training; and `fit_many`: keys of images that decided ranges.
 
     Raises
     ------
@@ -2848,7 +2735,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     about = kept.about(config, backbone, roi)
     known = kept.read(known, about) if known else None
     training.check_memory(len(images) + (len(known.keys) if known else 0), config, backbone)
-    extracted = extract_features(images, config, backbone, threads, progress, known=known, roi=roi)
+    extracted = _room("extraction").extract_features(images, config, backbone, threads, progress, known=known,
+                                                     roi=roi)
     extracted = extracted._replace(ranged=known.ranged if known else own or ranged)
     images = [*(known.names if known else ()), *images]
     if features:

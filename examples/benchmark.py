@@ -32,6 +32,8 @@ if "fp" not in globals():
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import fastprior as fp
 
+extraction = fp._room("extraction")
+
 
 # ------------------------------------------------------------------------------------------------
 # Data sets
@@ -332,7 +334,7 @@ def cache_files(name: str, images: Sequence[Path], backbone) -> Callable[..., Pa
     return kept
 
 
-def kept_features(file: Path, make: Callable[[], fp.Extracted]) -> fp.Extracted:
+def kept_features(file: Path, make: Callable[[], Extracted]) -> extraction.Extracted:
     """What `make` returns, from the file, whose name says what it is of, if it is there."""
     try:
         return fp._room("kept").read(file, {})
@@ -350,18 +352,17 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
 
     Everything is kept in the cache folder, under a digest of all that decides it: the features, which are
     computed once, and the models. Gaussians are fitted once a number of images (and once more for "plain").
-    ranged: of a backbone that is in integers already, see `fp.Extracted`.
+    ranged: of a backbone that is in integers already, see `Extracted`.
     """
     kept = cache_files(category.name, category.train, backbone)
     backbone, own = fp._room("quantization").quantize_on(backbone, category.train, config, None, progress)
     ranged = own or ranged
 
     @functools.cache
-    def features() -> fp.Extracted:
+    def features() -> extraction.Extracted:
         key = config.size, config.cell, config.copies, config.seed, config.bits
-        return kept_features(kept("features", *key),
-                             lambda: fp.extract_features(category.train, config, backbone, threads, progress
-                                                         )._replace(ranged=ranged))
+        return kept_features(kept("features", *key), lambda: extraction.extract_features(
+            category.train, config, backbone, threads, progress)._replace(ranged=ranged))
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):

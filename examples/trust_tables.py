@@ -64,7 +64,7 @@ class Kept:
                 own, files, key = dataclasses.replace(config, copies=0), Changed(images), key[:3]
                 files.change = change
             return bench.kept_features(bench.cache_files(category.name, images, net)(kind, *key),
-                                       lambda: fp.extract_features(files, own, net, 1))
+                                       lambda: extraction.extract_features(files, own, net, 1))
         self.name, self.good = category.name, kept(category.train, "features")._replace(ranged=ranged)
         self.test, self.drifts = kept(category.test, "features"), {}
         self.files, self.bad = (np.asarray(a)[self.test.sources] for a in (category.test, category.labels))
@@ -87,7 +87,7 @@ class Traits:
         self.drifts = dict(zip(DRIFTS, changed))
 
 
-def refit(e: fp.Extracted, config, net) -> fp.Prior:
+def refit(e: extraction.Extracted, config, net) -> fp.Prior:
     return fp._fit_whitened(fp._whiten_features(e, config, threads=1), config, net, 0, threads=1)
 
 
@@ -187,12 +187,12 @@ def traits_table(rows: list[dict]) -> list[list]:
     return table
 
 
-def merged(a: fp.Extracted, b: fp.Extracted) -> fp.Extracted:
+def merged(a: extraction.Extracted, b: extraction.Extracted) -> extraction.Extracted:
     """As `extract_features` would return the images of both; sources of b become negative."""
     keys, owner = np.array([*a.keys, *b.keys]), np.r_[a.owner, b.owner + len(a.keys)]
     order, sources, fine = np.argsort(keys), [*a.sources, *(-1 - s for s in b.sources)], [*a.fine, *b.fine]
     rows = np.concatenate([np.flatnonzero(owner == i) for i in order])
-    return fp.Extracted(np.concatenate([a.features, b.features])[rows],
+    return extraction.Extracted(np.concatenate([a.features, b.features])[rows],
                         np.repeat(np.arange(len(order)), np.bincount(owner)[order]),
                         np.concatenate([a.looks, b.looks])[order], keys[order].tolist(),
                         [sources[i] for i in order], 0, [], [fine[i] for i in order])

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 import fastprior as fp
 from conftest import ROOT
 
+extraction = fp._room("extraction")
+
 console = fp._room("console")
 
 benchmark = fp._room("benchmark")
@@ -188,7 +190,7 @@ def test_the_grid_has_every_configuration_and_trains_each_once(bench, data, monk
 
     def refuse(*_, **__):
         raise AssertionError("not from the cache")
-    monkeypatch.setattr(fp, "extract_features", refuse)
+    monkeypatch.setattr(extraction, "extract_features", refuse)
     rows_of(bench("--variants", "gaussian", "--images", "12", *rest, data=[data]))
     monkeypatch.setattr(fp, "_whiten_features", refuse)
     assert rows_of(bench(*command, data=[data])) == first
@@ -249,7 +251,7 @@ def test_report_has_table_and_picture(bench, data, tmp_path):
 def test_bad_options_are_refused_before_anything_is_trained(bench, monkeypatch, arguments, match):
     def refuse(*_, **__):
         raise AssertionError("trained")
-    monkeypatch.setattr(fp, "extract_features", refuse)
+    monkeypatch.setattr(extraction, "extract_features", refuse)
     done = bench(*arguments)
     assert isinstance(done.exception, fp.FastPriorError), done.exception
     assert re.search(match, str(done.exception)) and "\n" not in str(done.exception)

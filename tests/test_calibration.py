@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 import fastprior as fp
 
+extraction = fp._room("extraction")
+
 curation = fp._room("curation")
 
 BOTTLES = Path(__file__).resolve().parents[2] / "shared" / "data" / "mvtec" / "bottle" / "train" / "good"
@@ -93,9 +95,9 @@ def test_false_alarms_on_real_good_images_are_as_promised():
 def test_false_alarms_of_refitted_models_stay_below_the_promise(calibration, monkeypatch):
     files = fp.find_images(BOTTLES)
     settings = fp.Settings(size=64, copies=0)
-    everything = fp.extract_features(files, settings, fp.load_backbone("lite0"))
+    everything = extraction.extract_features(files, settings, fp.load_backbone("lite0"))
     features = everything.features
-    monkeypatch.setattr(fp, "extract_features",
+    monkeypatch.setattr(extraction, "extract_features",
                         lambda images, *_, **__: everything.of(images)._replace(
                             sources=list(range(len(images)))))
     rng = np.random.default_rng(0)

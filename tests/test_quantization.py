@@ -11,6 +11,8 @@ import fastprior as fp
 from conftest import ROOT
 from damaged_models import tiny_backbone, tiny_prior
 
+extraction = fp._room("extraction")
+
 quantization, curation = fp._room("quantization"), fp._room("curation")
 SETTINGS = fp.Settings(size=64)
 
@@ -113,7 +115,7 @@ def sixty():
     features = rng.standard_normal((count, 16, 3)).astype(np.float16)
     features[:, 0, 0] = np.arange(count)
     fine = rng.standard_normal((count, 64, 2)).astype(np.float16)
-    return fp.Extracted(features, np.arange(count), looks, [f"{i:016x}" for i in range(count)],
+    return extraction.Extracted(features, np.arange(count), looks, [f"{i:016x}" for i in range(count)],
                         list(range(count)), 0, [], fine)
 
 

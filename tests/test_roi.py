@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 import fastprior as fp
 from damaged_models import half, tiny_prior
 
+extraction = fp._room("extraction")
+
 HEIGHT, WIDTH = 72, 96
 ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
 MASK = (ROWS >= 6) & (COLUMNS < 70)
@@ -166,7 +168,7 @@ def test_copies_are_painted_too(monkeypatch):
                         lambda image, *at: seen.append((image, at[2])) or tokens(image, *at))
     region = fp.RegionOfInterest(MASK)
     settings, backbone = fp.Settings(size=64, copies=3), fp.load_backbone("lite0")
-    e = fp.extract_features(parts(0, 1), settings, backbone, roi=region)
+    e = extraction.extract_features(parts(0, 1), settings, backbone, roi=region)
     assert len(seen) == 4 and e.features.shape[:2] == (4, fp._inside(region, (4, 4)).sum())
     for image, shift in seen:
         outside = ~region.at(HEIGHT, WIDTH, shift)[0]

@@ -8,6 +8,8 @@ import pytest
 import fastprior as fp
 from conftest import ROOT
 
+extraction = fp._room("extraction")
+
 kept = fp._room("kept")
 
 SIZE = {"size": 64, "copies": 2, "iterations": 0}
@@ -72,7 +74,8 @@ def test_old_images_among_the_new_count_once(grown, parts):
 def test_where_more_images_leave_room_for_fewer_copies_old_ones_lose_some(grown):
     folder, first, *_ = grown
     e = kept.read(folder / "first.npz", kept.about(first.settings, first.backbone))
-    fewer = fp.extract_features([], fp.dataclasses.replace(first.settings, copies=1), first.backbone, known=e)
+    settings = fp.dataclasses.replace(first.settings, copies=1)
+    fewer = extraction.extract_features([], settings, first.backbone, known=e)
     assert np.bincount(fewer.owner).tolist() == [2] * len(e.keys)
     np.testing.assert_array_equal(fewer.features[::2], e.features[::3])
     np.testing.assert_array_equal(fewer.features[1::2], e.features[1::3])
