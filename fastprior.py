@@ -57,7 +57,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
@@ -2094,8 +2094,8 @@ class Prior:
         images, unreadable, _ = _room("folders").good_images(images)
         if self.settings.tile:
             return _room("tiles").calibrate(self, images, unreadable, keep_all, progress, settings)
-        e = extract_features(images, dataclasses.replace(self.settings, copies=2), self.backbone,
-                             self.threads, progress, np.float32, roi=self.roi)
+        extract, two = _room("extraction").extract_features, dataclasses.replace(self.settings, copies=2)
+        e = extract(images, two, self.backbone, self.threads, progress, np.float32, roi=self.roi)
         unreadable += e.unreadable
         if seen := len(set(e.keys) & set(self.summary.get("trained_on", ()))):
             raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
@@ -2573,9 +2573,9 @@ class _Whitened:
 
 
 @_one_blas_thread
-def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False, progress: Progress = _quiet,
+def _whiten_features(e, config: Settings, keep_all: bool = False, progress: Progress = _quiet,
                      threads: int | None = None) -> _Whitened:
-    """The Gaussian of each place, cross-fitted: each fold is whitened by the Gaussian of the others.
+    """The Gaussian of each place, cross-fitted: each fold of `Extracted` by the Gaussian of the others.
 
     Images that are unlike the others (`outliers`) do not calibrate; those that are so by far do not train
     either, and the Gaussians are fitted again until there are none: a rare good one left out costs more

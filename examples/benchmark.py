@@ -334,7 +334,7 @@ def cache_files(name: str, images: Sequence[Path], backbone) -> Callable[..., Pa
     return kept
 
 
-def kept_features(file: Path, make: Callable[[], Extracted]) -> extraction.Extracted:
+def kept_features(file: Path, make: Callable[[], extraction.Extracted]) -> extraction.Extracted:
     """What `make` returns, from the file, whose name says what it is of, if it is there."""
     try:
         return fp._room("kept").read(file, {})
