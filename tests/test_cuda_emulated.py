@@ -178,7 +178,7 @@ def pool(b, block=32):
     out.fill(3)
     vector = 16 // np.dtype(b.dtype).itemsize
     b.launch("pool", (-(-down * across * -(-(c + fill) // vector) // block), 1, 2), (block,), x, out, I(cell),
-             I(ldx), I(c), I(fill), I(down), I(across), I(first), I(columns))
+             I(ldx), I(c), I(fill), I(down), I(across), I(first), I(columns), F(0))
     want = np.full((2, down * across, columns), 3.0)
     want[..., first + c:first + c + fill] = 0
     want[..., first:first + c] = np.stack([fp.pool(i[..., :c], (down, across)).reshape(-1, c) for i in x64])
