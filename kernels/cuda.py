@@ -225,7 +225,8 @@ class Engine:
         return self.buffer(*shape, dtype=np.float32)
 
     def kernel(self, file: str, name: str | None = None, **macros: int):
-        macros = {"HALF": int(self.real == np.float16)} | macros
+        half = self.real == np.float16 or bool(macros.get("INTEGER"))  # integers are the same in both
+        macros = {"HALF": int(half)} | macros
         options = tuple(f"-D{macro}={value}" for macro, value in macros.items())
         source = kernel_source(file)
         try:
