@@ -6,7 +6,7 @@
 // defined, tests/cuda_emulator.h supplies what PTX does.
 //
 // INTEGER=1 is for a backbone in integers (see `Backbone`): its maps hold integers of 8 and 16 bits, whatever HALF
-// says, and its features are those of the reference bit for bit, because every sum is exact.
+// says, and its features are the reference's bit for bit, because sums are exact and nothing else is reordered.
 //
 // Maps are (B, H, W, C), C padded to a multiple of 8 with zeros. blockIdx.z is the image. No kernel
 // uses atomics and every sum has one order, so a score does not depend on its batch.

@@ -247,12 +247,12 @@ class Engine:
         self.steps.append((self._stage, lambda batch: make(batch)._replace(beside=beside, waits=waits)))
 
     def product(self, a: Buffer, lda: int, w: np.ndarray, rows: int, k: int, *, bias=None, ldbias: int = 0,
-                gate=None, residual: Buffer | None = None, act=NONE,
-                transposed: bool = False, integer: int = 0) -> Buffer:
+                gate=None, residual: Buffer | None = None, act=NONE, transposed: bool = False,
+                integer: int = 0) -> Buffer:
         """act(a @ w + bias) + residual, w (K, N) the same for all images.
 
-        transposed: a is (k, rows) of each image and the result (N, rows). integer: _EXPAND or _PROJECT, and
-        act, see `_ending`.
+        transposed: a is (k, rows) of each image and the result (N, rows). integer: 0, _EXPAND or _PROJECT;
+        act is then multipliers, see `_ending`, and gate that of a.
         """
         n = w.shape[1] if transposed else round_up(w.shape[1], 8)
         out = self.buffer(n, rows, dtype=(self.real, np.uint8, np.int16)[integer])

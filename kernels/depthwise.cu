@@ -1,5 +1,5 @@
 // depthwise: depthwise convolution, SAME padding, bias, activation; sums for squeeze-excitation on the way.
-// Reference: depthwise.
+// References: depthwise; in integers requantize.
 //
 // x (B, H, W, C) real; w (k, k, C) real; bias (C,) float32; out (B, Ho, Wo, C) real, Ho = ceil(H/stride).
 // sums (B, gridDim.y, C) float32 or null: the outputs of each block summed over its pixels, in a fixed order.

@@ -1,5 +1,6 @@
 // product: out = act(a @ w + bias) + residual; the pointwise convolutions, the denoiser's layers, the
-// mixing of positions. References: linear, mix; with `gate` the last step of squeeze_excite before linear; requantize.
+// mixing of positions. References: linear, mix; with `gate` the last step of squeeze_excite before linear;
+// in integers linear, then requantize.
 //
 // a (B, M, K) real with rows lda apart; with TRANSPOSED=1 (B, K, M), and out and residual are (B, N, M).
 //   a_step: elements from one image to the next
@@ -9,8 +10,8 @@
 // gate (M / period, K) float32 or null: row i of a is scaled by gate row i / period first; not if TRANSPOSED
 // residual, out (B, M, N) real; residual may be null
 // N, lda and K are multiples of 8 (TRANSPOSED: M and lda are).
-// In integers: INTEGER=EXPAND, a int16, made -127..127 by the multiplier `gate` (1,), out u8; INTEGER=PROJECT, a u8,
-//   residual and out int16. `ending` holds multipliers (N,), bias integers; not WIDE nor TRANSPOSED.
+// INTEGER=1 (EXPAND): a int16, requantized to -127..127 by `gate` (1,) first, out u8; INTEGER=2 (PROJECT): a u8,
+//   residual and out int16. Bias holds integers, `ending` multipliers (N,); neither WIDE nor TRANSPOSED.
 // Launch: block 32 * WARPS, grid (ceil(tiles * split / WARPS), 1, B), tiles = ceil(M/TILE) * ceil(N/32); TILE 32 or 16
 //   and WARPS 4 or 8, a module for each. `split` warps share a tile, and divide WARPS: each takes every split-th 16 of K.
 //   An element is summed in an order that only `split` sets, so that a score does not depend on its batch.
@@ -44,7 +45,7 @@ typedef Activation Out;
 #define WARPS 8                    // of a block
 #endif
 #define COLUMNS 32
-#define TERMS (HALF || INTEGER ? 1 : 2)       // halves that make up a value of a
+#define TERMS (HALF || INTEGER ? 1 : 2) // halves that make up a value of a
 #define DOWN (TILE / 16)           // 16 x 8 products of a tile, down and across
 #define ACROSS (COLUMNS / 8)
 #define ROW (COLUMNS + 8)          // padding keeps the banks apart
@@ -117,9 +118,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
                 const In* two = from.a[i][r % 2].at + r / 2 * 2;
 #if INTEGER == PROJECT
                 unsigned halves[2];
-                halves_from_bytes(halves, *reinterpret_cast<const unsigned*>(from.a[i][r % 2].at), 0);
-                left[0][i][r] = halves[r / 2];
-#elif INTEGER
+                halves_from_bytes(halves, two[0] | two[1] << 8, 0);
+                left[0][i][r] = halves[0];
+#elif INTEGER == EXPAND
                 left[0][i][r] = pair_of(half_from_float(requantize(two[0], gate[0], -127.f, 127.f)),
                                         half_from_float(requantize(two[1], gate[0], -127.f, 127.f)));
 #elif HALF

@@ -1,5 +1,5 @@
 // stem: 3x3 convolution of the image, stride 2, SAME (TensorFlow: even sides pad after only), bias, activation.
-// Reference: stem.
+// References: stem; in integers requantize.
 //
 // x (B, H, W, 4) real, the fourth value of a pixel is ignored, H and W even; w (3, 3, 3, C) real; bias (C,)
 // float32; out (B, H/2, W/2, C) real. With INTEGER=1 x and w int16, out u8, `ending` the multipliers (C,).
