@@ -34,8 +34,8 @@ extern "C" __global__ void pool(const Value* x, float* out, int cell, int ldx, i
     out += ((long long)blockIdx.z * down * across + position) * columns + first + channel;
 #pragma unroll
     for (int v = 0; v < VECTOR; v++)
-        if (channel + v < channels + fill) {
-            const float mean = INTEGER ? __fmul_rn((float)sum[v], scale) : sum[v] / (float)(cell * cell);
-            out[v] = channel + v < channels ? mean : 0.f;
-        }
+        if (channel + v < channels + fill)
+            out[v] = channel + v >= channels ? 0.f
+                     : INTEGER               ? __fmul_rn((float)sum[v], scale)
+                                             : sum[v] / (float)(cell * cell);
 }

@@ -68,9 +68,9 @@ def test_whole_model_agrees_with_the_cpu(case, precision):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("shape", [(64, 96), (256, 256)])
-def test_features_in_integers_are_those_of_the_reference(shape, precision):
-    launch.check_features_in_integers(precision, shape)
+@pytest.mark.parametrize("backbone, shape", [("tiny", (64, 96)), ("lite0", (64, 96)), ("lite2", (256, 256))])
+def test_features_in_integers_are_those_of_the_reference(backbone, shape, precision):
+    launch.check_features_in_integers(backbone, precision, shape)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
