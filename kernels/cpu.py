@@ -954,6 +954,12 @@ def _ints(address, n):
 
 
 @_kernel()
+def _longs(address, n):
+    """n int64 at an address."""
+    return carray(_as_pointer(address), n, np.int64)
+
+
+@_kernel()
 def _row(address, fields):
     """A row of a program, of the image table, or the job: its fields by name."""
     return carray(_as_pointer(address), 1, fields)[0]
@@ -1258,7 +1264,7 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
     depth = ring + slots * line
     narrowed = depth + value * chunk * w_out * c_mid
     lines_at = narrowed + (2 * w * stride_in + 7) // 8 * 8
-    lines = carray(_as_pointer(lines_at), pairs, np.int64)
+    lines = _longs(lines_at, pairs)
     _ints(zeros, line // 4)[:] = 0
     for i in range(slots):
         for j in range(c_mid // _LANES):
@@ -1305,7 +1311,7 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
         y += count
 
 
-_POOL_INTEGER = _fields("operation x cell stride channels down across out columns scale")
+_POOL_INTEGER = _fields("operation x cell stride channels down across out columns scale scratch")
 
 
 @_kernel(_POOL_INTEGER, exact=True)
@@ -1317,14 +1323,24 @@ def _pool_integer(row, band, bands, ws, own, state, image, batch, state_stride):
         for gx in range(across):
             at = state + 4 * (p.out + (gy * across + gx) * p.columns)
             total, to = _ints(at, channels), _floats(at, channels)
+            whole = _longs(own + 4 * p.scratch, channels)
             total[:] = 0
+            whole[:] = 0
             for y in range(gy * cell, (gy + 1) * cell):
                 for column in range(gx * cell, (gx + 1) * cell):
                     pixel = _shorts(ws + 4 * p.x + 2 * (y * across * cell + column) * stride, channels)
                     for c in range(channels):
                         total[c] += np.int32(pixel[c])
-            for c in range(channels):
-                to[c] = np.float32(total[c]) * scale
+                if cell > 256:  # more pixels than int32 has room for
+                    for c in range(channels):
+                        whole[c] += total[c]
+                        total[c] = 0
+            if cell > 256:
+                for c in range(channels):
+                    to[c] = np.float32(whole[c]) * scale
+            else:
+                for c in range(channels):
+                    to[c] = np.float32(total[c]) * scale
 
 
 @_kernel()
@@ -1880,7 +1896,7 @@ class Engine:
                                   down=down, across=across, out=out + filled[k], columns=columns)
                     if integer:
                         scale = np.float32(backbone.scales[i]) / np.float32((h // down) ** 2)
-                        self.emit(_pool_integer, **fields, scale=self.constant([scale]))
+                        self.emit(_pool_integer, **fields, scale=self.constant([scale]), scratch=2 * channels)
                     else:
                         self.emit(_pool, **fields)
                     filled[k] += channels
