@@ -658,11 +658,13 @@ def _define_intrinsics(lanes: int) -> None:
                     for m in range(m_rows):
                         place = (ldo, pixels[m]), 2 * n * lanes
                         total = cgutils.alloca_once(b, int_vec)
-                        b.store(clipped(b, rounded(b, b.load(acc[m][n]), m_n), -32767, 32767), total)
+                        b.store(rounded(b, b.load(acc[m][n]), m_n), total)
                         with b.if_then(b.icmp_signed("!=", res, const(0))):
                             other = b.load(at_byte(b, plus(b, res, *place), short_vec), align=2)
-                            b.store(b.add(b.load(total), b.sext(other, int_vec)), total)
-                        y = b.trunc(clipped(b, b.load(total), -32767, 32767), short_vec)
+                            y = clipped(b, b.load(total), -32767, 32767)
+                            b.store(b.add(y, b.sext(other, int_vec)), total)
+                        y = b.trunc(clipped(b, b.load(total), -32768, 32767), short_vec)  # packssdw
+                        y = clipped(b, y, -32767, 32767)
                         b.store(y, at_byte(b, plus(b, out, *place), short_vec), align=2)
                 return context.get_dummy_value()
             return types.void(*[types.int64] * 11), codegen
@@ -952,6 +954,12 @@ def _ints(address, n):
 
 
 @_kernel()
+def _longs(address, n):
+    """n int64 at an address."""
+    return carray(_as_pointer(address), n, np.int64)
+
+
+@_kernel()
 def _row(address, fields):
     """A row of a program, of the image table, or the job: its fields by name."""
     return carray(_as_pointer(address), 1, fields)[0]
@@ -1168,7 +1176,7 @@ def _pool(row, band, bands, ws, own, state, image, batch, state_stride):
 @_kernel(exact=True)
 def _product_pairs(stem, a, a_hi, lda, m, k, w, bias, multiplier, out, block, n):
     """Two rows of m pixels -> words (n / _LANES, m, _LANES), the second row in the upper halves."""
-    j = 0
+    j, last = 0, m - 1
     while j < n:
         wide = min((n - j) // _LANES, _WIDE)
         to, panel = out + j // _LANES * block, w + 4 * j * k
@@ -1176,7 +1184,7 @@ def _product_pairs(stem, a, a_hi, lda, m, k, w, bias, multiplier, out, block, n)
         i = 0
         while i < m:
             i = max(min(i, m - _TILE // 2), 0)
-            x, x_hi, y, last = a + i * lda, a_hi + i * lda, to + 4 * _LANES * i, m - 1 - i
+            x, x_hi, y = a + i * lda, a_hi + i * lda, to + 4 * _LANES * i
             if _GROUP == 4 and stem:  # which takes two values a word
                 if wide == 1:
                     _stem_1(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
@@ -1197,14 +1205,14 @@ def _product_pairs(stem, a, a_hi, lda, m, k, w, bias, multiplier, out, block, n)
 @_kernel(exact=True)
 def _product_sums(a, lda, m, k, w, bias, multiplier, res, out, n):
     """m pixels of k words -> int16 (m, n), plus those at res (0: none), which may not be where out is."""
-    j = 0
+    j, last = 0, m - 1
     while j < n:
         wide = min((n - j) // _LANES, _WIDE)
         to, panel, at_bias, at_scale = out + 2 * j, w + 4 * j * k, bias + 4 * j, multiplier + 4 * j
         i = 0
         while i < m:
             i = max(min(i, m - _TILE), 0)
-            x, y, last = a + i * lda, to + 2 * i * n, m - 1 - i
+            x, y = a + i * lda, to + 2 * i * n
             r = res + 2 * (i * n + j) if res != 0 else 0
             if wide == 1:
                 _sums_1(x, 0, lda, last, k, panel, at_bias, at_scale, r, y, 2 * n)
@@ -1256,7 +1264,7 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
     depth = ring + slots * line
     narrowed = depth + value * chunk * w_out * c_mid
     lines_at = narrowed + (2 * w * stride_in + 7) // 8 * 8
-    lines = carray(_as_pointer(lines_at), pairs, np.int64)
+    lines = _longs(lines_at, pairs)
     _ints(zeros, line // 4)[:] = 0
     for i in range(slots):
         for j in range(c_mid // _LANES):
@@ -1303,7 +1311,7 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
         y += count
 
 
-_POOL_INTEGER = _fields("operation x cell stride channels down across out columns scale")
+_POOL_INTEGER = _fields("operation x cell stride channels down across out columns scale scratch")
 
 
 @_kernel(_POOL_INTEGER, exact=True)
@@ -1315,14 +1323,24 @@ def _pool_integer(row, band, bands, ws, own, state, image, batch, state_stride):
         for gx in range(across):
             at = state + 4 * (p.out + (gy * across + gx) * p.columns)
             total, to = _ints(at, channels), _floats(at, channels)
+            whole = _longs(own + 4 * p.scratch, channels)
             total[:] = 0
+            whole[:] = 0
             for y in range(gy * cell, (gy + 1) * cell):
                 for column in range(gx * cell, (gx + 1) * cell):
                     pixel = _shorts(ws + 4 * p.x + 2 * (y * across * cell + column) * stride, channels)
                     for c in range(channels):
                         total[c] += np.int32(pixel[c])
-            for c in range(channels):
-                to[c] = np.float32(total[c]) * scale
+                if cell > 256:  # more pixels than int32 has room for
+                    for c in range(channels):
+                        whole[c] += total[c]
+                        total[c] = 0
+            if cell > 256:
+                for c in range(channels):
+                    to[c] = np.float32(whole[c]) * scale
+            else:
+                for c in range(channels):
+                    to[c] = np.float32(total[c]) * scale
 
 
 @_kernel()
@@ -1878,7 +1896,7 @@ class Engine:
                                   down=down, across=across, out=out + filled[k], columns=columns)
                     if integer:
                         scale = np.float32(backbone.scales[i]) / np.float32((h // down) ** 2)
-                        self.emit(_pool_integer, **fields, scale=self.constant([scale]))
+                        self.emit(_pool_integer, **fields, scale=self.constant([scale]), scratch=2 * channels)
                     else:
                         self.emit(_pool, **fields)
                     filled[k] += channels

@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import platform
 import subprocess
 import sys
 
@@ -61,9 +62,9 @@ def cpu(request, tmp_path_factory):
     assert made and all((raw[:start] == 255).all() and (raw[stop:] == 255).all() for raw, start, stop in made)
 
 
-def features(cpu, net, images, shape, threads=1, shifts=None):
+def features(cpu, net, images, shape, threads=1, shifts=None, cell=16):
     """What an engine computes in memory that held NaN, (B, N, C) a view."""
-    e, views = cpu.Engine(threads), views_of(net, shape)
+    e, views = cpu.Engine(threads), views_of(net, shape, cell)
     for (x, _), (grid, blocks) in zip(e.features(net, shape, views, net.taps), views, strict=True):
         e.keep(x, math.prod(grid), sum(net.blocks[i].channels[2] for i in blocks))
     e.finish()
@@ -77,8 +78,8 @@ def views_of(net, shape, cell=16):
     return ((shape[0] // cell, shape[1] // cell), net.stages), ((shape[0] // 8, shape[1] // 8), net.fine)
 
 
-def reference(net, images, shape, shifts=None):
-    shifts, views = shifts or [(0, 0)] * len(images), views_of(net, shape)
+def reference(net, images, shape, shifts=None, cell=16):
+    shifts, views = shifts or [(0, 0)] * len(images), views_of(net, shape, cell)
     views = zip(*(net.features(net.pixels(a, shape, s), *views) for a, s in zip(images, shifts)))
     return [np.stack(view) for view in views]
 
@@ -171,6 +172,16 @@ def test_extremes(cpu, fill):
     net = network(5, blocks, fill)
     images = [np.full((64, 64, 3), v, np.uint8) for v in (0, 1, 127, 128, 254, 255)]
     assert_same(features(cpu, net, images, (64, 64), 2), reference(net, images, (64, 64)))
+
+
+def test_the_largest_cell(cpu):
+    """Its sums are beyond int32."""
+    net = network(5, [(4, 2, 3, 1), *[(2, 2, 3, 2)] * 3], 1)
+    net = dataclasses.replace(net, stages=(0, 3), scales=np.ones(4, np.float32))
+    image, shape = np.full((64, 64, 3), 255, np.uint8), (1024, 1024)
+    want = reference(net, [image], shape, cell=1024)
+    assert want[0].shape == (1, 1, 4) and want[0].max() * 512 ** 2 > 2 ** 31
+    assert_same(features(cpu, net, [image], shape, cell=1024), want)
 
 
 def test_ties_go_to_even_and_residuals_saturate(cpu):
@@ -340,6 +351,7 @@ def test_a_model_with_integers_is_the_same_after_its_file_and_without_numba(wash
 
 # -- instructions that this CPU may lack ---------------------------------------------------------------
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instructions of x86")
 @pytest.mark.parametrize("name, lanes, features", [
     ("sapphirerapids", 16, "+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd,+avx512vnni,+avx2,+fma"),
     ("alderlake", 8, "+avx2,+fma,+avxvnni")])
