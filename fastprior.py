@@ -284,8 +284,7 @@ def _tap_bands(n_in: int, n_out: int, shift: float, dtype: type, taps: Callable)
     return bands
 
 
-def _resample(x: np.ndarray, n_out: int, shift: float = 0.0, dtype: type = np.float64,
-              taps: Callable = resize_taps) -> np.ndarray:
+def _resample(x: np.ndarray, n_out: int, shift=0.0, dtype=np.float64, taps=resize_taps) -> np.ndarray:
     """x (n_in, ...) -> (n_out, ...) of dtype, along the first axis."""
     rows = [w @ np.ascontiguousarray(x[first:first + w.shape[1]], dtype).reshape(w.shape[1], -1)
             for first, w in _tap_bands(len(x), n_out, shift, dtype, taps)]
@@ -322,8 +321,7 @@ def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _patches(x: np.ndarray, kernel: int, stride: int, beyond: tuple[int, int] | None = None,
-             columns: int = 1) -> np.ndarray:
+def _patches(x: np.ndarray, kernel: int, stride: int, beyond=None, columns: int = 1) -> np.ndarray:
     """(H, W, C) -> (Ho, Wo/columns, kernel, kernel, columns * C), SAME zero padding, a view.
 
     beyond: rows of zeros above and below, where x is a band of a taller image. In memory, a tap's
@@ -599,8 +597,11 @@ class Backbone:
         return self.scales is not None
 
     @property
+    def kind(self) -> str:
+        return "integers" if self.integer else "floats"
+
+    @property
     def taps(self) -> Callable:
-        """What an image is resized by."""
         return fixed_point_taps if self.integer else resize_taps
 
     @property
@@ -661,8 +662,7 @@ class Backbone:
             blocks.append(InvertedResidual(arrays, int(h["stride"]), int(h["act"]), bool(h["skip"])))
         mean, std = (tuple(map(float, header[k])) for k in ("mean", "std"))
         made = Backbone(str(header["name"]), mean, std, int(header["act"]), own["stem_w"], own["stem_b"],
-                        tuple(blocks), tuple(map(int, header["stages"])),
-                        *((own["stem_m"], own["scales"]) if integer else ()))
+                        tuple(blocks), tuple(map(int, header["stages"])), own.get("stem_m"), own.get("scales"))
         _check_backbone(made)
         return made
 
@@ -717,7 +717,7 @@ def _check_integers(b: Backbone) -> None:
         w, bias, m = (own[f"{name}_{part}"].astype(np.float64) for part in "wbm")
         total = (np.abs(w).reshape(-1, len(bias)).sum(0) * most + np.abs(bias)).max()
         wrong += [f"{name}: sums of {total:.0f}, not below 2^24"] if total >= 1 << 24 else []
-        wrong += [f"{name}_m"] if not ((0 <= m) & (m < 128)).all() else []
+        wrong += [f"{name}_m"] * (not ((0 <= m) & (m < 128)).all())
     good = b.act == RELU6 and b.mean == b.std == (.5,) * 3 and b.scales.shape == (len(b.blocks),)
     wrong += [] if good and (1e-15 < b.scales).all() and (b.scales < 1e15).all() else ["scales or network"]
     if wrong:
@@ -872,12 +872,12 @@ def _engine_errors():
 
 
 @functools.cache
-def _cpu_engines():
-    """kernels/cpu.py where it works, else None: the reference operations score. Says why, once."""
+def _cpu_engines(part: str = ""):
+    """kernels/cpu.py where it (and that part) works, else None: the reference scores. Says why, once."""
     try:
         engines = _engines("cpu")
         with _engine_errors():
-            engines.load_kernels()
+            engines.load_kernels(part)
         return engines
     except BackendUnavailable as e:
         _log.warning("scoring with NumPy alone, slowly: %s", e)
@@ -899,18 +899,18 @@ def resolve_device(device: str) -> str:
     return "cpu"
 
 
-def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | None = None) -> Engine | None:
+def _new_engine(device="cpu", precision="float32", threads=None, backbone=None) -> Engine | None:
     with _engine_errors():
         if device == "cuda":
             return _engines("cuda").Engine(precision)
-        engines = _cpu_engines()
+        engines = _cpu_engines(*([] if backbone is None else [backbone.kind]))
         return engines and engines.Engine(threads)
 
 
 def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
                     threads: int | None = None) -> Engine | None:
     """Pixels -> tokens of both views, its outputs."""
-    e = _new_engine(device, threads=threads)
+    e = _new_engine(device, threads=threads, backbone=backbone)
     if e is not None:
         with _engine_errors():
             views = backbone.views(settings)
@@ -2144,7 +2144,7 @@ class Prior:
     @property
     def backend(self) -> str:
         """"cuda", "numba" or "numpy", whichever scores."""
-        return "cuda" if self.device == "cuda" else "numba" if _cpu_engines() else "numpy"
+        return "cuda" if self.device == "cuda" else "numba" if _cpu_engines(self.backbone.kind) else "numpy"
 
     def score(self, image: str | os.PathLike | np.ndarray, *, with_map: bool = True) -> Result:
         """Score one image, a path or an array (see `load_image`)."""
@@ -2194,7 +2194,7 @@ class Prior:
     def _engine(self, from_pixels: bool = True) -> Engine | None:
         """The engine with the program of a frame, built at first use; None: the reference scores."""
         if from_pixels not in self._built:
-            engine = _new_engine(self.device, self.precision, self.threads)
+            engine = _new_engine(self.device, self.precision, self.threads, self.backbone)
             if engine is None:
                 return None
             with _engine_errors():

@@ -48,13 +48,15 @@ def _fields(names: str) -> np.dtype:
     return np.dtype([(name, np.int64) for name in names.split()])
 
 
-def _kernel(fields: np.dtype | None = None, exact: bool = False):
+def _kernel(fields: np.dtype | None = None, exact: bool = False, part: str = ""):
     """Marks what Numba compiles. With `fields` it is an operation of a program, called by its address.
+
+    part: see `load_kernels`.
 
     `exact`: every float operation is rounded as it is written.
     """
     def mark(function):
-        function.fields, function.exact = fields, exact
+        function.fields, function.exact, function.part = fields, exact, part
         _KERNELS.append(function)
         return function
     return mark
@@ -166,7 +168,7 @@ def cache_folder() -> Path:
 
 
 _MAGIC = b"fastprior kernels 1\n"
-_KEPT = 4  # object files: of other versions and CPUs that share a home
+_KEPT = 12  # object files: parts, of other versions and CPUs that share a home
 
 
 def _only_ours(status: os.stat_result) -> bool:
@@ -212,22 +214,27 @@ def _write_object(path: Path, names: dict[str, str], code: bytes) -> None:
         old.unlink(missing_ok=True)
 
 
-def load_kernels() -> None:
-    """Give every operation its machine `address`; compiles once. Unavailable says why it cannot."""
+def load_kernels(part: str = "") -> None:
+    """Give operations their machine `address`; compiles once. Unavailable says why it cannot.
+
+    part: also those that features in "integers", or in "floats", need: a model has one of the two.
+    """
     with _LOADING:
-        _load_kernels()
+        for each in ("", part):
+            _load_kernels(each)
 
 
-def _object_file() -> Path:
+def _object_file(part: str) -> Path:
     """Named after everything that decides the code."""
     from importlib.metadata import version
     sources = b"".join((Path(__file__).parent / name).read_bytes() for name in ("__init__.py", "cpu.py"))
     key = repr([*_host(), *map(version, ("numba", "llvmlite"))]).encode() + sources
-    return cache_folder() / f"kernels-{hashlib.sha256(key).hexdigest()[:24]}.o"
+    name = "-".join(filter(None, ("kernels", part, hashlib.sha256(key).hexdigest()[:24])))
+    return cache_folder() / f"{name}.o"
 
 
 @functools.cache
-def _load_kernels():
+def _load_kernels(part: str):
     """Returns the engine of LLVM that owns the code."""
     try:
         from llvmlite import binding
@@ -244,13 +251,13 @@ def _load_kernels():
     # nothing kept yet, read-only, no home, a frozen program without sources or versions
     nowhere = OSError, RuntimeError, ImportError, ValueError
     try:
-        kept = _read_object(_object_file())
+        kept = _read_object(_object_file(part))
     except nowhere:
         kept = None
     if kept is None:
-        names, code = _compile_kernels(machine)
+        names, code = _compile_kernels(machine, part)
         try:
-            _write_object(_object_file(), names, code)
+            _write_object(_object_file(part), names, code)
         except nowhere as e:
             _log.warning("compiled kernels cannot be kept, each process will compile them (%s)", e)
     else:
@@ -259,7 +266,7 @@ def _load_kernels():
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     for function in _KERNELS:
-        if function.fields is not None:
+        if function.fields is not None and function.part == part:
             function.address = engine.get_function_address(names[function.__name__])
             if not function.address:
                 raise Unavailable(f"compiled kernels without {function.__name__}: delete {cache_folder()}")
@@ -270,8 +277,8 @@ def _load_kernels():
 _OUTSIDE = {"memset", "memcpy", "memmove", "expf", "sqrtf"}
 
 
-def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
-    """Symbols of the operations, and the object file that holds them."""
+def _compile_kernels(machine, part: str) -> tuple[dict[str, str], bytes]:
+    """Symbols of the operations of a part, and the object file that holds them."""
     try:
         import numba
         if numba.config.DISABLE_JIT:
@@ -279,7 +286,7 @@ def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
     except ImportError as e:
         raise Unavailable(f"numba cannot compile ({e})") from e
     from llvmlite import binding
-    _log.info("compiling kernels for this CPU, once (about 20 s)")
+    _log.info("compiling kernels for this CPU, once (about %d s)", 10 if part else 15)
     scope = globals()
     marked = {function.__name__: function for function in _KERNELS}
     _define_intrinsics(_LANES)
@@ -288,12 +295,12 @@ def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
     try:
         for function in _KERNELS:
             options = {"fastmath": not function.exact and _FASTMATH, "error_model": "numpy"}
-            if function.fields is not None:
+            if function.fields is not None and function.part == part:
                 arguments = [numba.int64] * function.__code__.co_argcount
                 compiled = numba.cfunc(numba.void(*arguments), **options)(function)
                 names[function.__name__] = compiled.native_name
                 whole.link_in(binding.parse_assembly(compiled.inspect_llvm()))
-            else:
+            elif function.fields is None:
                 scope[function.__name__] = numba.njit(**options)(function)
     except (numba.core.errors.NumbaError, RuntimeError) as e:  # the latter: LLVM's
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
@@ -1043,7 +1050,7 @@ _MBCONV = _fields("operation source x h w c_in c_mid size stride act expand_w ex
                   "project_b c_out residual out sums scratch chunk")
 
 
-@_kernel(_MBCONV)
+@_kernel(_MBCONV, part="floats")
 def _mbconv(row, band, bands, ws, own, state, image, batch, state_stride):
     """Expand -> depthwise -> project, row by row; the expanded map is only ever k rows.
 
@@ -1105,7 +1112,7 @@ _PROJECT = _fields("operation x h w c_mid sums squeezed reduce_w reduce_b expand
                    "project_b c_out residual out scratch")
 
 
-@_kernel(_PROJECT)
+@_kernel(_PROJECT, part="floats")
 def _project(row, band, bands, ws, own, state, image, batch, state_stride):
     """Squeeze-excitation folded into a scaled copy of the projection, then the product."""
     p = _row(row, _PROJECT)
@@ -1151,7 +1158,7 @@ def _project(row, band, bands, ws, own, state, image, batch, state_stride):
 _POOL = _fields("operation x cell stride channels down across out columns")
 
 
-@_kernel(_POOL)
+@_kernel(_POOL, part="floats")
 def _pool(row, band, bands, ws, own, state, image, batch, state_stride):
     """Mean over the cells of a stage's map into its slice of the token matrix."""
     p = _row(row, _POOL)
@@ -1244,7 +1251,7 @@ _MBCONV_INTEGER = _fields("operation x row_words expand_k h w c_in c_mid size st
                           "scratch chunk")
 
 
-@_kernel(_MBCONV_INTEGER, exact=True)
+@_kernel(_MBCONV_INTEGER, exact=True, part="integers")
 def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride):
     """`_mbconv` in integers, two rows of the expanded map at once. With row_words > 0, x is the image."""
     p = _row(row, _MBCONV_INTEGER)
@@ -1314,7 +1321,7 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
 _POOL_INTEGER = _fields("operation x cell stride channels down across out columns scale scratch")
 
 
-@_kernel(_POOL_INTEGER, exact=True)
+@_kernel(_POOL_INTEGER, exact=True, part="integers")
 def _pool_integer(row, band, bands, ws, own, state, image, batch, state_stride):
     """Sums over the cells of a stage's int16 map, times one factor, into its slice of the token matrix."""
     p = _row(row, _POOL_INTEGER)
@@ -1877,6 +1884,7 @@ class Engine:
     def features(self, backbone, shape: tuple[int, int], views: Sequence,
                  taps: Callable) -> list[tuple[int, int]]:
         integer, (h, w) = backbone.integer, (n // 2 for n in shape)
+        load_kernels("integers" if integer else "floats")
         x = self.resize(shape, backbone.mean, backbone.std, taps, integer)
         self._stage = "features"
         tokens, filled = [], [0] * len(views)

@@ -301,7 +301,7 @@ def test_a_model_of_several_products_knows_which_it_sees(products, backend, tmp_
     assert list(joint.priors) == list(single)
     joint.save(tmp_path / "all.npz")
     if backend == "numpy":
-        monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+        monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     again = fp.Prior.load(tmp_path / "all.npz")
     images = [fp.find_images(products / name)[i] for i in (0, 1) for name in single]
     images.append(scratched(images[-1], tmp_path / "bad.png"))

@@ -173,7 +173,7 @@ def test_a_backbone_in_integers_needs_no_more_launches(cuda):
 
 
 def test_whole_model_in_integers_agrees_with_numpy(cuda, monkeypatch):
-    monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+    monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     net, settings, _ = in_integers("lite0", (64, 96))
     gpu, cpu = model(net, settings.size, steps=1, device="cuda", precision="float32")
     assert (gpu.backend, cpu.backend) == ("cuda", "numpy")

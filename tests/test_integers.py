@@ -36,7 +36,7 @@ def in_plain_operations(dot, lanes, folder):
     cpu._KERNELS[:] = [k for k in cpu._KERNELS if k.fields is None or k.__name__ in KERNELS]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        cpu.load_kernels()
+        cpu.load_kernels("integers")
     return cpu
 
 
@@ -344,7 +344,7 @@ def test_a_model_with_integers_is_the_same_after_its_file_and_without_numba(wash
     assert again.backbone.integer
     scores = [r.score for r in prior.score_batch(images)]
     assert scores == [r.score for r in again.score_batch(images)]
-    monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+    monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     slow = [r.score for r in fp.Prior.load(tmp_path / "m.npz").score_batch(images)]
     np.testing.assert_allclose(slow, scores, rtol=2e-4, atol=2e-4)
 
@@ -368,13 +368,13 @@ def host():
 class Machine:
     def emit_object(self, module):
         print(machine.emit_assembly(module)); sys.exit()
-def compile_only(found):
+def compile_only(found, part):
     global machine; machine = found
-    original(Machine())
+    original(Machine(), part)
 original, m._compile_kernels, m._host = m._compile_kernels, compile_only, host
 m._read_object = lambda path: None
 m._KERNELS[:] = [k for k in m._KERNELS if k.fields is None or k.__name__ == "_mbconv_integer"]
-m.load_kernels()
+m._load_kernels("integers")
 """
     environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

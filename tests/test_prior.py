@@ -58,7 +58,7 @@ def test_score_does_not_depend_on_threads(model_file, pictures):
 def test_numpy_scores_as_numba_does(model_file, pictures, monkeypatch, steps):
     numba = fp.Prior.load(model_file, steps=steps)
     want = numba.score_batch(pictures)
-    monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+    monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     plain = fp.Prior.load(model_file, steps=steps)
     assert (numba.backend, plain.backend) == ("numpy", "numpy")  # both see the patch now
     for a, b in zip(want, plain.score_batch(pictures)):

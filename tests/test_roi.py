@@ -53,7 +53,7 @@ def prior():
 def scoring(request, prior, monkeypatch):
     """The model by the CPU engine and by NumPy."""
     if request.param == "numpy":
-        monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+        monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     made = pickle.loads(pickle.dumps(prior))
     assert made.backend == ("numpy" if request.param == "numpy" else "numba")
     return made

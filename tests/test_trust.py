@@ -287,7 +287,7 @@ def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
     torch = pytest.importorskip("torch", reason="torch is in the extras `train` and `test`")
     torch.set_num_threads(1)
     monkeypatch.setattr(fp, "_CALIBRATED_STEPS", (1,))
-    monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+    monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     monkeypatch.setattr(fp, "pack_lower", lambda w: w)
     config = fp.Settings(size=96, cell=32, calibration="holdout", factors=0, width=16, mixers=0, steps=1)
     timesteps = fp.select_timesteps(1, config.first, config.last)
