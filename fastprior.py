@@ -660,9 +660,9 @@ class Backbone:
         for i, h in enumerate(header["blocks"]):
             arrays = {k.removeprefix(f"block{i}_"): a for k, a in own.items() if k.startswith(f"block{i}_")}
             blocks.append(InvertedResidual(arrays, int(h["stride"]), int(h["act"]), bool(h["skip"])))
-        mean, std = (tuple(map(float, header[k])) for k in ("mean", "std"))
+        mean, std, stages = (tuple(map(t, header[k])) for k, t in dict(mean=float, std=float, stages=int).items())
         made = Backbone(str(header["name"]), mean, std, int(header["act"]), own["stem_w"], own["stem_b"],
-                        tuple(blocks), tuple(map(int, header["stages"])), own.get("stem_m"), own.get("scales"))
+                        tuple(blocks), stages, own.get("stem_m"), own.get("scales"))
         _check_backbone(made)
         return made
 
