@@ -660,7 +660,8 @@ class Backbone:
         for i, h in enumerate(header["blocks"]):
             arrays = {k.removeprefix(f"block{i}_"): a for k, a in own.items() if k.startswith(f"block{i}_")}
             blocks.append(InvertedResidual(arrays, int(h["stride"]), int(h["act"]), bool(h["skip"])))
-        mean, std, stages = (tuple(map(t, header[k])) for k, t in dict(mean=float, std=float, stages=int).items())
+        types = {"mean": float, "std": float, "stages": int}
+        mean, std, stages = (tuple(map(kind, header[k])) for k, kind in types.items())
         made = Backbone(str(header["name"]), mean, std, int(header["act"]), own["stem_w"], own["stem_b"],
                         tuple(blocks), stages, own.get("stem_m"), own.get("scales"))
         _check_backbone(made)
@@ -2309,8 +2310,7 @@ class MultiPrior:
             raise ModelError("products of one model need one backbone, size, cell and number of steps, "
                              f"got {sorted(kinds)}")
         if len({b"".join(map(bytes, p.backbone.to_arrays().values())) for p in priors.values()}) != 1:
-            raise ModelError("products of one model need one backbone, these were quantised for one product "
-                             "each: train them together (fit_many)")
+            raise ModelError("products of one model need one backbone: train them together (fit_many)")
         if len({p.roi and image_key(p.roi.mask) for p in priors.values()}) != 1:
             raise ModelError("products of one model need one region of interest")
         if any(p.settings.tile for p in priors.values()):
