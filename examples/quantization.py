@@ -19,6 +19,7 @@ if "fp" not in globals():
     import fastprior as fp
 
 RANGE_IMAGES = 24
+PIXELS = 6144  # of their maps, by which a product is rounded
 
 
 def quantize_on(b: fp.Backbone, images: Sequence, settings: fp.Settings, roi=None,
@@ -40,11 +41,12 @@ def quantize_on(b: fp.Backbone, images: Sequence, settings: fp.Settings, roi=Non
         progress("reading", i + 1, len(images))
     if not chosen:
         return b, []
-    ranges = []
-    for key in sorted(chosen):
-        ranges.append(output_ranges(b, b.pixels(chosen[key], settings.shape)))
-        progress("ranges", len(ranges), len(chosen))
-    return quantize_backbone(b, np.max(ranges, 0)), sorted(chosen)
+    images, ranges = [chosen[key] for key in sorted(chosen)], []
+    for image in images:
+        ranges.append(output_ranges(b, b.pixels(image, settings.shape)))
+        progress("ranges", len(ranges), len(images))
+    pixels = [fp.resize_integers(image, settings.shape) for image in images]
+    return quantize_backbone(b, np.max(ranges, 0), pixels, progress), sorted(chosen)
 
 
 def fits(b: fp.Backbone) -> bool:
@@ -63,12 +65,14 @@ def output_ranges(b: fp.Backbone, x: np.ndarray) -> np.ndarray:
     return np.array(tops, np.float64)
 
 
-def quantize_backbone(b: fp.Backbone, ranges: np.ndarray) -> fp.Backbone:
+def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.ndarray] = (),
+                      progress=lambda *_: None) -> fp.Backbone:
     """`b` in integers for outputs of blocks as large as `ranges` (blocks,); residual sums may be twice that.
 
     A product's weights have a scale an output channel, activations one a tensor (that of ReLU6 ends at 6).
     In stem and depthwise layers a scale is as fine as sums below 2^24 allow: in 8 bits they move features by
-    a whole deviation (over good images), in 16 by a third.
+    a whole deviation (over good images), in 16 by a third. images: what `resize_integers` made of some, by
+    which products are rounded, see `rounded`; without them each weight is rounded by itself.
     """
     fraction, exponent = np.frexp(np.maximum(ranges, 1e-6))
     out = np.ldexp(np.ceil(fraction * 64) / 64, exponent) / 127  # up: the last bits depend on the machine
@@ -78,26 +82,58 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray) -> fp.Backbone:
         if b.blocks[i].skip:
             sums[i - 1:i + 1] = sums[i - 1:i + 1].max()
 
-    def layer(name: str, w: np.ndarray, bias: np.ndarray, scale_in: float, scale_out: float,
-              most: int = 0) -> dict:
-        """most: the largest input of a layer with weights of 16 bits."""
-        w, bias = w.astype(np.float64) * scale_in, bias.astype(np.float64)
-        each, own = np.abs(w).reshape(-1, len(bias)), np.abs(bias)
-        fits = (each.max(0) / 32767, (each.sum(0) * most + own) / (2 ** 24 - 2 ** 14)) if most else (
-            each.max(0) / 127, own / 2 ** 22)
-        scale = np.maximum(np.maximum(*fits), 1e-12)
+    rng = np.random.default_rng(0)
+
+    def layer(name: str, p: dict, scale_in: float, scale_out: float, most: int, maps=None) -> dict:
+        """most: the largest input; maps: those of a product, whose weights have 8 bits. Else they have 16."""
+        w, bias = p[f"{name}_w"].astype(np.float64) * scale_in, p[f"{name}_b"].astype(np.float64)
+        each = np.abs(w).reshape(-1, len(bias))
+        scale = np.maximum(each.max(0) / (32767 if maps is None else 127),
+                           (each.sum(0) * most + np.abs(bias)) / (.99 * 2 ** 24))
+        scale = np.maximum(scale, 1e-12)
         of = {"w": np.rint(w / scale), "b": np.rint(bias / scale), "m": scale / scale_out}
+        if maps:
+            pixels, count = [x.reshape(-1, x.shape[-1]) for x in maps], -(-PIXELS // len(maps))
+            of["w"] = rounded(w / scale, [x[rng.integers(len(x), size=count)] for x in pixels])
         return {f"{name}_{part}": a.astype(np.float32) for part, a in of.items()}
-    blocks = []
+
+    own = layer("stem", {"stem_w": b.stem_w, "stem_b": b.stem_b}, 1 / 510, relu, 510)
+    made, blocks = dataclasses.replace(b, **own, scales=sums.astype(np.float32)), []
+    maps = [fp.requantize(fp.stem(x, made.stem_w, made.stem_b, fp.NONE), made.stem_m) for x in images]
     for i, block in enumerate(b.blocks):
-        p, own = block.arrays, {}
+        own, inputs = {}, maps
         if i > 0:
-            own = {"input_m": np.array([sums[i - 1] / out[i - 1]], np.float32)}
-            own |= layer("expand", p["expand_w"], p["expand_b"], out[i - 1], relu)
-        own |= layer("dw", p["dw_w"], p["dw_b"], relu, relu, 255)
-        own |= layer("project", p["project_w"], p["project_b"], relu, sums[i])
+            own["input_m"] = np.array([sums[i - 1] / out[i - 1]], np.float32)
+            inputs = [fp.requantize(x.copy(), own["input_m"], -127, 127) for x in maps]
+            own |= layer("expand", block.arrays, out[i - 1], relu, 127, inputs)
+        own |= layer("dw", block.arrays, relu, relu, 255)
+
+        def depth(x: np.ndarray) -> np.ndarray:
+            if "expand_w" in own:
+                x = fp.requantize(fp.linear(x, own["expand_w"], own["expand_b"]), own["expand_m"])
+            x = fp.depthwise(x, own["dw_w"], own["dw_b"], block.stride, fp.NONE)
+            return fp.requantize(x, own["dw_m"]).astype(np.uint8)
+        own |= layer("project", block.arrays, relu, sums[i], 255, [depth(x) for x in inputs])
         blocks.append(dataclasses.replace(block, arrays=own))
-    made = dataclasses.replace(b, **layer("stem", b.stem_w, b.stem_b, 1 / 510, relu, 510),
-                               blocks=tuple(blocks), scales=sums.astype(np.float32))
+        maps = [fp.mbconv(x, blocks[-1]) for x in maps]
+        progress("rounding", i + 1, len(b.blocks))
+    made = dataclasses.replace(made, blocks=tuple(blocks))
     fp._check_backbone(made)
     return made
+
+
+def rounded(w: np.ndarray, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    """w (K, M) to integers within +-127, so that x @ w moves little for rows x of inputs (n, K), integers.
+
+    Input by input: what rounding leaves goes to the inputs that are still to come, as far as they vary with
+    this one (Frantar et al. 2022, arXiv:2210.17323). It moves features by a third less.
+    """
+    from scipy import linalg
+    h = sum(x.T @ x for x in (x.astype(np.float64) for x in inputs))  # of integers, exact
+    h[np.diag_indices(len(h))] += .01 * h.diagonal().mean() + 1e-6
+    u = linalg.cholesky(linalg.inv(h))
+    w, out = w.copy(), np.empty_like(w)
+    for k in range(len(w)):
+        out[k] = np.clip(np.rint(w[k]), -127, 127)
+        w[k + 1:] -= np.outer(u[k, k + 1:], (w[k] - out[k]) / u[k, k])
+    return out
