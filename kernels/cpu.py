@@ -86,7 +86,7 @@ def _machine(target, cpu: str, features: str):
 
 
 def _has_sdot(machine) -> bool:
-    """Whether LLVM makes `sdot` of products of bytes: it knows by the CPU's name, and lists no such feature."""
+    """Whether LLVM makes `sdot` of products of bytes: it goes by the CPU's name, and lists no feature."""
     from llvmlite import binding
     return "sdot" in machine.emit_assembly(binding.parse_assembly("""
         declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
