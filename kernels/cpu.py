@@ -75,7 +75,7 @@ def _words_of(dot: str, lanes: int) -> dict:
     """
     signed, unsigned = dot in ("sdot", "signed quads"), dot in ("vpdpbusd", "quads")
     group = 4 if signed or unsigned else 2
-    return {"_DOT": dot, "_GROUP": group, "_WIDE": 3 if lanes == 16 or group == 4 else 2,
+    return {"_DOT": dot, "_GROUP": group, "_WIDE": 2 if dot == "vpmaddwd" and lanes == 8 else 3,
             "_RAISED": 128 if unsigned else 0, "_LOWERED": -128 if signed else 0}
 
 
