@@ -69,26 +69,54 @@ def _kernel(fields: np.dtype | None = None, exact: bool = False, part: str = "")
 def _words_of(dot: str, lanes: int) -> dict:
     """What depends on the instruction `dot` that multiplies and adds the values in 32-bit words.
 
-    _GROUP: values in a word, two i16 or four u8 (by i8); _WIDE: vectors in a panel of weights, fewer where
-    product and sum are two instructions, which want a register between them.
+    _GROUP: values in a word, two i16 or four of 8 bits; _WIDE: vectors in a panel of weights, fewer where
+    product and sum are two instructions, which want a register between them. So much is added to inputs,
+    which biases undo: _RAISED where u8 must hold those of expansions, _LOWERED where i8 those of projections.
     """
-    group = 4 if dot in ("vpdpbusd", "quads") else 2
-    return {"_DOT": dot, "_GROUP": group, "_WIDE": 3 if lanes == 16 or group == 4 else 2}
+    signed, unsigned = dot in ("sdot", "signed quads"), dot in ("vpdpbusd", "quads")
+    group = 4 if signed or unsigned else 2
+    return {"_DOT": dot, "_GROUP": group, "_WIDE": 2 if dot == "vpmaddwd" and lanes == 8 else 3,
+            "_RAISED": 128 if unsigned else 0, "_LOWERED": -128 if signed else 0}
+
+
+def _machine(target, cpu: str, features: str):
+    """LLVM's machine, as Numba makes it."""
+    return target.create_target_machine(cpu=cpu, features=features, opt=3, codemodel="jitdefault",
+                                        reloc="static" if target.name.startswith("x86") else "default")
+
+
+def _has_sdot(machine) -> bool:
+    """Whether LLVM makes `sdot` of products of bytes: it goes by the CPU's name, and lists no feature."""
+    from llvmlite import binding
+    return "sdot" in machine.emit_assembly(binding.parse_assembly("""
+        declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
+        define i32 @sum(<16 x i8> %a, <16 x i8> %b) {
+            %x = sext <16 x i8> %a to <16 x i32>
+            %y = sext <16 x i8> %b to <16 x i32>
+            %xy = mul <16 x i32> %x, %y
+            %sum = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %xy)
+            ret i32 %sum
+        }"""))
 
 
 @functools.cache
 def _host() -> tuple[str, str]:
     """Name and features of this CPU, as LLVM writes them. Sets what the packing of weights depends on."""
     from llvmlite import binding
-    features = binding.get_host_cpu_features()
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    name, features = binding.get_host_cpu_name(), binding.get_host_cpu_features()
     lanes = 16 if features.get("avx512f") else 8
     if features.get("avx512vnni" if lanes == 16 else "avxvnni"):
         dot = "vpdpbusd"
-    else:
-        dot = "vpmaddwd" if features.get("avx512bw" if lanes == 16 else "avx2") else "pairs"
-    # 8x3 of 32 registers, or 4x3 of 16: sums + panel + one
+    elif features.get("avx512bw" if lanes == 16 else "avx2"):
+        dot = "vpmaddwd"
+    else:  # 64-bit Arm: `sdot` of signed bytes (most since Armv8.2), or i16 with `smlal`
+        machine = _machine(binding.Target.from_default_triple(), name, features.flatten())
+        dot = "sdot" if _has_sdot(machine) else "pairs"
+    # 8x3 of 32 registers, or 4x3 of 16: sums + panel + one (of 32 on Arm: a vector is two)
     globals().update(_LANES=lanes, _TILE=8 if lanes == 16 else 4, **_words_of(dot, lanes))
-    return binding.get_host_cpu_name(), features.flatten()
+    return name, features.flatten()
 
 
 _MOST_THREADS = 8  # by default: a frame has no more work than these share well
@@ -241,12 +269,7 @@ def _load_kernels(part: str):
     except (ImportError, OSError) as e:  # the latter: its library does not load here
         raise Unavailable(f"numba is missing ({e}): pip install numba") from e
     cpu, features = _host()
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    target = binding.Target.from_default_triple()
-    machine = target.create_target_machine(  # as Numba does
-        cpu=cpu, features=features, opt=3, codemodel="jitdefault",
-        reloc="static" if target.name.startswith("x86") else "default")
+    machine = _machine(binding.Target.from_default_triple(), cpu, features)
 
     # nothing kept yet, read-only, no home, a frozen program without sources or versions
     nowhere = OSError, RuntimeError, ImportError, ValueError
@@ -552,7 +575,9 @@ def _define_intrinsics(lanes: int) -> None:
     # Integers. A word is `_GROUP` values; `dot` adds the products of two words, lane by lane.
     short_vec = ir.VectorType(ir.IntType(16), lanes)
     narrow_vec = ir.VectorType(ir.IntType(32 // _GROUP), lanes)
-    half_vec = ir.VectorType(ir.IntType(16), 2 * lanes)
+    half_vec, pair = ir.VectorType(ir.IntType(16), 2 * lanes), ir.VectorType(ir.IntType(16), 2)
+    at_once = _DOT in ("vpdpbusd", "vpmaddwd")  # products of the two i16 of a word: one instruction adds them
+    apart = ir.VectorType(i32, 2 * lanes)  # else sums of them are, in a depthwise layer
     of_bits = {8: "256", 16: "512"}[lanes]
 
     def ints(x):
@@ -570,38 +595,59 @@ def _define_intrinsics(lanes: int) -> None:
             address = b.add(address, const(term) if isinstance(term, int) else term)
         return address
 
-    def spread(b, total, x, w, bits):
-        """total + products of the fields of so many bits; those of x are unsigned if they are u8."""
-        for i in range(0, 32, bits):
-            up, down = ints(32 - bits - i), ints(32 - bits)
-            x_i = b.shl(x, up)
-            x_i = b.lshr(x_i, down) if bits == 8 else b.ashr(x_i, down)
-            total = b.add(total, b.mul(x_i, b.ashr(b.shl(w, up), down)))
+    def part(b, x, indices):
+        return b.shuffle_vector(x, x, ir.Constant(ir.VectorType(i32, len(indices)), list(indices)))
+
+    def spread(b, total, x, w, count):
+        """total + products of the `count` fields of each word; those of x are unsigned if they are u8."""
+        kind = ir.VectorType(ir.IntType(32 // count), count * lanes)
+        for i in range(count):
+            x_i, w_i = (part(b, b.bitcast(v, kind), range(i, count * lanes, count)) for v in (x, w))
+            x_i = b.zext(x_i, int_vec) if count == 4 and _RAISED else b.sext(x_i, int_vec)
+            total = b.add(total, b.mul(x_i, b.sext(w_i, int_vec)))
         return total
 
     def intrinsic_of(b, name, *args):
         kind = ir.FunctionType(int_vec, [a.type for a in args])
         return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
 
+    def neon(b, name, *args):
+        """An instruction of Arm for each four lanes -> i32. All but the first are taken as bytes."""
+        parts, four, sixteen = [], ir.VectorType(i32, 4), ir.VectorType(i8, 16)
+        for i in range(0, lanes, 4):
+            own, *more = (part(b, x, range(i, i + 4)) for x in args)
+            own = [own, *(b.bitcast(x, sixteen) for x in more)]
+            kind = ir.FunctionType(four, [x.type for x in own])
+            function = cgutils.get_or_insert_function(b.module, kind, f"llvm.aarch64.neon.{name}")
+            parts.append(b.call(function, own))
+        return b.shuffle_vector(*parts, ir.Constant(int_vec, list(range(lanes))))
+
     def dot_pairs(b, total, x, w):
-        """total + products of the two i16 in each word."""
+        """total + products of the two i16 in each word; side by side where the total is two i32 a word."""
+        if total.type == apart:
+            x, w = (b.sext(b.bitcast(v, half_vec), total.type) for v in (x, w))
+            return b.add(total, b.mul(x, w))
         if _DOT == "vpdpbusd":
             return intrinsic_of(b, f"llvm.x86.avx512.vpdpwssd.{of_bits}", total, x, w)
         if _DOT == "vpmaddwd":
             name = "llvm.x86.avx2.pmadd.wd" if lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
             return b.add(total, intrinsic_of(b, name, b.bitcast(x, half_vec), b.bitcast(w, half_vec)))
-        return spread(b, total, x, w, 16)
+        return spread(b, total, x, w, 2)
 
     def dot(b, total, x, w):
         """total + products of the values in each word."""
         if _DOT == "vpdpbusd":
             return intrinsic_of(b, f"llvm.x86.avx512.vpdpbusd.{of_bits}", total, x, w)
-        return spread(b, total, x, w, 8) if _GROUP == 4 else dot_pairs(b, total, x, w)
+        if _DOT == "sdot":
+            return neon(b, "sdot.v4i32.v16i8", total, x, w)
+        return spread(b, total, x, w, 4) if _GROUP == 4 else dot_pairs(b, total, x, w)
 
     def rounded(b, total, multiplier):
         """rint(float32(total) * multiplier), i32: `_check_integers` has seen that it fits."""
         y = b.fmul(b.sitofp(total, vec), multiplier)
-        if _DOT in ("pairs", "quads"):
+        if _DOT == "sdot":
+            return neon(b, "fcvtns.v4i32.v4f32", y)
+        if not at_once:
             return b.fptosi(call(b, "rint", y), int_vec)
         kind = ir.FunctionType(int_vec, [vec])
         name = f"llvm.lrint.v{lanes}i32.v{lanes}f32"
@@ -619,9 +665,6 @@ def _define_intrinsics(lanes: int) -> None:
         shorts = b.trunc(clipped(b, both, 0, 65535), half_vec)  # one instruction, packusdw
         high = ir.Constant(half_vec, [255] * 2 * lanes)
         return b.select(b.icmp_unsigned("<", shorts, high), shorts, high)
-
-    def part(b, x, indices):
-        return b.shuffle_vector(x, x, ir.Constant(ir.VectorType(i32, len(indices)), list(indices)))
 
     def make_product(n_vecs: int, paired: bool, dot: Callable = dot):
         m_rows, tall = rows, rows // 2 if paired else rows
@@ -649,7 +692,9 @@ def _define_intrinsics(lanes: int) -> None:
                     weights = [b.load(at_byte(b, plus(b, line, 4 * n * lanes), int_vec), align=4)
                                for n in range(n_vecs)]
                     for m in range(m_rows):
-                        x = splat(b, b.load(at_byte(b, plus(b, starts[m], (loop.index, 4)), i32), align=4))
+                        kind = i32 if at_once else pair  # in which LLVM finds each half's splat
+                        x = b.load(at_byte(b, plus(b, starts[m], (loop.index, 4)), kind), align=4)
+                        x = splat(b, x) if at_once else b.bitcast(part(b, x, [0, 1] * lanes), int_vec)
                         for n in range(n_vecs):
                             b.store(dot(b, b.load(acc[m][n]), x, weights[n]), acc[m][n])
                 for n in range(n_vecs):
@@ -705,7 +750,7 @@ def _define_intrinsics(lanes: int) -> None:
                              for i in range(pairs)]
 
                     def outputs(x, count):
-                        acc = [start] * count
+                        acc = [start if at_once else ir.Constant(apart, [0] * 2 * lanes)] * count
                         starts = [plus(b, base, (x, 4 * lanes * stride)) for base in bases]
                         for i in range(pairs):
                             row = [taps[i * size + j] if kept else tap(i * size + j) for j in range(size)]
@@ -716,13 +761,18 @@ def _define_intrinsics(lanes: int) -> None:
                                     v = b.load(at_byte(b, place, int_vec), align=4)
                                 for o in users:
                                     acc[o] = dot_pairs(b, acc[o], v, row[j - o * stride])
+                        if not at_once:
+                            ends = [[part(b, x, range(i, 2 * lanes, 2)) for i in (0, 1)] for x in acc]
+                            acc = [b.add(start, b.add(*two)) for two in ends]
                         to = plus(b, out, (b.add(b.mul(x, channels), first), 4 // _GROUP))
                         for o in range(0, count, 2):
                             sums = acc[o], acc[min(o + 1, count - 1)]
                             y = both_in_bytes(b, *(rounded(b, total, scale) for total in sums))
                             for i in range(o, min(o + 2, count)):
                                 half = part(b, y, range((i - o) * lanes, (i - o + 1) * lanes))
-                                half = half if _GROUP == 2 else b.trunc(half, narrow_vec)
+                                if _GROUP == 4:
+                                    half = b.trunc(half, narrow_vec)
+                                    half = b.add(half, ir.Constant(narrow_vec, [_LOWERED] * lanes))
                                 place = plus(b, to, (channels, 4 // _GROUP * i))
                                 b.store(half, at_byte(b, place, narrow_vec), align=1)
                     groups = b.udiv(n_out, const(group))
@@ -737,7 +787,7 @@ def _define_intrinsics(lanes: int) -> None:
 
     @intrinsic
     def narrow(typing, x, n, multiplier, out):
-        """n i16 -> as many values of `_GROUP` a word, -127..127 (from 128 up where they are u8)."""
+        """n i16 -> as many values of `_GROUP` a word, -127..127 (and so much more: _RAISED)."""
         def codegen(context, b, signature, args):
             x, n, multiplier, out = args
             scale = splat(b, b.load(at_byte(b, multiplier, f32)))
@@ -745,7 +795,7 @@ def _define_intrinsics(lanes: int) -> None:
                 first = b.mul(loop.index, const(lanes))
                 v = b.sext(b.load(at_byte(b, plus(b, x, (first, 2)), short_vec), align=2), int_vec)
                 y = clipped(b, rounded(b, v, scale), -127, 127)
-                y = b.add(y, ints(128)) if _GROUP == 4 else y
+                y = b.add(y, ints(_RAISED))
                 place = plus(b, out, (first, 4 // _GROUP))
                 b.store(b.trunc(y, narrow_vec), at_byte(b, place, narrow_vec), align=1)
             return context.get_dummy_value()
@@ -2023,7 +2073,7 @@ class Engine:
             expand = self._layer("expand", runs.reshape(30, mid), stem_b, stem_m, 2)
             row_words, expand_k, stride_in = -(-(2 * w + 1) * 3 // 2), _PATCH_WORDS, 4 * _PATCH_WORDS
         else:
-            expand = self._layer("expand", p["expand_w"], p["expand_b"], p["expand_m"], _GROUP, _GROUP == 4)
+            expand = self._layer("expand", p["expand_w"], p["expand_b"], p["expand_m"], _GROUP, _RAISED)
             row_words, expand_k, stride_in = 0, -(-c_in // _GROUP), 4 * round_up(c_in, _LANES) // _GROUP
         project_w = padded_to(p["project_w"], mid_padded, c_out)
         h_out, w_out = -(-h // stride), -(-w // stride)
@@ -2037,7 +2087,7 @@ class Engine:
                   c_mid=mid_padded, size=kernel, stride=stride, input_m=self.constant(p.get("input_m", [0])),
                   **expand, dw_w=self.constant(_words(dw.reshape(2, pairs, 2, -1), 2), np.int32),
                   dw_b=self.padded_ints(p["dw_b"], mid_padded), dw_m=self.padded(p["dw_m"], mid_padded),
-                  **self._layer("project", project_w, p["project_b"], p["project_m"], _GROUP),
+                  **self._layer("project", project_w, p["project_b"], p["project_m"], _GROUP, _LOWERED),
                   c_out=out_padded, residual=bool(block.skip), out=out, chunk=chunk, scratch=scratch)
         return out, h_out, w_out
 
@@ -2046,13 +2096,13 @@ class Engine:
         return self.constant(np.pad(b, (0, m - len(b))), np.int32)
 
     def _layer(self, name: str, w: np.ndarray, b: np.ndarray, m: np.ndarray, group: int,
-               above: bool = False) -> dict[str, int]:
+               above: int = 0) -> dict[str, int]:
         """Fields of a product in integers: w (K, M), K filled to whole words, M to vectors, in panels.
 
-        above: its inputs are 128 larger than they should be, and so of u8.
+        above: its inputs are so much larger than they should be.
         """
         (k, columns), padded = w.shape, round_up(w.shape[1], _LANES)
-        b = b - 128 * w.astype(np.int64).sum(0) if above else b
+        b = b - above * w.astype(np.int64).sum(0)
         words = _words(padded_to(w, round_up(k, group), padded).reshape(-1, group, padded), group)
         panels = [words[:, j:j + _WIDE * _LANES].ravel() for j in range(0, padded, _WIDE * _LANES)]
         return {f"{name}_w": self.constant(np.concatenate(panels), np.int32),

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -40,12 +41,15 @@ def in_plain_operations(dot, lanes, folder):
     return cpu
 
 
-@pytest.fixture(scope="module", params=[None, ("pairs", 8), ("quads", 8)], ids=["this CPU", "pairs", "quads"])
+LAYOUTS = "pairs", "quads", "signed quads"
+
+
+@pytest.fixture(scope="module", params=[None, *LAYOUTS], ids=["this CPU", *LAYOUTS])
 def cpu(request, tmp_path_factory):
-    """The engine as it is, and both layouts of words. Around all memory lie bytes of 255: what is read there
+    """The engine as it is, and all layouts of words. Around all memory lie bytes of 255: what is read there
     shows in a result, what is written there here."""
     module = fp._cpu_engines() if request.param is None else in_plain_operations(
-        *request.param, tmp_path_factory.mktemp("integers"))
+        request.param, 8, tmp_path_factory.mktemp("integers"))
     assert module is not None
     aligned, made, guard = module._aligned, [], 1024
 
@@ -351,32 +355,70 @@ def test_a_model_with_integers_is_the_same_after_its_file_and_without_numba(wash
 
 # -- instructions that this CPU may lack ---------------------------------------------------------------
 
+CODE = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import fastprior as fp
+from llvmlite import binding
+binding.initialize_all_targets()
+binding.initialize_all_asmprinters()
+m = fp._engines("cpu")
+def compile_only(machine, part):
+    class Machine:
+        def emit_object(self, module):
+            print(machine.emit_assembly(module))
+            sys.exit()
+    original(Machine(), part)
+original, m._compile_kernels = m._compile_kernels, compile_only
+m._read_object = lambda path: None
+m._KERNELS[:] = [k for k in m._KERNELS if k.fields is None or k.__name__ == "_mbconv_integer"]
+"""
+
+
+def compiled(code, name, features):
+    """Assembly of `_mbconv_integer` for a CPU (Numba makes code for it too) after `code` has run."""
+    environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    done = subprocess.run([sys.executable, "-c", CODE + code + "m._load_kernels('integers')"],
+                          env=environment, capture_output=True, text=True)
+    assert done.stdout, done.stderr[-500:]
+    return done.stdout
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instructions of x86")
 @pytest.mark.parametrize("name, lanes, features", [
     ("sapphirerapids", 16, "+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd,+avx512vnni,+avx2,+fma"),
     ("alderlake", 8, "+avx2,+fma,+avxvnni")])
 def test_vnni_is_compiled_to_its_instructions(name, lanes, features):
     """vpdpbusd for products, vpdpwssd for pairs; what they compute is held to `quads` and `pairs` above."""
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import fastprior as fp
-from llvmlite import binding
-m = fp._engines("cpu")
+    code = compiled(f"""
 def host():
     vars(m).update(_LANES={lanes}, _TILE={lanes // 2}, **m._words_of("vpdpbusd", {lanes}))
     return {name!r}, {features!r}
-class Machine:
-    def emit_object(self, module):
-        print(machine.emit_assembly(module)); sys.exit()
-def compile_only(found, part):
-    global machine; machine = found
-    original(Machine(), part)
-original, m._compile_kernels, m._host = m._compile_kernels, compile_only, host
-m._read_object = lambda path: None
-m._KERNELS[:] = [k for k in m._KERNELS if k.fields is None or k.__name__ == "_mbconv_integer"]
-m._load_kernels("integers")
-"""
-    environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert min(done.stdout.count("vpdpbusd"), done.stdout.count("vpdpwssd")) > 50, done.stderr[-500:]
-    assert "vpmaddubsw" not in done.stdout
+m._host = host
+""", name, features)
+    assert min(code.count("vpdpbusd"), code.count("vpdpwssd")) > 50
+    assert "vpmaddubsw" not in code
+
+
+def test_arm_is_compiled_to_dot_products():
+    """sdot for products, smlal for pairs; what they compute is held to `signed quads` above."""
+    binding = pytest.importorskip("llvmlite.binding")
+    triple = "aarch64-unknown-linux-gnu"
+    binding.initialize_all_targets()
+    try:
+        binding.Target.from_triple(triple)
+    except RuntimeError as e:
+        pytest.skip(f"this LLVM makes no code for Arm ({e})")
+    code = compiled(f"""
+binding.get_process_triple = binding.get_default_triple = lambda: {triple!r}
+binding.Target.from_default_triple = classmethod(lambda cls: cls.from_triple({triple!r}))
+binding.get_host_cpu_features = binding.targets.FeatureMap  # nothing of dot products, whatever the CPU
+for name, dot in ("cortex-a72", "pairs"), ("apple-m1", "sdot"), ("neoverse-n1", "sdot"):
+    binding.get_host_cpu_name = lambda: name
+    m._host.cache_clear()
+    m._host()
+    assert m._DOT == dot, (name, m._DOT)
+""", "neoverse-n1", "")
+    assert min(len(re.findall(rf"\t{name}\t", code)) for name in ("sdot", "smlal", "smlal2")) > 50
+    assert not re.search(r"\tmla\t.*4s", code)  # a product of two i32
+    called, own = (set(re.findall(p, code, re.M)) for p in (r"\tbl\t(\w+)", r"^(\w+):"))
+    assert called - own <= fp._engines("cpu")._OUTSIDE and "memset" in called
