@@ -32,8 +32,6 @@ if "fp" not in globals():
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import fastprior as fp
 
-extraction = fp._room("extraction")
-
 
 # ------------------------------------------------------------------------------------------------
 # Data sets
@@ -334,7 +332,7 @@ def cache_files(name: str, images: Sequence[Path], backbone) -> Callable[..., Pa
     return kept
 
 
-def kept_features(file: Path, make: Callable[[], extraction.Extracted]) -> extraction.Extracted:
+def kept_features(file: Path, make: Callable) -> Any:
     """What `make` returns, from the file, whose name says what it is of, if it is there."""
     try:
         return fp._room("kept").read(file, {})
@@ -359,9 +357,9 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
     ranged = own or ranged
 
     @functools.cache
-    def features() -> extraction.Extracted:
+    def features():
         key = config.size, config.cell, config.copies, config.seed, config.bits
-        return kept_features(kept("features", *key), lambda: extraction.extract_features(
+        return kept_features(kept("features", *key), lambda: fp._room("extraction").extract_features(
             category.train, config, backbone, threads, progress)._replace(ranged=ranged))
 
     @functools.lru_cache(1)

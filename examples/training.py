@@ -19,8 +19,6 @@ if "fp" not in globals():
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import fastprior as fp
 
-extraction = fp._room("extraction")
-
 
 def import_torch():
     # GNU OpenMP spins for 300,000 rounds at each barrier, which beside other work takes up to ten times as
@@ -169,6 +167,7 @@ def training_memory(images: int, settings: fp.Settings, backbone: fp.Backbone) -
     5 numbers of 4 bytes for each place and pair of channels: sums, a covariance in float64, two whiteners.
     """
     n, c = math.prod(settings.grid), sum(backbone.channels)
+    extraction = fp._room("extraction")
     fine = min(images, extraction.MOST_FINE) * math.prod(settings.fine) * backbone.fine_channels
     return 8 * images * (extraction.copies_of(images, settings) + 1) * n * c + 2 * fine + 20 * n * c * c
 

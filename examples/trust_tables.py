@@ -27,6 +27,7 @@ from scipy import ndimage, stats
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fastprior as fp  # noqa: E402
 
+extraction = fp._room("extraction")
 RATES = .01, .05, .1  # false-alarm rates wished for
 FRAMES = 40  # images that drift is judged by
 SHARES = .01, .02, .05  # of bad images among the good

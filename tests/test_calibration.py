@@ -297,7 +297,8 @@ def products(tmp_path_factory):
 @pytest.mark.parametrize("backend", ["numba", "numpy"])
 def test_a_model_of_several_products_knows_which_it_sees(products, backend, tmp_path, monkeypatch):
     joint = fp.fit_many(products, iterations=0, size=64, copies=1)
-    single = {name: fp.fit(products / name, iterations=0, size=64, copies=1) for name in ("plate", "washer")}
+    single = {name: fp.fit(products / name, iterations=0, size=64, copies=1, backbone=joint.backbone)
+              for name in ("plate", "washer")}
     assert list(joint.priors) == list(single)
     joint.save(tmp_path / "all.npz")
     if backend == "numpy":

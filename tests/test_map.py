@@ -135,9 +135,8 @@ def test_of_many_images_only_some_fine_features_are_held(washers, prior, monkeyp
     few = fp.fit(washers, iterations=0, size=96, copies=1)
     e = extraction.extract_features(fp.find_images(washers / "train" / "good"), few.settings, few.backbone)
     assert len(e.fine) == 9 and len(e.keys) == 24
-    own = few.backbone.features(fp.resize_normalize(fp.load_image(
-        fp.find_images(washers / "train" / "good")[e.sources[0]]), 96, few.backbone.mean, few.backbone.std),
-        (12, few.backbone.fine))[0]
+    first = fp.load_image(fp.find_images(washers / "train" / "good")[e.sources[0]])
+    own = few.backbone.features(few.backbone.pixels(first, 96), (12, few.backbone.fine))[0]
     np.testing.assert_allclose(e.fine[0], own, rtol=2e-3, atol=2e-3)  # of the first key
     assert len(few.calibration["peaks"]) <= 9 < len(few.calibration["scores"])
     np.testing.assert_array_equal(few.calibration["scores"], prior.calibration["scores"])
