@@ -167,7 +167,7 @@ def resample_integers(g: Graph, x: str, rows: str, columns: str) -> str:
     return g("Sub", x, g.constant("510", 510))
 
 
-def requantize(g: Graph, total: str, name: str, m: np.ndarray, low: int = 0, high: int = 255) -> str:
+def requantize(g: Graph, total: str, name: str, m: np.ndarray, low: int, high: int) -> str:
     """clip(rint(total * m)), m (C,): of integers, so that the first node changes nothing.
 
     It is there for runtimes, which would make one of a convolution and the product after it: its weights
@@ -188,8 +188,8 @@ def backbone_outputs(g: Graph, x: str, net) -> list[tuple[str, int]]:
         p = net.blocks[i].arrays
         return conv(x, f"block{i}_{name}", p[f"{name}_w"].T[:, :, None, None], p[f"{name}_b"])
 
-    def done(x, name, m):  # a layer's output; m: in integers
-        return activate(g, x, net.act) if m is None else requantize(g, x, name, m)
+    def done(x, name, m, limits=fp._EXPANDED):  # a layer's output; m: in integers
+        return activate(g, x, net.act) if m is None else requantize(g, x, name, m, *limits)
     x = done(conv(x, "stem", net.stem_w.transpose(3, 2, 0, 1), net.stem_b, 2), "stem", net.stem_m)
     outputs, stride = [], 2
     for i, block in enumerate(net.blocks):
@@ -200,7 +200,7 @@ def backbone_outputs(g: Graph, x: str, net) -> list[tuple[str, int]]:
             y = done(pointwise(y, i, "expand"), f"block{i}_expand", p.get("expand_m"))
         w = p["dw_w"].transpose(2, 0, 1)[:, None]
         y = conv(y, f"block{i}_dw", w, p["dw_b"], block.stride, len(w))
-        y = done(y, f"block{i}_dw", p.get("dw_m"))
+        y = done(y, f"block{i}_dw", p.get("dw_m"), (0, 255))
         if "se_reduce_w" in p:
             s = activate(g, pointwise(g("GlobalAveragePool", y), i, "se_reduce"), fp.SILU)
             y = g("Mul", y, g("Sigmoid", pointwise(s, i, "se_expand")))

@@ -70,13 +70,13 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.nd
     """`b` in integers for outputs of blocks as large as `ranges` (blocks,); residual sums may be twice that.
 
     A product's weights have a scale an output channel, activations one a tensor (that of ReLU6 ends at 6).
-    In stem and depthwise layers a scale is as fine as sums below 2^24 allow: in 8 bits they move features by
-    a whole deviation (over good images), in 16 by a third. images: what `resize_integers` made of some, by
+    In stem and depthwise layers a scale is as fine as sums below 2^24 allow: with weights of 8 bits they move
+    features by a whole deviation (over good images). images: what `resize_integers` made of some, by
     which products are rounded, see `rounded`; without them each weight is rounded by itself.
     """
     fraction, exponent = np.frexp(np.maximum(ranges, 1e-6))
     out = np.ldexp(np.ceil(fraction * 64) / 64, exponent) / 127  # up: the last bits depend on the machine
-    sums, relu = out / 129, 6 / 255  # the first, 1/16384 of the range
+    sums, expanded, depth = out / 129, 6 / 1023, 6 / 255  # the first, 1/16384 of the range
     # one unit for all blocks that residuals connect
     for i in [*range(1, len(sums)), *range(len(sums) - 1, 0, -1)]:
         if b.blocks[i].skip:
@@ -97,23 +97,25 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.nd
             of["w"] = rounded(w / scale, [x[rng.integers(len(x), size=count)] for x in pixels])
         return {f"{name}_{part}": a.astype(np.float32) for part, a in of.items()}
 
-    own = layer("stem", {"stem_w": b.stem_w, "stem_b": b.stem_b}, 1 / 510, relu, 510)
+    own = layer("stem", {"stem_w": b.stem_w, "stem_b": b.stem_b}, 1 / 510, expanded, 510)
     made, blocks = dataclasses.replace(b, **own, scales=sums.astype(np.float32)), []
-    maps = [fp.requantize(fp.stem(x, made.stem_w, made.stem_b, fp.NONE), made.stem_m) for x in images]
+    maps = [fp.requantize(fp.stem(x, made.stem_w, made.stem_b, fp.NONE), made.stem_m, *fp._EXPANDED)
+            for x in images]
     for i, block in enumerate(b.blocks):
         own, inputs = {}, maps
         if i > 0:
             own["input_m"] = np.array([sums[i - 1] / out[i - 1]], np.float32)
             inputs = [fp.requantize(x.copy(), own["input_m"], -127, 127) for x in maps]
-            own |= layer("expand", block.arrays, out[i - 1], relu, 127, inputs)
-        own |= layer("dw", block.arrays, relu, relu, 255)
+            own |= layer("expand", block.arrays, out[i - 1], expanded, 127, inputs)
+        own |= layer("dw", block.arrays, expanded, depth, 1023)
 
-        def depth(x: np.ndarray) -> np.ndarray:
+        def inner(x: np.ndarray) -> np.ndarray:
             if "expand_w" in own:
-                x = fp.requantize(fp.linear(x, own["expand_w"], own["expand_b"]), own["expand_m"])
+                x = fp.linear(x, own["expand_w"], own["expand_b"])
+                x = fp.requantize(x, own["expand_m"], *fp._EXPANDED)
             x = fp.depthwise(x, own["dw_w"], own["dw_b"], block.stride, fp.NONE)
             return fp.requantize(x, own["dw_m"]).astype(np.uint8)
-        own |= layer("project", block.arrays, relu, sums[i], 255, [depth(x) for x in inputs])
+        own |= layer("project", block.arrays, depth, sums[i], 255, [inner(x) for x in inputs])
         blocks.append(dataclasses.replace(block, arrays=own))
         maps = [fp.mbconv(x, blocks[-1]) for x in maps]
         progress("rounding", i + 1, len(b.blocks))

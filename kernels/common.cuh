@@ -26,14 +26,14 @@ typedef float real;
 #define INTEGER 0
 #endif
 
-// Activation: what a layer with an activation gives, 0..255. Value: all else, -32767..32767, that is pixels, what a
-// block gives, and the weights of stem and depthwise. Sum: what their products add up to.
+// Activation: what a depthwise layer takes, 0..1023. Depth: what it gives, 0..255. Value: all else, -32767..32767, that
+// is pixels, what a block gives, and the weights of stem and depthwise. Sum: what their products add up to.
 #if INTEGER
-typedef unsigned char Activation;
-typedef short Value;
+typedef unsigned char Depth;
+typedef short Activation, Value;
 typedef int Sum;
 #else
-typedef real Activation, Value;
+typedef real Activation, Depth, Value;
 typedef float Sum;
 #endif
 
@@ -144,10 +144,12 @@ __device__ __forceinline__ float requantize(float total, float m, float low, flo
 // What ends a layer with an activation: its code; in integers its multipliers (C,), one an output channel.
 #if INTEGER
 typedef const float* Ending;
-__device__ __forceinline__ float finish(float x, Ending m, int channel) { return requantize(x, m[channel], 0.f, 255.f); }
+__device__ __forceinline__ float finish(float x, Ending m, int channel, float most) {
+    return requantize(x, m[channel], 0.f, most);
+}
 #else
 typedef int Ending;
-__device__ __forceinline__ float finish(float x, Ending act, int) { return activate(x, act); }
+__device__ __forceinline__ float finish(float x, Ending act, int, float) { return activate(x, act); }
 #endif
 
 // Sum over the 32 lanes, the same in every lane.

@@ -658,12 +658,12 @@ def _define_intrinsics(lanes: int) -> None:
         x = b.select(b.icmp_signed("<", x, low), low, x)
         return b.select(b.icmp_signed(">", x, high), high, x)
 
-    def both_in_bytes(b, first, second):
-        """Two vectors of i32 -> (2 * lanes) i16 in 0..255."""
+    def both_in_shorts(b, most, first, second):
+        """Two vectors of i32 -> (2 * lanes) i16 in 0..most."""
         indices = ir.Constant(ir.VectorType(i32, 2 * lanes), list(range(2 * lanes)))
         both = b.shuffle_vector(first, second, indices)
         shorts = b.trunc(clipped(b, both, 0, 65535), half_vec)  # one instruction, packusdw
-        high = ir.Constant(half_vec, [255] * 2 * lanes)
+        high = ir.Constant(half_vec, [most] * 2 * lanes)
         return b.select(b.icmp_unsigned("<", shorts, high), shorts, high)
 
     def make_product(n_vecs: int, paired: bool, dot: Callable = dot):
@@ -702,7 +702,7 @@ def _define_intrinsics(lanes: int) -> None:
                     if paired:
                         for m in range(tall):
                             sums = b.load(acc[m][n]), b.load(acc[m + tall][n])
-                            both = both_in_bytes(b, *(rounded(b, total, m_n) for total in sums))
+                            both = both_in_shorts(b, 1023, *(rounded(b, total, m_n) for total in sums))
                             word = part(b, both, [i + lanes * j for i in range(lanes) for j in (0, 1)])
                             place = plus(b, out, (ldo, n), (pixels[m], 4 * lanes))
                             b.store(word, at_byte(b, place, half_vec), align=2)
@@ -767,7 +767,7 @@ def _define_intrinsics(lanes: int) -> None:
                         to = plus(b, out, (b.add(b.mul(x, channels), first), 4 // _GROUP))
                         for o in range(0, count, 2):
                             sums = acc[o], acc[min(o + 1, count - 1)]
-                            y = both_in_bytes(b, *(rounded(b, total, scale) for total in sums))
+                            y = both_in_shorts(b, 255, *(rounded(b, total, scale) for total in sums))
                             for i in range(o, min(o + 2, count)):
                                 half = part(b, y, range((i - o) * lanes, (i - o + 1) * lanes))
                                 if _GROUP == 4:

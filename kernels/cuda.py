@@ -255,7 +255,7 @@ class Engine:
         act is then multipliers, see `_ending`, and gate that of a.
         """
         n = w.shape[1] if transposed else round_up(w.shape[1], 8)
-        out = self.buffer(n, rows, dtype=(self.real, np.uint8, np.int16)[integer])
+        out = self.buffer(n, rows, dtype=np.int16 if integer else None)
         wide = self.real == np.float32 and not np.array_equal(w, w.astype(np.float16))
         packed = self.constant(fragments(w, wide).view(np.int16), np.int16)
         across = -(-n // 32)
@@ -425,7 +425,7 @@ class Engine:
         w = self.weights(backbone.stem_w, 3, 3, 3, c, integer=integer)
         b = self.constant(padded_to(backbone.stem_b, c))
         ending = self._ending({"stem_m": backbone.stem_m}, "stem", c, backbone.act)
-        out = self.buffer(high, wide, c, dtype=np.uint8 if integer else None)
+        out = self.buffer(high, wide, c, dtype=np.int16 if integer else None)
         threads = high * -(-wide // 4) * c // self.vector(integer)
         self.emit(lambda batch: Launch(self.kernel("stem", INTEGER=int(integer)),
                                        (-(-threads // 128), 1, batch), (128,),

@@ -4,7 +4,7 @@
 // x (B, H, W, C) real; w (k, k, C) real; bias (C,) float32; out (B, Ho, Wo, C) real, Ho = ceil(H/stride).
 // sums (B, gridDim.y, C) float32 or null: the outputs of each block summed over its pixels, in a fixed order.
 // top, left: rows and columns of zero padding before the map.
-// With INTEGER=1 x and out u8, w int16, `ending` the multipliers (C,), and sums null.
+// With INTEGER=1 x and w int16, out u8, `ending` the multipliers (C,), and sums null.
 // Launch: depthwise_KS for kernel K (3, 5) and stride S (1, 2); threadIdx.x a chunk of channels, threadIdx.y a
 //   strip of STRIP outputs of a row; grid (ceil(C/VECTOR / blockDim.x), ceil(Ho * ceil(Wo/STRIP) / blockDim.y), B),
 //   blockDim.x * blockDim.y up to 128. Large maps take strips of 4; with SMALL=1 strips of 2, and K threads share
@@ -19,7 +19,7 @@
 #define MOST_PLACES 128
 
 template <int KERNEL, int STRIDE>
-__device__ __forceinline__ void convolve(const Activation* x, const Value* w, const float* bias, Activation* out,
+__device__ __forceinline__ void convolve(const Activation* x, const Value* w, const float* bias, Depth* out,
                                          float* sums, Sum* part, int height, int width, int c, int top, int left,
                                          Ending ending) {
     allow_next_launch();
@@ -74,7 +74,7 @@ __device__ __forceinline__ void convolve(const Activation* x, const Value* w, co
 #pragma unroll
         for (int o = 0; o < STRIP; o++) {
             if (column + o >= width_out) continue;
-            ChunkOf<Activation> result;
+            ChunkOf<Depth> result;
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
                 Sum all = sum[o][v];
@@ -83,7 +83,7 @@ __device__ __forceinline__ void convolve(const Activation* x, const Value* w, co
                 for (int i = 0; i < KERNEL - 1; i++)
                     all += part[(i * STRIP * VECTOR + o * VECTOR + v) * MOST_PLACES + place];
 #endif
-                const float y = finish(all + bias[first + v], ending, first + v);
+                const float y = finish(all + bias[first + v], ending, first + v, 255.f);
                 total[v] += y;
                 put(result.at[v], y);
             }
@@ -106,7 +106,7 @@ __device__ __forceinline__ void convolve(const Activation* x, const Value* w, co
 
 #define DEPTHWISE(KERNEL, STRIDE)                                                                                       \
     extern "C" __global__ void __launch_bounds__(MOST_PLACES * (SMALL ? KERNEL : 1)) depthwise_##KERNEL##STRIDE(        \
-            const Activation* x, const Value* w, const float* bias, Activation* out, float* sums, int height,           \
+            const Activation* x, const Value* w, const float* bias, Depth* out, float* sums, int height,                \
             int width, int c, int top, int left, Ending ending) {                                                       \
         __shared__ Sum part[MOST_PLACES * VECTOR * (SMALL ? (KERNEL - 1) * STRIP : 1)];                                 \
         convolve<KERNEL, STRIDE>(x, w, bias, out, sums, part, height, width, c, top, left, ending);                     \

@@ -10,7 +10,7 @@
 // gate (M / period, K) float32 or null: row i of a is scaled by gate row i / period first; not if TRANSPOSED
 // residual, out (B, M, N) real; residual may be null
 // N, lda and K are multiples of 8 (TRANSPOSED: M and lda are).
-// INTEGER=1 (EXPAND): a int16, requantized to -127..127 by `gate` (1,) first, out u8; INTEGER=2 (PROJECT): a u8,
+// INTEGER=1 (EXPAND): a int16, requantized to -127..127 by `gate` (1,) first, out int16; INTEGER=2 (PROJECT): a u8,
 //   residual and out int16. Bias holds integers, `ending` multipliers (N,); neither WIDE nor TRANSPOSED.
 // Launch: block 32 * WARPS, grid (ceil(tiles * split / WARPS), 1, B), tiles = ceil(M/TILE) * ceil(N/32); TILE 32 or 16
 //   and WARPS 4 or 8, a module for each. `split` warps share a tile, and divide WARPS: each takes every split-th 16 of K.
@@ -25,7 +25,7 @@
 #define EXPAND 1
 #define PROJECT 2
 #if INTEGER == PROJECT
-typedef Activation In;
+typedef Depth In;
 typedef Value Out;
 #else
 typedef Value In;
@@ -196,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
             const float own = requantize(total, ending[first_col + col + e], -32767.f, 32767.f);
             put(result.at[e], clip(own + get(rest.at[e]), -32767.f, 32767.f));
 #else
-            put(result.at[e], finish(total, ending, first_col + col + e) + get(rest.at[e]));
+            put(result.at[e], finish(total, ending, first_col + col + e, 1023.f) + get(rest.at[e]));
 #endif
         }
         *reinterpret_cast<QuadOf<Out>*>(out + to) = result;

@@ -2,7 +2,7 @@
 // References: stem; in integers requantize.
 //
 // x (B, H, W, 4) real, the fourth value of a pixel is ignored, H and W even; w (3, 3, 3, C) real; bias (C,)
-// float32; out (B, H/2, W/2, C) real. With INTEGER=1 x and w int16, out u8, `ending` the multipliers (C,).
+// float32; out (B, H/2, W/2, C) real. With INTEGER=1 x, w and out int16, `ending` the multipliers (C,).
 // Launch: grid (ceil(H/2 * ceil(W/2 / STRIP) * C/VECTOR / blockDim.x), 1, B), any block; a thread has a chunk of the
 //   channels of STRIP pixels of a row, which share its weights.
 #include "common.cuh"
@@ -49,7 +49,7 @@ extern "C" __global__ void stem(const Value* x, const Value* w, const float* bia
         if (column + o >= wide) continue;
         ChunkOf<Activation> result;
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) put(result.at[v], finish(sum[o][v], ending, first + v));
+        for (int v = 0; v < VECTOR; v++) put(result.at[v], finish(sum[o][v], ending, first + v, 1023.f));
         store_chunk(out + (((long long)blockIdx.z * high + row) * wide + column + o) * c + first, result);
     }
 }
