@@ -217,7 +217,7 @@ def gaussian_log_prob(x: np.ndarray, axis: int = -1) -> np.ndarray:
 
 NONE, RELU6, SILU = 0, 1, 2  # activation codes, shared with the kernels
 _BAND_BYTES = 1 << 20  # of the expanded image, see `mbconv`
-_EXPANDED, _SUMS = (0, 1023), (-32767, 32767)  # in integers: what depthwise layers take, what blocks give
+_INPUTS, _EXPANDED, _SUMS = (-1023, 1023), (0, 2047), (-32767, 32767)  # limits in integers, see `Backbone`
 
 
 def activate(x: np.ndarray, act: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -408,7 +408,7 @@ def mbconv(x: np.ndarray, block: "InvertedResidual") -> np.ndarray:
         return requantize(y, p[f"{layer}_m"], *limits) if integer else y
 
     def band(rows: slice, beyond: tuple[int, int]) -> np.ndarray:
-        y = requantize(x[rows].copy(), p["input_m"], -127, 127) if "input_m" in p else x[rows]
+        y = requantize(x[rows].copy(), p["input_m"], *_INPUTS) if "input_m" in p else x[rows]
         if "expand_w" in p:
             y = done(linear(y, p["expand_w"], p["expand_b"], act), "expand", *_EXPANDED)
         y = done(depthwise(y, p["dw_w"], p["dw_b"], block.stride, act, beyond), "dw")
@@ -577,9 +577,9 @@ class Backbone:
     every machine, bit for bit. Arrays are float32 that hold integers: weights of 8 bits (of 16 in stem and
     depthwise layers, which need them), biases, and `_m`, a real multiplier an output channel. A layer is
     `requantize(x @ w + b, m)`: sums stay below 2^24, so float32 adds them exactly in any order. Depthwise
-    layers take 0..1023 and give 0..255; a block gives -32767..32767, where residuals are added and features
-    read, in units of `scales` (one a block), and `input_m` (1,) leads to the -127..127 that an expansion
-    takes. Zero stays zero, so padding is exact. For the image see `resize_integers`.
+    layers take 0..2047 and give 0..255; a block gives -32767..32767, where residuals are added and features
+    read, in units of `scales` (one a block), and `input_m` (1,) leads to the -1023..1023 that an
+    expansion takes. Zero stays zero, so padding is exact. For the image see `resize_integers`.
     """
     name: str
     mean: tuple[float, float, float]
@@ -712,7 +712,7 @@ def _check_integers(b: Backbone) -> None:
         if ("expand_w" in own) != expands or ("input_m" in own) != expands or "se_reduce_w" in own:
             wrong.append(f"block {i}: expansion, input or squeeze-excitation")
             continue
-        layers += [("expand", own, 127)] * expands + [("dw", own, 1023), ("project", own, 255)]
+        layers += [("expand", own, 1023)] * expands + [("dw", own, 2047), ("project", own, 255)]
         wrong += ["input_m"] * (expands and not 0 <= own["input_m"][0] < 128)
     for name, own, most in layers:
         w, bias, m = (own[f"{name}_{part}"].astype(np.float64) for part in "wbm")

@@ -75,8 +75,8 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.nd
     which products are rounded, see `rounded`; without them each weight is rounded by itself.
     """
     fraction, exponent = np.frexp(np.maximum(ranges, 1e-6))
-    out = np.ldexp(np.ceil(fraction * 64) / 64, exponent) / 127  # up: the last bits depend on the machine
-    sums, expanded, depth = out / 129, 6 / 1023, 6 / 255  # the first, 1/16384 of the range
+    out = np.ldexp(np.ceil(fraction * 64) / 64, exponent) / 1023  # up: the last bits depend on the machine
+    sums, expanded, depth = out / 16, 6 / 2047, 6 / 255  # the first, 1/16368 of the range
     # one unit for all blocks that residuals connect
     for i in [*range(1, len(sums)), *range(len(sums) - 1, 0, -1)]:
         if b.blocks[i].skip:
@@ -105,9 +105,9 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.nd
         own, inputs = {}, maps
         if i > 0:
             own["input_m"] = np.array([sums[i - 1] / out[i - 1]], np.float32)
-            inputs = [fp.requantize(x.copy(), own["input_m"], -127, 127) for x in maps]
-            own |= layer("expand", block.arrays, out[i - 1], expanded, 127, inputs)
-        own |= layer("dw", block.arrays, expanded, depth, 1023)
+            inputs = [fp.requantize(x.copy(), own["input_m"], *fp._INPUTS) for x in maps]
+            own |= layer("expand", block.arrays, out[i - 1], expanded, 1023, inputs)
+        own |= layer("dw", block.arrays, expanded, depth, 2047)
 
         def inner(x: np.ndarray) -> np.ndarray:
             if "expand_w" in own:

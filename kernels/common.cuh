@@ -26,7 +26,7 @@ typedef float real;
 #define INTEGER 0
 #endif
 
-// Activation: what a depthwise layer takes, 0..1023. Depth: what it gives, 0..255. Value: all else, -32767..32767, that
+// Activation: what a depthwise layer takes, 0..2047. Depth: what it gives, 0..255. Value: all else, -32767..32767, that
 // is pixels, what a block gives, and the weights of stem and depthwise. Sum: what their products add up to.
 #if INTEGER
 typedef unsigned char Depth;

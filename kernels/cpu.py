@@ -70,13 +70,13 @@ def _words_of(dot: str, lanes: int) -> dict:
     """What depends on the instruction `dot` that multiplies and adds the values in 32-bit words.
 
     _GROUP: values in a word, two i16 or four of 8 bits; _WIDE: vectors in a panel of weights, fewer where
-    product and sum are two instructions, which want a register between them. So much is added to inputs,
-    which biases undo: _RAISED where u8 must hold those of expansions, _LOWERED where i8 those of projections.
+    product and sum are two instructions, which want a register between them; _LOWERED: what is added to
+    inputs of projections where i8 must hold them, and their biases undo.
     """
     signed, unsigned = dot in ("sdot", "signed quads"), dot in ("vpdpbusd", "quads")
     group = 4 if signed or unsigned else 2
     return {"_DOT": dot, "_GROUP": group, "_WIDE": 2 if dot == "vpmaddwd" and lanes == 8 else 3,
-            "_RAISED": 128 if unsigned else 0, "_LOWERED": -128 if signed else 0}
+            "_LOWERED": -128 if signed else 0}
 
 
 def _machine(target, cpu: str, features: str):
@@ -603,7 +603,7 @@ def _define_intrinsics(lanes: int) -> None:
         kind = ir.VectorType(ir.IntType(32 // count), count * lanes)
         for i in range(count):
             x_i, w_i = (part(b, b.bitcast(v, kind), range(i, count * lanes, count)) for v in (x, w))
-            x_i = b.zext(x_i, int_vec) if count == 4 and _RAISED else b.sext(x_i, int_vec)
+            x_i = b.zext(x_i, int_vec) if count == 4 and not _LOWERED else b.sext(x_i, int_vec)
             total = b.add(total, b.mul(x_i, b.sext(w_i, int_vec)))
         return total
 
@@ -666,7 +666,7 @@ def _define_intrinsics(lanes: int) -> None:
         high = ir.Constant(half_vec, [most] * 2 * lanes)
         return b.select(b.icmp_unsigned("<", shorts, high), shorts, high)
 
-    def make_product(n_vecs: int, paired: bool, dot: Callable = dot):
+    def make_product(n_vecs: int, paired: bool, dot: Callable):
         m_rows, tall = rows, rows // 2 if paired else rows
 
         @intrinsic
@@ -702,7 +702,7 @@ def _define_intrinsics(lanes: int) -> None:
                     if paired:
                         for m in range(tall):
                             sums = b.load(acc[m][n]), b.load(acc[m + tall][n])
-                            both = both_in_shorts(b, 1023, *(rounded(b, total, m_n) for total in sums))
+                            both = both_in_shorts(b, 2047, *(rounded(b, total, m_n) for total in sums))
                             word = part(b, both, [i + lanes * j for i in range(lanes) for j in (0, 1)])
                             place = plus(b, out, (ldo, n), (pixels[m], 4 * lanes))
                             b.store(word, at_byte(b, place, half_vec), align=2)
@@ -787,17 +787,15 @@ def _define_intrinsics(lanes: int) -> None:
 
     @intrinsic
     def narrow(typing, x, n, multiplier, out):
-        """n i16 -> as many values of `_GROUP` a word, -127..127 (and so much more: _RAISED)."""
+        """n i16 times a multiplier -> as many, -1023..1023."""
         def codegen(context, b, signature, args):
             x, n, multiplier, out = args
             scale = splat(b, b.load(at_byte(b, multiplier, f32)))
             with cgutils.for_range(b, b.udiv(n, const(lanes)), intp=i64) as loop:
                 first = b.mul(loop.index, const(lanes))
                 v = b.sext(b.load(at_byte(b, plus(b, x, (first, 2)), short_vec), align=2), int_vec)
-                y = clipped(b, rounded(b, v, scale), -127, 127)
-                y = b.add(y, ints(_RAISED))
-                place = plus(b, out, (first, 4 // _GROUP))
-                b.store(b.trunc(y, narrow_vec), at_byte(b, place, narrow_vec), align=1)
+                y = b.trunc(clipped(b, rounded(b, v, scale), -1023, 1023), short_vec)
+                b.store(y, at_byte(b, plus(b, out, (first, 2)), short_vec), align=2)
             return context.get_dummy_value()
         return types.void(*[types.int64] * 4), codegen
 
@@ -928,8 +926,8 @@ def _define_intrinsics(lanes: int) -> None:
     for n_vecs in (1, 2, 3):
         scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs)
         scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs)
-        scope[f"_pairs_{n_vecs}"], scope[f"_sums_{n_vecs}"] = (make_product(n_vecs, p) for p in (True, False))
-        scope[f"_stem_{n_vecs}"] = make_product(n_vecs, True, dot_pairs)
+        scope[f"_pairs_{n_vecs}"], scope[f"_sums_{n_vecs}"] = (
+            make_product(n_vecs, paired, f) for paired, f in ((True, dot_pairs), (False, dot)))
     scope.update(_qtile_rows=make_qtile(rows // 2), _qtile_row=make_qtile(1), _dots=dots,
                  _resize_pixels=make_resize(False), _resize_integers=make_resize(True), _narrow=narrow)
     for size in (3, 5):
@@ -1228,10 +1226,10 @@ def _pool(row, band, bands, ws, own, state, image, batch, state_stride):
 
 
 # Integers. Maps in the workspace are int16 (h, w, c); `_mbconv_integer` packs values in words: two rows of
-# the expanded map, so that the depthwise part reads two taps at once; for products, `_GROUP` channels.
+# the expanded map, so that the depthwise part reads two taps at once; for projections, `_GROUP` channels.
 
 @_kernel(exact=True)
-def _product_pairs(stem, a, a_hi, lda, m, k, w, bias, multiplier, out, block, n):
+def _product_pairs(a, a_hi, lda, m, k, w, bias, multiplier, out, block, n):
     """Two rows of m pixels -> words (n / _LANES, m, _LANES), the second row in the upper halves."""
     j, last = 0, m - 1
     while j < n:
@@ -1242,14 +1240,7 @@ def _product_pairs(stem, a, a_hi, lda, m, k, w, bias, multiplier, out, block, n)
         while i < m:
             i = max(min(i, m - _TILE // 2), 0)
             x, x_hi, y = a + i * lda, a_hi + i * lda, to + 4 * _LANES * i
-            if _GROUP == 4 and stem:  # which takes two values a word
-                if wide == 1:
-                    _stem_1(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
-                elif wide == 2:
-                    _stem_2(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
-                else:
-                    _stem_3(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
-            elif wide == 1:
+            if wide == 1:
                 _pairs_1(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
             elif wide == 2:
                 _pairs_2(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
@@ -1312,7 +1303,7 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
     across = max((w_out - 1) * stride + size - w, 0)
     left = across // 2
     stem, c_in = p.row_words > 0, (p.c_in + _LANES - 1) // _LANES * _LANES
-    stride_in = 4 * _PATCH_WORDS if stem else value * c_in
+    stride_in = 4 * _PATCH_WORDS if stem else 2 * c_in
     block = 4 * _LANES * (w + across)  # bytes
     line = block * (c_mid // _LANES)
     slots, pairs = ((chunk - 1) * stride + size - 1) // 2 + 2, size // 2 + 1
@@ -1340,7 +1331,7 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
                 _patches(x + 16 * ready * p.row_words, p.row_words, w, narrowed)
             else:
                 _narrow(x + 4 * ready * w * c_in, (2 if whole else 1) * w * c_in, p.input_m, narrowed)
-            _product_pairs(stem, narrowed, narrowed + w * stride_in if whole else narrowed, stride_in, w,
+            _product_pairs(narrowed, narrowed + w * stride_in if whole else narrowed, stride_in, w,
                            p.expand_k, p.expand_w, p.expand_b, p.expand_m, to, block, c_mid)
             if not whole:
                 for j in range(c_mid // _LANES):
@@ -2073,8 +2064,8 @@ class Engine:
             expand = self._layer("expand", runs.reshape(30, mid), stem_b, stem_m, 2)
             row_words, expand_k, stride_in = -(-(2 * w + 1) * 3 // 2), _PATCH_WORDS, 4 * _PATCH_WORDS
         else:
-            expand = self._layer("expand", p["expand_w"], p["expand_b"], p["expand_m"], _GROUP, _RAISED)
-            row_words, expand_k, stride_in = 0, -(-c_in // _GROUP), 4 * round_up(c_in, _LANES) // _GROUP
+            expand = self._layer("expand", p["expand_w"], p["expand_b"], p["expand_m"], 2)
+            row_words, expand_k, stride_in = 0, -(-c_in // 2), 2 * round_up(c_in, _LANES)
         project_w = padded_to(p["project_w"], mid_padded, c_out)
         h_out, w_out = -(-h // stride), -(-w // stride)
         chunk = min(h_out, max(1, 64 // w_out))

@@ -49,7 +49,7 @@ extern "C" __global__ void stem(const Value* x, const Value* w, const float* bia
         if (column + o >= wide) continue;
         ChunkOf<Activation> result;
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) put(result.at[v], finish(sum[o][v], ending, first + v, 1023.f));
+        for (int v = 0; v < VECTOR; v++) put(result.at[v], finish(sum[o][v], ending, first + v, 2047.f));
         store_chunk(out + (((long long)blockIdx.z * high + row) * wide + column + o) * c + first, result);
     }
 }

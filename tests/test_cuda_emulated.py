@@ -241,26 +241,26 @@ def stem_integers(b, block=96):
     x, w = integers(b, 2, height, width, 4, most=510), integers(b, 3, 3, 3, c, most=1200)
     w[..., 1] = 0
     w[1, 1, 1, 1] = 32767
-    bias, m = fitting(b, w, 510, 1023)
+    bias, m = fitting(b, w, 510, 2047)
     out = b.empty(2, height // 2, width // 2, c, dtype=np.int16)
     strips = height // 2 * -(-width // 8) * c // 8
     b.launch("stem", (-(-strips // block), 1, 2), (block,), *as_type(b, np.int16, x, w),
              *as_type(b, F, bias), out, I(height), I(width), I(c), *as_type(b, F, m))
-    want = [fp.requantize(fp.stem(i[..., :3], w, bias, fp.NONE), m, 0, 1023) for i in x]
-    check_equal(out, np.stack(want), 0, 1023)
+    want = [fp.requantize(fp.stem(i[..., :3], w, bias, fp.NONE), m, 0, 2047) for i in x]
+    check_equal(out, np.stack(want), 0, 2047)
 
 
-def expand(b, tile=32, m=70, n=72, k=80, split=2, warps=4, most=127, input_m=1 / 256):
+def expand(b, tile=32, m=70, n=72, k=80, split=2, warps=4, most=127, input_m=1 / 31):
     a, w = integers(b, m, k, most=32767), integers(b, k, n, most=most)
-    bias, multiplier = fitting(b, w, 127, 1023)
+    bias, multiplier = fitting(b, w, 1023, 2047)
     out = b.empty(m, n, dtype=np.int16)
     input_m = np.array([input_m], F)
     b.launch("product", (-(-(-(-m // tile) * -(-n // 32)) * split // warps),), (32 * warps,),
              *as_type(b, np.int16, a), L(0), I(k), packed(b, w), *as_type(b, F, bias), I(0),
              *as_type(b, F, input_m), NULL, out, I(m), I(n), I(k), I(m), *as_type(b, F, multiplier), I(split))
-    small = fp.requantize(a.copy(), input_m, -127, 127)
-    assert (np.abs(small) == 127).any() and (np.abs(a * input_m) > 127.5).any()
-    check_equal(out, fp.requantize(fp.linear(small, w, bias), multiplier, 0, 1023), 0, 1023)
+    small = fp.requantize(a.copy(), input_m, -1023, 1023)
+    assert (np.abs(small) == 1023).any() and (np.abs(a * input_m) > 1023.5).any()
+    check_equal(out, fp.requantize(fp.linear(small, w, bias), multiplier, 0, 2047), 0, 2047)
 
 
 def project(b, tile=32, m=70, n=72, k=80, split=2, warps=4, most=127, with_residual=True):
@@ -277,10 +277,10 @@ def project(b, tile=32, m=70, n=72, k=80, split=2, warps=4, most=127, with_resid
 
 
 def depthwise_integers(b, block=(3, 8), h=12, w=9, c=40, kernel=5, stride=2, small=0):
-    x, taps = np.abs(integers(b, 2, h, w, c, most=1023)), integers(b, kernel, kernel, c, most=600)
+    x, taps = np.abs(integers(b, 2, h, w, c, most=2047)), integers(b, kernel, kernel, c, most=300)
     taps[..., 1] = 0
-    taps[0, -1, 1], taps[-1, 0, 1] = 8000, -8000
-    bias, m = fitting(b, taps, 1023, 255)
+    taps[0, -1, 1], taps[-1, 0, 1] = 4000, -4000
+    bias, m = fitting(b, taps, 2047, 255)
     ho, wo = -(-h // stride), -(-w // stride)
     grid = (-(-c // 8 // block[0]), -(-ho * -(-wo // (2 if small else 4)) // block[1]), 2)
     out = b.empty(2, ho, wo, c, dtype=np.uint8)

@@ -125,14 +125,14 @@ def network(seed, blocks, fill=None):
     for i, (mid, out, kernel, stride) in enumerate(blocks):
         p = {}
         if i:
-            p = {"input_m": np.array([127 / 20000], np.float32)}
-            p |= layer(rng, "expand", (channels, mid), 127, 127, 1023, fill)
-        p |= layer(rng, "dw", (kernel, kernel, mid), 1023, 32767, 255, fill)
+            p = {"input_m": np.array([1023 / 20000], np.float32)}
+            p |= layer(rng, "expand", (channels, mid), 1023, 127, 2047, fill)
+        p |= layer(rng, "dw", (kernel, kernel, mid), 2047, 32767, 255, fill)
         p |= layer(rng, "project", (mid, out), 255, 127, 20000, fill)
         made.append(fp.InvertedResidual(p, stride, fp.RELU6, stride == 1 and channels == out and i > 0))
         channels = out
     stages = tuple(sorted({0, len(blocks) // 2, len(blocks) - 1}))
-    stem = layer(rng, "stem", (3, 3, 3, blocks[0][0]), 510, 32767, 1023, fill)
+    stem = layer(rng, "stem", (3, 3, 3, blocks[0][0]), 510, 32767, 2047, fill)
     net = fp.Backbone("random", (.5,) * 3, (.5,) * 3, fp.RELU6, stem["stem_w"], stem["stem_b"], tuple(made),
                       stages, stem["stem_m"], rng.uniform(1e-4, 1e-3, len(blocks)).astype(np.float32))
     fp._check_backbone(net)
@@ -262,13 +262,13 @@ def test_reference_equals_a_computation_in_int64():
             x = ((x + 8192 >> 14) - 510 if axis else x + 128 >> 8).swapaxes(0, 1)
         np.testing.assert_array_equal(net.pixels(image, shape, shift), x)
         y = convolved(x, whole(net.stem_w), 2, [same(n, 3, 2) for n in shape])
-        y, maps = requantized(y + whole(net.stem_b), net.stem_m, 0, 1023), {}
+        y, maps = requantized(y + whole(net.stem_b), net.stem_m, 0, 2047), {}
         for i, block in enumerate(net.blocks):
             p, x = block.arrays, y
             if i:
                 a = np.round((x * p["input_m"].astype(np.float64)).astype(np.float32).astype(np.float64))
-                y = np.clip(a, -127, 127).astype(np.int64) @ whole(p["expand_w"]) + whole(p["expand_b"])
-                y = requantized(y, p["expand_m"], 0, 1023)
+                y = np.clip(a, -1023, 1023).astype(np.int64) @ whole(p["expand_w"]) + whole(p["expand_b"])
+                y = requantized(y, p["expand_m"], 0, 2047)
             w = whole(p["dw_w"])
             pads = [same(n, len(w), block.stride) for n in y.shape[:2]]
             y = convolved(y, w, block.stride, pads, True) + whole(p["dw_b"])
