@@ -4,8 +4,8 @@
     git worktree add /tmp/old ca106fb && python examples/in_turns.py /tmp/old . 256
 
 Each is a process of its own that sleeps while the other runs: lite0, so many pixels a side (256 in places of
-16), two steps, an array to score and map, two threads. Of forty turns of twenty frames the medians, in thirds,
-and their ratio.
+16), two steps, an array to score and map, two threads. Of forty turns of twenty frames the medians, in
+thirds, and their ratio.
 """
 import subprocess
 import sys
