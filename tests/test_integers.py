@@ -107,10 +107,10 @@ def layer(rng, name, shape, largest, most, spread, fill=None):
         b = fill * (LIMIT - count * largest * np.abs(w).reshape(-1, channels)[0])
         b = b if fill > 0 else -b // 2
     else:
-        ends, most = most, min(most, LIMIT // (2 * count * largest))
+        ends, most = min(most, LIMIT // largest), min(most, LIMIT // (2 * count * largest))
         w = rng.integers(-most, most + 1, shape)
         b = rng.integers(-1, 2, channels) * most * largest * int(np.sqrt(count)) // 4
-        if ends > most and channels > 3:  # one channel with an end of 16 bits
+        if ends > most and channels > 3:  # one channel with as large a weight as is allowed
             w[..., 0] = b[0] = 0
             w.reshape(-1, channels)[count // 2, 0] = rng.choice([-ends, ends])
     size = np.sqrt(count) * largest * max(most, 1) / 3
@@ -395,7 +395,7 @@ def host():
     return {name!r}, {features!r}
 m._host = host
 """, name, features)
-    assert min(code.count("vpdpbusd"), code.count("vpdpwssd")) > 50
+    assert min(code.count("vpdpbusd"), code.count("vpdpwssd")) > 20
     assert "vpmaddubsw" not in code
 
 
@@ -418,7 +418,7 @@ for name, dot in ("cortex-a72", "pairs"), ("apple-m1", "sdot"), ("neoverse-n1", 
     m._host()
     assert m._DOT == dot, (name, m._DOT)
 """, "neoverse-n1", "")
-    assert min(len(re.findall(rf"\t{name}\t", code)) for name in ("sdot", "smlal", "smlal2")) > 50
+    assert min(len(re.findall(rf"\t{name}\t", code)) for name in ("sdot", "smlal", "smlal2")) > 20
     assert not re.search(r"\tmla\t.*4s", code)  # a product of two i32
     called, own = (set(re.findall(p, code, re.M)) for p in (r"\tbl\t(\w+)", r"^(\w+):"))
     assert called - own <= fp._engines("cpu")._OUTSIDE and "memset" in called
