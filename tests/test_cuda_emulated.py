@@ -471,8 +471,8 @@ OPERATIONS = {
 IN_INTEGERS = {  # equal, not close, to their references
     "resize_integers": (resize_integers, [{}, {"block": 256}]),
     "stem_integers": (stem_integers, [{}, {"block": 32}]),
-    "expand": (expand, [{}, {"tile": 16, "m": 5, "n": 40, "k": 1032, "split": 8, "warps": 8},
-                        {"m": 1, "n": 8, "k": 8, "split": 1, "input_m": .0041}]),
+    "expand": (expand, [{}, {"tile": 16, "m": 5, "n": 40, "k": 1032, "split": 8, "warps": 8, "most": 15},
+                        {"m": 1, "n": 8, "k": 8, "split": 1, "input_m": .033}]),
     "project": (project, [{}, {"tile": 16, "m": 5, "n": 40, "k": 512, "split": 8, "warps": 8},
                           {"m": 40, "k": 24, "split": 1, "with_residual": False}]),
     "depthwise_integers": (depthwise_integers, [
@@ -652,12 +652,12 @@ MUTANTS = [
     ("anomaly_map", "image.map_row[y] * width", "image.map_row[y] * image.width"),
     ("anomaly_map", "y * image.width + x", "y * image.height + x"),
     ("resize_integers", "floorf(down[c] / 256.f + .5f)", "rintf(down[c] / 256.f)"),
-    ("stem_integers", "finish(sum[o][v], ending, first + v)", "finish(sum[o][v], ending, v)"),
+    ("stem_integers", "ending, first + v, 2047.f)", "ending, v, 2047.f)"),
     ("expand", "rintf(__fmul_rn(total, m))", "floorf(__fmul_rn(total, m) + .5f)"),
     ("project", "requantize(total, ending[first_col + col + e], -32767.f, 32767.f)",
      "rintf(total * ending[first_col + col + e])"),
     ("project", "clip(own + get(rest.at[e]), -32767.f, 32767.f)", "own + get(rest.at[e])"),
-    ("depthwise_integers", "ending, first + v);", "ending, v);"),
+    ("depthwise_integers", "ending, first + v, 255.f);", "ending, v, 255.f);"),
     ("pool_integers", "typedef long long Total;", "typedef int Total;"),
 ]
 
