@@ -250,7 +250,7 @@ def stem_integers(b, block=96):
     check_equal(out, np.stack(want), 0, 2047)
 
 
-def expand(b, tile=32, m=70, n=72, k=80, split=2, warps=4, most=127, input_m=1 / 31):
+def expand(b, tile=32, m=70, n=72, k=80, split=2, warps=4, most=127, input_m=1 / 32):
     a, w = integers(b, m, k, most=32767), integers(b, k, n, most=most)
     bias, multiplier = fitting(b, w, 1023, 2047)
     out = b.empty(m, n, dtype=np.int16)
