@@ -57,7 +57,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
@@ -217,6 +217,7 @@ def gaussian_log_prob(x: np.ndarray, axis: int = -1) -> np.ndarray:
 
 NONE, RELU6, SILU = 0, 1, 2  # activation codes, shared with the kernels
 _BAND_BYTES = 1 << 20  # of the expanded image, see `mbconv`
+_INPUTS, _EXPANDED, _SUMS = (-1023, 1023), (0, 2047), (-32767, 32767)  # limits in integers, see `Backbone`
 
 
 def activate(x: np.ndarray, act: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -260,10 +261,20 @@ def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, 
     return start, folded / folded.sum(1, keepdims=True)
 
 
-@functools.lru_cache(16)
-def _tap_bands(n_in: int, n_out: int, shift: float, dtype: type) -> list[tuple[int, np.ndarray]]:
-    """resize_taps as one dense matrix for every 32 outputs: [(first input, (32, inputs))], kept a size."""
+def fixed_point_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """`resize_taps` in 1/4096: integers in float64; each running sum is rounded, so that rows sum to 4096.
+
+    Half up, by a little less: last bits decide no tie.
+    """
     start, weight = resize_taps(n_in, n_out, shift)
+    total = np.cumsum(weight, 1)
+    return start, np.diff(np.floor(total / total[:, -1:] * 4096 + (.5 + 1e-9)), axis=1, prepend=0)
+
+
+@functools.lru_cache(16)
+def _tap_bands(n_in: int, n_out: int, shift: float, dtype: type, taps: Callable) -> list:
+    """Taps as one dense matrix for every 32 outputs: [(first input, (32, inputs))], kept a size."""
+    start, weight = taps(n_in, n_out, shift)
     bands = []
     for i in range(0, n_out, 32):
         column = start[i:i + 32, None] - start[i] + np.arange(weight.shape[1])
@@ -273,10 +284,10 @@ def _tap_bands(n_in: int, n_out: int, shift: float, dtype: type) -> list[tuple[i
     return bands
 
 
-def _resample(x: np.ndarray, n_out: int, shift: float = 0.0, dtype: type = np.float64) -> np.ndarray:
+def _resample(x: np.ndarray, n_out: int, shift=0.0, dtype=np.float64, taps=resize_taps) -> np.ndarray:
     """x (n_in, ...) -> (n_out, ...) of dtype, along the first axis."""
     rows = [w @ np.ascontiguousarray(x[first:first + w.shape[1]], dtype).reshape(w.shape[1], -1)
-            for first, w in _tap_bands(len(x), n_out, shift, dtype)]
+            for first, w in _tap_bands(len(x), n_out, shift, dtype, taps)]
     return np.concatenate(rows).reshape((n_out,) + x.shape[1:])
 
 
@@ -291,14 +302,26 @@ def resize_normalize(image: np.ndarray, size, mean, std, shift=(0.0, 0.0),
     return np.ascontiguousarray(x.reshape(width, height, 3).swapaxes(0, 1))
 
 
+def resize_integers(image: np.ndarray, size, shift=(0.0, 0.0)) -> np.ndarray:
+    """uint8 (H, W, 3) -> resized pixels in quarters of a grey level, less 510: integers, float32 (*size, 3).
+
+    Every sum is of integers and below 2^24, exact in float32 in any order: `fixed_point_taps` down, rounded
+    to sixteenths of a level, then across, rounded to quarters (half up both times).
+    """
+    height, width = np.broadcast_to(size, 2).tolist()
+    x = _resample(image, height, shift[0], np.float32, fixed_point_taps)
+    x = np.floor(x / np.float32(256) + np.float32(.5)).swapaxes(0, 1)
+    x = _resample(x, width, shift[1], np.float32, fixed_point_taps) / np.float32(16384)
+    return np.ascontiguousarray((np.floor(x + np.float32(.5)) - 510).swapaxes(0, 1))
+
+
 def _same_padding(n: int, kernel: int, stride: int) -> tuple[int, int]:
     """TensorFlow's SAME: output ceil(n/stride), the odd pixel of padding goes after."""
     total = max((-(-n // stride) - 1) * stride + kernel - n, 0)
     return total // 2, total - total // 2
 
 
-def _patches(x: np.ndarray, kernel: int, stride: int, beyond: tuple[int, int] | None = None,
-             columns: int = 1) -> np.ndarray:
+def _patches(x: np.ndarray, kernel: int, stride: int, beyond=None, columns: int = 1) -> np.ndarray:
     """(H, W, C) -> (Ho, Wo/columns, kernel, kernel, columns * C), SAME zero padding, a view.
 
     beyond: rows of zeros above and below, where x is a band of a taller image. In memory, a tap's
@@ -348,6 +371,16 @@ def squeeze_excite(x: np.ndarray, reduce_w, reduce_b, expand_w, expand_b) -> np.
         return x * (1 / (1 + np.exp(-(hidden @ expand_w + expand_b))))
 
 
+def requantize(total: np.ndarray, m: np.ndarray, low: int = 0, high: int = 255) -> np.ndarray:
+    """clip(rint(total * m)), in place: a layer in integers ends so, see `Backbone`.
+
+    Two roundings: the product to float32, and that to the nearest integer (ties to even).
+    """
+    total *= m
+    np.rint(total, out=total)
+    return np.clip(total, low, high, out=total)
+
+
 def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
     """An image (H, W, C) in bands that fit the cache: input rows, and rows of zeros above and below them."""
     height, (top, _) = shape[0], _same_padding(shape[0], kernel, stride)
@@ -364,27 +397,41 @@ def mbconv(x: np.ndarray, block: "InvertedResidual") -> np.ndarray:
     """Inverted residual: expand (1x1) -> depthwise -> squeeze-excite -> project (1x1) -> + x.
 
     x (H, W, Cin) -> (ceil(H/s), ceil(W/s), Cout). Expansion and squeeze-excitation are optional.
-    Sandler et al. 2018 (arXiv:1801.04381); batch norms are already folded into the weights.
+    Sandler et al. 2018 (arXiv:1801.04381); batch norms are already folded into the weights. For a block in
+    integers see `Backbone`.
     """
     p = block.arrays
-    squeeze, kernel = "se_reduce_w" in p, len(p["dw_w"])
+    squeeze, kernel, integer = "se_reduce_w" in p, len(p["dw_w"]), "dw_m" in p
+    act = NONE if integer else block.act
+
+    def done(y: np.ndarray, layer: str, *limits: int) -> np.ndarray:
+        return requantize(y, p[f"{layer}_m"], *limits) if integer else y
 
     def band(rows: slice, beyond: tuple[int, int]) -> np.ndarray:
-        y = linear(x[rows], p["expand_w"], p["expand_b"], block.act) if "expand_w" in p else x[rows]
-        y = depthwise(y, p["dw_w"], p["dw_b"], block.stride, block.act, beyond)
-        return y if squeeze else linear(y, p["project_w"], p["project_b"])
+        y = requantize(x[rows].copy(), p["input_m"], *_INPUTS) if "input_m" in p else x[rows]
+        if "expand_w" in p:
+            y = done(linear(y, p["expand_w"], p["expand_b"], act), "expand", *_EXPANDED)
+        y = done(depthwise(y, p["dw_w"], p["dw_b"], block.stride, act, beyond), "dw")
+        return y if squeeze else done(linear(y, p["project_w"], p["project_b"]), "project", *_SUMS)
     bands = _bands(x.shape[:2] + (block.channels[1],), kernel, block.stride)
     y = np.concatenate([band(*rows) for rows in bands])
     if squeeze:
         y = squeeze_excite(y, p["se_reduce_w"], p["se_reduce_b"], p["se_expand_w"], p["se_expand_b"])
         y = linear(y, p["project_w"], p["project_b"])
-    return y + x if block.skip else y
+    y = y + x if block.skip else y
+    return y.clip(*_SUMS) if integer and block.skip else y
 
 
-def pool(x: np.ndarray, grid) -> np.ndarray:
-    """Average (H, W, C) over the cells of a lattice -> (*grid, C); H and W are multiples of grid's."""
+def pool(x: np.ndarray, grid, scale: float | None = None) -> np.ndarray:
+    """Average (H, W, C) over the cells of a lattice -> (*grid, C); H and W are multiples of grid's.
+
+    scale: x holds integers, whose exact sums are rounded to float32, then times scale / (pixels of a cell).
+    """
     (h, w, c), (down, across) = x.shape, np.broadcast_to(grid, 2).tolist()
-    return x.reshape(down, h // down, w * c).mean(1).reshape(down, across, w // across, c).mean(2)
+    if scale is None:
+        return x.reshape(down, h // down, w * c).mean(1).reshape(down, across, w // across, c).mean(2)
+    total = x.reshape(down, h // down, across, w // across, c).sum((1, 3), dtype=np.float64)
+    return total.astype(np.float32) * (np.asarray(scale, np.float32) / np.float32(h // down * (w // across)))
 
 
 def whiten(f: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -525,6 +572,14 @@ class Backbone:
 
     All weights are rounded to float16 when imported (then computed with in float32), so that the
     file, every model that embeds it and every backend hold the very same numbers.
+
+    In *integers* (ReLU6, no squeeze-excitation; examples/quantization.py makes them) features are the same on
+    every machine, bit for bit. Arrays are float32 that hold integers: weights of 8 bits (of 16 in stem and
+    depthwise layers, which need them), biases, and `_m`, a real multiplier an output channel. A layer is
+    `requantize(x @ w + b, m)`: sums stay below 2^24, so float32 adds them exactly in any order. Depthwise
+    layers take 0..2047 and give 0..255; a block gives -32767..32767, where residuals are added and features
+    read, in units of `scales` (one a block), and `input_m` (1,) leads to the -1023..1023 that an
+    expansion takes. Zero stays zero, so padding is exact. For the image see `resize_integers`.
     """
     name: str
     mean: tuple[float, float, float]
@@ -534,6 +589,20 @@ class Backbone:
     stem_b: np.ndarray
     blocks: tuple[InvertedResidual, ...]
     stages: tuple[int, ...]
+    stem_m: np.ndarray | None = None  # in integers
+    scales: np.ndarray | None = None  # in integers: the unit of each block's output
+
+    @property
+    def integer(self) -> bool:
+        return self.scales is not None
+
+    @property
+    def kind(self) -> str:
+        return "integers" if self.integer else "floats"
+
+    @property
+    def taps(self) -> Callable:
+        return fixed_point_taps if self.integer else resize_taps
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -553,54 +622,75 @@ class Backbone:
         """The two that models see, each a grid and the blocks whose outputs are pooled to it."""
         return (settings.grid, self.stages), (settings.fine, self.fine)
 
+    def pixels(self, image: np.ndarray, size, shift=(0.0, 0.0)) -> np.ndarray:
+        """uint8 (H, W, 3) -> what the network takes, float32 (*size, 3)."""
+        if self.integer:
+            return resize_integers(image, size, shift)
+        return resize_normalize(image, size, self.mean, self.std, shift, np.float32)
+
     def features(self, x: np.ndarray, *views: tuple[Any, tuple[int, ...]]) -> list[np.ndarray]:
-        """Reference: normalised (S, S', 3) -> for each view (N, C), pooled outputs side by side."""
-        x, maps = stem(x, self.stem_w, self.stem_b, self.act), {}
-        for i, block in enumerate(self.blocks):
+        """Reference: what `pixels` returns -> for each view (N, C), pooled outputs side by side."""
+        maps, scales = {}, [None] * len(self.blocks) if self.scales is None else self.scales
+        x = stem(x, self.stem_w, self.stem_b, NONE if self.integer else self.act)
+        x = requantize(x, self.stem_m, *_EXPANDED) if self.integer else x
+        for i, (block, scale) in enumerate(zip(self.blocks, scales)):
             x = mbconv(x, block)
-            maps |= {(i, grid): pool(x, grid) for grid, blocks in views if i in blocks}
+            maps |= {(i, grid): pool(x, grid, scale) for grid, blocks in views if i in blocks}
         parts = (np.concatenate([maps[i, grid] for i in blocks], -1) for grid, blocks in views)
         return [x.reshape(-1, x.shape[-1]) for x in parts]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         arrays = {"stem_w": self.stem_w, "stem_b": self.stem_b}
+        arrays |= {"stem_m": self.stem_m, "scales": self.scales} if self.integer else {}
         for i, block in enumerate(self.blocks):
             arrays.update({f"block{i}_{name}": a for name, a in block.arrays.items()})
-        return {name: a.astype(np.float16) for name, a in arrays.items()}
+        return {name: a.astype(_written_as(name, self.integer)) for name, a in arrays.items()}
 
     def header(self) -> dict:
+        blocks = [{"stride": b.stride, "act": b.act, "skip": b.skip} for b in self.blocks]
         return {"name": self.name, "mean": self.mean, "std": self.std, "act": self.act, "stages": self.stages,
-                "blocks": [{"stride": b.stride, "act": b.act, "skip": b.skip} for b in self.blocks]}
+                "blocks": blocks} | ({"integer": True} if self.integer else {})
 
     @staticmethod
     def from_arrays(header: dict, arrays: dict[str, np.ndarray]) -> "Backbone":
         """Inverse of `header` and `to_arrays`; for what is no backbone, see `_decoding`."""
-        own = {k: a.astype(np.float32) for k, a in arrays.items() if a.dtype == np.float16}
+        integer = header.get("integer") is True
+        own = {k: a.astype(np.float32) for k, a in arrays.items() if a.dtype == _written_as(k, integer)}
         blocks = []
         for i, h in enumerate(header["blocks"]):
             arrays = {k.removeprefix(f"block{i}_"): a for k, a in own.items() if k.startswith(f"block{i}_")}
             blocks.append(InvertedResidual(arrays, int(h["stride"]), int(h["act"]), bool(h["skip"])))
-        mean, std = (tuple(map(float, header[k])) for k in ("mean", "std"))
+        types = {"mean": float, "std": float, "stages": int}
+        mean, std, stages = (tuple(map(kind, header[k])) for k, kind in types.items())
         made = Backbone(str(header["name"]), mean, std, int(header["act"]), own["stem_w"], own["stem_b"],
-                        tuple(blocks), tuple(map(int, header["stages"])))
+                        tuple(blocks), stages, own.get("stem_m"), own.get("scales"))
         _check_backbone(made)
         return made
 
 
+def _written_as(name: str, integer: bool) -> type:
+    """The type of a backbone's array in a file."""
+    kinds = {"_w": np.int16 if name.endswith(("stem_w", "dw_w")) else np.int8, "_b": np.int32}
+    return kinds.get(name[-2:], np.float32) if integer else np.float16
+
+
 _BLOCK_SHAPES = dict(dw_w="kkm", dw_b="m", project_w="mo", project_b="o", expand_w="im", expand_b="m",
                      se_reduce_w="mr", se_reduce_b="r", se_expand_w="rm", se_expand_b="m")
+_MULTIPLIER_SHAPES = dict(dw_m="m", project_m="o", expand_m="m", input_m="1")
 
 
 def _check_backbone(b: Backbone) -> None:
     """ModelError unless stem, blocks and stages fit one another: the kernels take it for granted."""
-    channels = _check_arrays({"stem_w": b.stem_w, "stem_b": b.stem_b}, {"stem_w": "333c", "stem_b": "c"})["c"]
+    own = {"stem_w": b.stem_w, "stem_b": b.stem_b} | ({"stem_m": b.stem_m} if b.integer else {})
+    channels = _check_arrays(own, {k: "333c" if k == "stem_w" else "c" for k in own})["c"]
     stride, stages = 2, list(b.stages)
     good = stages == sorted(set(stages) & set(range(len(b.blocks)))) and stages[-1:] == [len(b.blocks) - 1]
     good &= b.act in (RELU6, SILU) and len(b.mean) == len(b.std) == 3
     good &= all(abs(v) <= 10 for v in b.mean) and all(1e-3 <= v <= 10 for v in b.std)
     for i, block in enumerate(b.blocks):
         parts = {"dw", "project"} | {k.partition("_")[0] for k in block.arrays}
-        shapes = {k: v for k, v in _BLOCK_SHAPES.items() if k.partition("_")[0] in parts}
+        shapes = _BLOCK_SHAPES | (_MULTIPLIER_SHAPES if b.integer else {})
+        shapes = {k: v for k, v in shapes.items() if k.partition("_")[0] in parts}
         kernel = _check_arrays(block.arrays, shapes)["k"]
         c_in, _, c_out = block.channels
         good &= kernel in (3, 5) and block.stride in (1, 2) and c_in == channels
@@ -610,6 +700,29 @@ def _check_backbone(b: Backbone) -> None:
         channels, stride = c_out, stride * block.stride
     if not (good and stride == 16):
         raise ModelError("backbone: stem, blocks and stages do not fit together")
+    if b.integer:
+        _check_integers(b)
+
+
+def _check_integers(b: Backbone) -> None:
+    """ModelError unless all sums are exact in float32, and what is requantised fits int32."""
+    wrong, layers = [], [("stem", {"stem_w": b.stem_w, "stem_b": b.stem_b, "stem_m": b.stem_m}, 510)]
+    for i, block in enumerate(b.blocks):
+        own, expands = block.arrays, i > 0
+        if ("expand_w" in own) != expands or ("input_m" in own) != expands or "se_reduce_w" in own:
+            wrong.append(f"block {i}: expansion, input or squeeze-excitation")
+            continue
+        layers += [("expand", own, 1023)] * expands + [("dw", own, 2047), ("project", own, 255)]
+        wrong += ["input_m"] * (expands and not 0 <= own["input_m"][0] < 128)
+    for name, own, most in layers:
+        w, bias, m = (own[f"{name}_{part}"].astype(np.float64) for part in "wbm")
+        total = (np.abs(w).reshape(-1, len(bias)).sum(0) * most + np.abs(bias)).max()
+        wrong += [f"{name}: sums of {total:.0f}, not below 2^24"] if total >= 1 << 24 else []
+        wrong += [f"{name}_m"] * (not ((0 <= m) & (m < 128)).all())
+    good = b.act == RELU6 and b.mean == b.std == (.5,) * 3 and b.scales.shape == (len(b.blocks),)
+    wrong += [] if good and (1e-15 < b.scales).all() and (b.scales < 1e15).all() else ["scales or network"]
+    if wrong:
+        raise ModelError(f"backbone in integers: {'; '.join(wrong):.300}")
 
 
 def _data_folder(name: str) -> Path:
@@ -760,12 +873,12 @@ def _engine_errors():
 
 
 @functools.cache
-def _cpu_engines():
-    """kernels/cpu.py where it works, else None: the reference operations score. Says why, once."""
+def _cpu_engines(part: str = ""):
+    """kernels/cpu.py where it (and that part) works, else None: the reference scores. Says why, once."""
     try:
         engines = _engines("cpu")
         with _engine_errors():
-            engines.load_kernels()
+            engines.load_kernels(part)
         return engines
     except BackendUnavailable as e:
         _log.warning("scoring with NumPy alone, slowly: %s", e)
@@ -787,22 +900,22 @@ def resolve_device(device: str) -> str:
     return "cpu"
 
 
-def _new_engine(device: str = "cpu", precision: str = "float32", threads: int | None = None) -> Engine | None:
+def _new_engine(device="cpu", precision="float32", threads=None, backbone=None) -> Engine | None:
     with _engine_errors():
         if device == "cuda":
             return _engines("cuda").Engine(precision)
-        engines = _cpu_engines()
+        engines = _cpu_engines(*([] if backbone is None else [backbone.kind]))
         return engines and engines.Engine(threads)
 
 
 def _feature_engine(backbone: Backbone, settings: Settings, device: str = "cpu",
                     threads: int | None = None) -> Engine | None:
     """Pixels -> tokens of both views, its outputs."""
-    e = _new_engine(device, threads=threads)
+    e = _new_engine(device, threads=threads, backbone=backbone)
     if e is not None:
         with _engine_errors():
             views = backbone.views(settings)
-            tokens = e.features(backbone, settings.shape, views, resize_taps)
+            tokens = e.features(backbone, settings.shape, views, backbone.taps)
             for (x, _), (grid, blocks) in zip(tokens, views):
                 e.keep(x, math.prod(grid), sum(backbone.blocks[i].channels[2] for i in blocks))
             e.finish()
@@ -1381,19 +1494,6 @@ def image_key(image: np.ndarray) -> str:
     return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()[:16]
 
 
-def jitter(image: np.ndarray, rng: np.random.Generator, light: float = .15,
-           shift: float = .03) -> tuple[np.ndarray, tuple[float, float]]:
-    """Brightness and contrast within +-light; and a shift (rows, columns) within +-shift of a side.
-
-    The shift is left to the resampling (`resize_taps`), which does it to a fraction of a pixel.
-    """
-    brightness, contrast = rng.uniform(1 - light, 1 + light, 2)
-    mean = image.mean()
-    table = ((np.arange(256) - mean) * contrast + mean) * brightness
-    dy, dx = rng.uniform(-shift, shift, 2)
-    return np.rint(np.clip(table, 0, 255)).astype(np.uint8)[image], (dy, dx)
-
-
 class RegionOfInterest:
     """The pixels that count: mask (H, W), not 0 inside, for images of its proportions.
 
@@ -1451,7 +1551,7 @@ FORMAT = 2
 _MOST_FACTORS = 64  # that kernels/remove_factors.cu takes
 _MAX_BYTES, _MAX_HEADER = 2 << 30, 4 << 20  # a longer zip has other records
 _DTYPES = {repr(np.lib.format.dtype_to_descr(t)).encode(): t
-           for t in (QTILE, *map(np.dtype, ("f2", "f4", "f8", "i8", "u1")))}
+           for t in (QTILE, *map(np.dtype, ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1")))}
 _NPY = re.compile(rb"(?s)\x93NUMPY\x01\0..\{'descr': (.+), 'fortran_order': False, 'shape': \((.*)\), \} *\n")
 
 
@@ -1589,7 +1689,7 @@ def _check_arrays(given: dict, shapes: dict[str, str], **sizes: int) -> dict[str
     """Sizes by letter (one a dimension); ModelError if one differs or values are absurd."""
     if given.keys() != shapes.keys():
         raise ModelError(f"missing or unknown arrays: {sorted(given.keys() ^ shapes.keys())!r:.200}")
-    sizes["3"] = 3
+    sizes |= {"1": 1, "3": 3}
     for name, letters in shapes.items():
         a = given[name]
         fits = a.size and a.ndim == len(letters)
@@ -1647,7 +1747,9 @@ def _largest_number(p: Prior) -> float:
     def most(a: np.ndarray) -> float:
         return float(np.abs(a["scale"]).max()) * 127 if a.dtype == QTILE else float(np.abs(a).max())
     own, (n, c), net, h = p.calibration, p.mean.shape, p.backbone, 0.0
-    if net.act == RELU6:
+    if net.integer:
+        x = float(_SUMS[1] * net.scales.max())
+    elif net.act == RELU6:
         layers = ((b.arrays["project_w"], b.arrays["project_b"]) for b in net.blocks)
         x = sum(float(6 * np.abs(w).sum(0).max() + np.abs(b).max()) for w, b in layers)
     else:  # nothing bounds SiLU: the features of a picture, and a wide margin
@@ -1888,8 +1990,7 @@ def find_regions(anomaly_map: np.ndarray | None) -> list[Region]:
 def _reference_tokens(image: np.ndarray, backbone: Backbone, settings: Settings,
                       shift=(0.0, 0.0)) -> list[np.ndarray]:
     """uint8 (H, W, 3) -> features of both views, (N, C) each, by the reference operations."""
-    x = resize_normalize(image, settings.shape, backbone.mean, backbone.std, shift, np.float32)
-    return backbone.features(x, *backbone.views(settings))
+    return backbone.features(backbone.pixels(image, settings.shape, shift), *backbone.views(settings))
 
 
 class Prior:
@@ -1994,8 +2095,8 @@ class Prior:
         images, unreadable, _ = _room("folders").good_images(images)
         if self.settings.tile:
             return _room("tiles").calibrate(self, images, unreadable, keep_all, progress, settings)
-        e = extract_features(images, dataclasses.replace(self.settings, copies=2), self.backbone,
-                             self.threads, progress, np.float32, roi=self.roi)
+        extract, two = _room("extraction").extract_features, dataclasses.replace(self.settings, copies=2)
+        e = extract(images, two, self.backbone, self.threads, progress, np.float32, roi=self.roi)
         unreadable += e.unreadable
         if seen := len(set(e.keys) & set(self.summary.get("trained_on", ()))):
             raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
@@ -2044,7 +2145,7 @@ class Prior:
     @property
     def backend(self) -> str:
         """"cuda", "numba" or "numpy", whichever scores."""
-        return "cuda" if self.device == "cuda" else "numba" if _cpu_engines() else "numpy"
+        return "cuda" if self.device == "cuda" else "numba" if _cpu_engines(self.backbone.kind) else "numpy"
 
     def score(self, image: str | os.PathLike | np.ndarray, *, with_map: bool = True) -> Result:
         """Score one image, a path or an array (see `load_image`)."""
@@ -2094,7 +2195,7 @@ class Prior:
     def _engine(self, from_pixels: bool = True) -> Engine | None:
         """The engine with the program of a frame, built at first use; None: the reference scores."""
         if from_pixels not in self._built:
-            engine = _new_engine(self.device, self.precision, self.threads)
+            engine = _new_engine(self.device, self.precision, self.threads, self.backbone)
             if engine is None:
                 return None
             with _engine_errors():
@@ -2107,7 +2208,7 @@ class Prior:
         everywhere = functools.partial(_spread, self.inside)
         if from_pixels:
             views = e.features(self.backbone, self.settings.shape, self.backbone.views(self.settings),
-                               resize_taps)
+                               self.backbone.taps)
         else:
             views = e.given(n, c), e.given(*fine)
         (f, columns), (fine_f, fine_columns) = views
@@ -2208,6 +2309,8 @@ class MultiPrior:
         if len(kinds) != 1:
             raise ModelError("products of one model need one backbone, size, cell and number of steps, "
                              f"got {sorted(kinds)}")
+        if len({b"".join(map(bytes, p.backbone.to_arrays().values())) for p in priors.values()}) != 1:
+            raise ModelError("products of one model need one backbone: train them together (fit_many)")
         if len({p.roi and image_key(p.roi.mask) for p in priors.values()}) != 1:
             raise ModelError("products of one model need one region of interest")
         if any(p.settings.tile for p in priors.values()):
@@ -2302,105 +2405,11 @@ def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 12  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 13  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 10
-_MOST_FINE = 1200  # images whose fine features are held, 0.4 MB each at 448 pixels
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
-
-
-def _quiet(what: str, done: int, total: int) -> None:
-    pass
-
-
-class Extracted(NamedTuple):
-    """Features of different images, ordered by their keys, so that names and order decide nothing."""
-    features: np.ndarray  # (M, N, C), a row an image or a jittered copy, an image's own row first
-    owner: np.ndarray  # (M,), ascending: the image of each row
-    looks: np.ndarray  # complex64 (I, 128, 65), see `look` of examples/curation.py
-    keys: list[str]  # of each image
-    sources: list[int]  # of each image, its place in the sequence that was given
-    repeated: int  # images left out since their pixels were there already
-    unreadable: list[str]  # a line for each image that could not be read
-    fine: Sequence[np.ndarray]  # float16 (F*F', C') of each image itself, of the first _MOST_FINE
-    names: Sequence[str] = ()  # of what `sources` counts, where a file keeps it
-    roi: RegionOfInterest | None = None  # N above counts the places inside
-
-    @property
-    def clean(self) -> np.ndarray:
-        """bool (M,): the rows that are an image itself."""
-        return np.diff(self.owner, prepend=-1) > 0
-
-    def of(self, images) -> "Extracted":
-        """Only these images: a bool mask or indices, ascending."""
-        chosen = np.arange(len(self.keys))[images]
-        rows = np.isin(self.owner, chosen)
-        return self._replace(features=self.features[rows], owner=np.searchsorted(chosen, self.owner[rows]),
-                             looks=self.looks[chosen],
-                             keys=[self.keys[i] for i in chosen], sources=[self.sources[i] for i in chosen],
-                             fine=[self.fine[i] for i in chosen[chosen < len(self.fine)]])
-
-
-def _readable(images: Iterable, bits: int | None, roi: RegionOfInterest | None) -> Iterator[np.ndarray]:
-    for source in images:
-        with contextlib.suppress(ImageError, ShapeError):
-            yield load_image(source, bits, roi)
-
-
-def _copies(different: int, settings: Settings) -> int:
-    """Of each image: at most 2400 rows are held in memory."""
-    return max(0, min(settings.copies, 2400 // max(different, 1) - 1))
-
-
-def extract_features(images: Sequence, settings: Settings, backbone: Backbone, threads: int | None = None,
-                     progress: Progress = _quiet, dtype=np.float16, known: Extracted | None = None,
-                     roi: RegionOfInterest | None = None) -> Extracted:
-    """Features of every different image and of its jittered copies (whose jitter its pixels decide).
-
-    known: images whose features are there already. They come first in what `sources` counts.
-    """
-    kept, fine, repeated, unreadable, before = {}, {}, 0, [], 0
-    if known:
-        before = len(known.names)
-        rows = np.split(known.features, np.flatnonzero(known.clean)[1:])
-        kept = {key: (f, source, look) for key, f, source, look in zip(
-            known.keys, rows, known.sources, known.looks)}
-        fine = dict(zip(known.keys, known.fine))
-    inside, c = _inside(roi, settings.grid), sum(backbone.channels)
-    look = _room("curation").look
-    different = len(images) + len(kept)
-    if _copies(different, settings) < settings.copies:  # it may be less, with what was given twice
-        different = len({*kept, *(image_key(a) for a in _readable(images, settings.bits, roi))})
-    copies = _copies(different, settings)
-    engine = _feature_engine(backbone, settings, threads=threads) if len(images) else None
-    for i, source in enumerate(images):
-        try:
-            image = load_image(source, settings.bits, roi)
-        except (ImageError, ShapeError) as e:
-            unreadable.append(str(e))
-            continue
-        key = image_key(image)
-        repeated += key in kept
-        if key not in kept:
-            rng = np.random.default_rng([settings.seed, int(key, 16)])
-            batch = [(image, (0.0, 0.0))] + [jitter(image, rng) for _ in range(copies)]
-            batch = [(roi.paint(a, shift), shift) for a, shift in batch] if roi else batch
-            if engine:
-                f, own = engine.run([a for a, _ in batch], shifts=[s for _, s in batch], outputs=True).outputs
-            else:
-                f, own = map(np.stack, zip(*(_reference_tokens(a, backbone, settings, s) for a, s in batch)))
-            kept[key] = f[:, inside].astype(dtype), before + i, look(image)
-            fine[key] = own[0].astype(np.float16)
-            if len(fine) > _MOST_FINE:
-                del fine[max(fine)]
-        progress("features", i + 1, len(images))
-    keys = sorted(kept)
-    rows = [kept[key][0][:copies + 1] for key in keys]
-    return Extracted(np.concatenate(rows) if rows else np.empty((0, inside.sum(), c), dtype),
-                     np.repeat(np.arange(len(keys)), [len(f) for f in rows]),
-                     np.array([kept[key][2] for key in keys]), keys,
-                     [kept[key][1] for key in keys], repeated, unreadable,
-                     [fine[key] for key in sorted(fine)], roi=roi)
+_quiet: Progress = lambda *_: None
 
 
 class _Gaussians:
@@ -2564,9 +2573,9 @@ class _Whitened:
 
 
 @_one_blas_thread
-def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False, progress: Progress = _quiet,
+def _whiten_features(e, config: Settings, keep_all: bool = False, progress: Progress = _quiet,
                      threads: int | None = None) -> _Whitened:
-    """The Gaussian of each place, cross-fitted: each fold is whitened by the Gaussian of the others.
+    """The Gaussian of each place, cross-fitted: each fold of `Extracted` by the Gaussian of the others.
 
     Images that are unlike the others (`outliers`) do not calibrate; those that are so by far do not train
     either, and the Gaussians are fitted again until there are none: a rare good one left out costs more
@@ -2590,6 +2599,10 @@ def _whiten_features(e: Extracted, config: Settings, keep_all: bool = False, pro
         raise ImageError(f"{groups} readable, different good images{alike}: " + what.format(needed)
                          + first_problem)
     shuffled = np.random.default_rng(config.seed).permutation(groups)
+    if holdout:  # what decided the backbone's ranges stays out of it
+        decided = group[np.isin(e.keys, e.ranged)]
+        shuffled[decided] += groups
+        shuffled = shuffled.argsort().argsort()
     away = (shuffled < (groups // 5 if holdout else 0))[group]
     aside = np.zeros(count, bool)
     while True:
@@ -2675,7 +2688,7 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
 
 def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,
         keep_all: bool = False, roi=None, progress: Progress = _quiet, features=None, known=None,
-        denoiser=None, **settings) -> Prior:
+        denoiser=None, ranged=(), **settings) -> Prior:
     """Train a prior on good images. See `Settings` for the keywords; `Prior.fit` is this function.
 
     Parameters
@@ -2688,8 +2701,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         and named in `summary["set_aside"]`; those that are so by far do not train either.
     roi : mask (H, W) of the images' size, not 0 inside, or a file (examples/region.py): `RegionOfInterest`.
     features : file to keep the images' features in, for `Prior.update`.
-    known, denoiser : what `Prior.update` hands in: a file of features, whose images take part too, and
-        weights to keep instead of training.
+    known, denoiser, ranged : what `Prior.update` hands in: a file of features, whose images take part too,
+        and weights to keep instead of training; and `fit_many`: keys of images that decided ranges.
 
     Raises
     ------
@@ -2717,11 +2730,14 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         return _room("tiles").fit(images, locked, found, config, backbone, keep_all, (roi, known, features),
                                   progress, iterations=iterations, minutes=minutes, threads=threads)
     roi = None if roi is None else _room("region").region_of(roi, images, config)
+    backbone, own = _room("quantization").quantize_on(backbone, images, config, roi, progress)
     kept = _room("kept")
     about = kept.about(config, backbone, roi)
     known = kept.read(known, about) if known else None
     training.check_memory(len(images) + (len(known.keys) if known else 0), config, backbone)
-    extracted = extract_features(images, config, backbone, threads, progress, known=known, roi=roi)
+    extracted = _room("extraction").extract_features(images, config, backbone, threads, progress, known=known,
+                                                     roi=roi)
+    extracted = extracted._replace(ranged=known.ranged if known else own or ranged)
     images = [*(known.names if known else ()), *images]
     if features:
         extracted = extracted._replace(names=_names(images, range(len(images)), False))

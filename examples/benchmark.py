@@ -332,7 +332,7 @@ def cache_files(name: str, images: Sequence[Path], backbone) -> Callable[..., Pa
     return kept
 
 
-def kept_features(file: Path, make: Callable[[], fp.Extracted]) -> fp.Extracted:
+def kept_features(file: Path, make: Callable) -> Any:
     """What `make` returns, from the file, whose name says what it is of, if it is there."""
     try:
         return fp._room("kept").read(file, {})
@@ -344,19 +344,23 @@ def kept_features(file: Path, make: Callable[[], fp.Extracted]) -> fp.Extracted:
 
 
 def train(category: Category, backbone, config, variants: Sequence[str], counts: Sequence[int | None],
-          iterations: int | None, threads: int | None, progress: Callable) -> Iterator[tuple[tuple, Path]]:
+          iterations: int | None, threads: int | None, progress: Callable,
+          ranged: Sequence[str] = ()) -> Iterator[tuple[tuple, Path]]:
     """((variant, count), model file) for each variant and number of images (None: all of them).
 
     Everything is kept in the cache folder, under a digest of all that decides it: the features, which are
     computed once, and the models. Gaussians are fitted once a number of images (and once more for "plain").
+    ranged: of a backbone that is in integers already, see `Extracted`.
     """
     kept = cache_files(category.name, category.train, backbone)
+    backbone, own = fp._room("quantization").quantize_on(backbone, category.train, config, None, progress)
+    ranged = own or ranged
 
     @functools.cache
-    def features() -> fp.Extracted:
+    def features():
         key = config.size, config.cell, config.copies, config.seed, config.bits
-        return kept_features(kept("features", *key),
-                             lambda: fp.extract_features(category.train, config, backbone, threads, progress))
+        return kept_features(kept("features", *key), lambda: fp._room("extraction").extract_features(
+            category.train, config, backbone, threads, progress)._replace(ranged=ranged))
 
     @functools.lru_cache(1)
     def whitened(count: int | None, variant: str):
@@ -410,13 +414,16 @@ def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable,
         base = fp.Settings(backbone=backbone.name, steps=(other or [fp.Settings.steps])[0], **settings)
         base.check()
         files, settle = {}, fp._room("curation").settle
-        together = settle([f for c in categories for f in c.train], base)[0] if multi else None
+        together, ranged, everything = None, [], [f for c in categories for f in c.train]
+        if multi:  # products of one model share a backbone
+            together, quantize = settle(everything, base)[0], fp._room("quantization").quantize_on
+            backbone, ranged = quantize(backbone, everything, together, None, progress)
         settled = {c.name: together or settle(c.train, base)[0] for c in categories}
         with _interrupted_at_once():
             for category, seed in itertools.product(categories, seeds):
                 own = dataclasses.replace(settled[category.name], seed=seed)
                 for key, file in train(category, backbone, own, variants,
-                                       images or [None], iterations, threads, progress):
+                                       images or [None], iterations, threads, progress, ranged):
                     files[key, category.name, seed] = file
 
         def load(key, category, seed, n):
@@ -536,17 +543,18 @@ def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backb
         check_runtimes(against, device)
     fp._check_size(*np.broadcast_to(input_size or 448, 2).tolist())
     peaks = measure_peaks() if device == "cpu" else {}
-    facts = fp._room("console").machine() | {"fastprior": fp.__version__, "dtype": precision}
+    facts = fp._room("console").machine() | {"fastprior": fp.__version__}
     fp._room("console").say(*(f"{k}={v}" for k, v in facts.items()),
                             *(f"{k}={v:.0f}" for k, v in peaks.items()))
 
     def measure(prior, **facts) -> dict:
+        facts["dtype"] = "int8 features and " * prior.backbone.integer + precision
         pixels = np.broadcast_to(input_size or _first(prior).settings.shape, 2).tolist()
         if prior.device == "cuda":
             speed = fp._engines("cuda").bench_cuda(prior._engine(), pixels=pixels)
         else:
             speed = bench_speed(prior, pixels, batch) | peaks
-        speed |= bench_against(prior, against) if against else {}
+        speed |= bench_against(prior, against, backbones=backbones) if against else {}
         speed |= bench_process(prior) | bench_neighbours(prior) if processes else {}
         print(json.dumps(facts | speed) if as_json else _speed_text(dict(facts), speed), flush=True)
         return facts | speed
@@ -616,18 +624,18 @@ def bench_speed(prior, pixels: Sequence[int], batch: int = 16, seconds: float = 
 
 def count_work(prior) -> tuple[dict[str, float], dict[str, float]]:
     """Operations (a multiplication and an addition are two) and bytes of weights read, a frame, by stage."""
-    flops = read = 0.0
+    flops, read, net = 0.0, 0.0, prior.backbone
     pixels = math.prod(prior.settings.shape) // 4
-    for i, block in enumerate(prior.backbone.blocks):
+    for i, block in enumerate(net.blocks):
         p = block.arrays
-        weights = dict(p) | ({"stem": prior.backbone.stem_w} if i == 0 else {})
+        weights = dict(p) | ({"stem_w": net.stem_w} if i == 0 else {})
         out = pixels // block.stride ** 2
         for name, a in weights.items():
-            if name in ("stem", "expand_w"):
+            if name in ("stem_w", "expand_w"):
                 flops += 2 * a.size * pixels
             elif name in ("dw_w", "project_w"):
                 flops += 2 * a.size * out
-            read += 4 * a.size
+            read += a.size * (np.dtype(fp._written_as(name, True)).itemsize if net.integer else 4)
         pixels = out
     n, d = math.prod(prior.grid), prior.denoiser or {}
     a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
@@ -658,7 +666,8 @@ def untrained(backbone: str, size: int | tuple[int, int], threads: int | None = 
     """A prior of random numbers with the shapes of a trained one: for timing, its scores mean nothing."""
     settings = fp.Settings(backbone=backbone, size=size, cell=cell)
     settings.check()
-    net = fp.load_backbone(backbone)
+    picture = np.random.default_rng(0).integers(0, 256, (*settings.shape, 3), np.uint8)
+    net, _ = fp._room("quantization").quantize_on(fp.load_backbone(backbone), [picture], settings)
     n, c = math.prod(settings.grid), sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // fp._PANEL)
     denoiser = fp._room("training").initial_denoiser(n, c, settings)
@@ -787,32 +796,45 @@ def check_runtimes(names: Sequence[str], device: str) -> None:
                 raise fp.BackendUnavailable(f"--against {name} needs {package}: pip install {package}")
 
 
-def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20) -> dict[str, float]:
-    """Whole frames of ours against the bare backbone in other runtimes, in turn.
+def in_floats(net, sources: Iterable = ()):
+    """The backbone `net` in floats, as it is before `quantize_on`: by its name, or from one of `sources`."""
+    if not net.integer:
+        return net
+    for source in (net.name, *sources):
+        with contextlib.suppress(fp.FastPriorError):
+            found = fp.load_backbone(source)
+            if found.header() | {"integer": True} == net.header():
+                return found
+    raise fp.BackendUnavailable(f"--against: other runtimes take the backbone {net.name} in floats, and by "
+                                "this name there is none: give the weights it is made of, --backbone")
+
+
+def bench_against(prior, names: Sequence[str], rounds: int = 10, calls: int = 20,
+                  backbones: Iterable = ()) -> dict[str, float]:
+    """Whole frames of ours against the bare backbone, in floats, in other runtimes, in turn.
 
     Ours: uint8 (H, W, 3) array -> score and map. Theirs: the truncated backbone alone, its input already
     resized and normalised, each in a process of its own that sleeps while others run. Of every round of calls
     the median, of these the best (a round that was disturbed counts for nobody), in ms, and the ratio
     ours/theirs; same threads, batch 1, float32. On a GPU (torch only, eager and as a CUDA graph) all is one
-    process, the arrays are there already, and every call waits for its result.
+    process, the arrays are there already, and every call waits for its result. backbones: see `in_floats`.
     """
     check_runtimes(names, prior.device)
     on_gpu, first = prior.device == "cuda", _first(prior)
-    shape, threads = first.settings.shape, prior._engine().threads
-    image = _pixels(shape)
+    net, shape, engine = in_floats(prior.backbone, backbones), first.settings.shape, first._engine()
+    threads, image = engine.threads if engine else 1, _pixels(shape)
 
     def timer(call):
         return lambda: float(np.median(_median_ms(call, 0, calls)))
     with contextlib.ExitStack() as stack:
         if on_gpu:
-            engine = prior._engine()
             pixels = engine.cupy.asarray(image)
             runs = {"fastprior": timer(lambda: engine.run([pixels], with_map=True).stream.synchronize())}
-            runs |= {name: timer(call) for name, call in torch_cuda(prior.backbone, shape).items()}
+            runs |= {name: timer(call) for name, call in torch_cuda(net, shape).items()}
         else:
             runs = {"fastprior": timer(lambda: prior.score(image))}
             backbone = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "backbone.npz"
-            fp._write_npz(backbone, prior.backbone.header(), prior.backbone.to_arrays())
+            fp._write_npz(backbone, net.header(), net.to_arrays())
             for name in names:
                 serve = 'fastprior._room("benchmark").serve(*sys.argv[1:])'
                 child = stack.enter_context(subprocess.Popen(

@@ -444,6 +444,7 @@ def info(model: Path | None, as_json: bool) -> None:
         made = fp.Prior.load(model)
         facts |= {"model": str(model), "megabytes": round(model.stat().st_size / 1e6, 1),
                   "backbone": made.backbone.name, "grid": "{1}x{0}".format(*made.grid),
+                  "features": "integers" if made.backbone.integer else "floats",
                   "channels": sum(made.backbone.channels)}
         for name, prior in fp._products(made).items():
             own = {**dataclasses.asdict(prior.settings), "size": fp._size_text(prior.settings.size),

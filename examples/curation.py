@@ -86,7 +86,7 @@ def find_depth(deep: Sequence[tuple[np.ndarray, int]]) -> int | None:
     return depth
 
 
-def near_duplicates(e: fp.Extracted, threads: int | None = None) -> np.ndarray:
+def near_duplicates(e, threads: int | None = None) -> np.ndarray:
     """(I,) a number for each image, 0, 1, 2 ...: frames of a video, crops, re-compressed copies share one.
 
     Two are linked if they look the same (`look_alike`), or if their features are as close as an image's to

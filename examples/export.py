@@ -80,8 +80,8 @@ def activate(g: Graph, x: str, act: int) -> str:
     return g("Mul", x, g("Sigmoid", x)) if act == fp.SILU else x
 
 
-def resize_taps(g: Graph, n_in: str, n_out: str) -> str:
-    """The rule of `fastprior.resize_taps` as a matrix (n_out, n_in), for sizes known only as the graph runs.
+def tap_weights(g: Graph, n_in: str, n_out: str) -> str:
+    """Taps before they are divided by their sum: int64 (n_out, n_in), for sizes known only as the graph runs.
 
     Output i lies at (i + 1/2) n_in / n_out, input j at j + 1/2. In units of 1 / (2 n_out) they are
     |(2j + 1) n_out - (2i + 1) n_in| apart and the filter reaches 2 max(n_in, n_out): integers, so exact.
@@ -90,10 +90,35 @@ def resize_taps(g: Graph, n_in: str, n_out: str) -> str:
         return g("Range", g.constant("one", 1, np.int64), g("Mul", two, n), two)
     two = g.constant("two", 2, np.int64)
     centres = g("Mul", g("Unsqueeze", odd(n_out), g.integers(1)), n_in)
-    distance = g("Abs", g("Cast", g("Sub", g("Mul", odd(n_in), n_out), centres), to=TensorProto.FLOAT))
-    reach = g("Cast", g("Mul", two, g("Max", n_in, n_out)), to=TensorProto.FLOAT)
-    weight = g("Relu", g("Sub", reach, distance))
+    distance = g("Abs", g("Sub", g("Mul", odd(n_in), n_out), centres))
+    reach = g("Mul", two, g("Max", n_in, n_out))
+    return g("Max", g("Sub", reach, distance), g.constant("zero", 0, np.int64))
+
+
+def resize_taps(g: Graph, n_in: str, n_out: str) -> str:
+    """The rule of `fastprior.resize_taps` as a matrix (n_out, n_in)."""
+    weight = g("Cast", tap_weights(g, n_in, n_out), to=TensorProto.FLOAT)
     return g("Div", weight, g("ReduceSum", weight, g.integers(1), keepdims=1))
+
+
+def fixed_point_taps(g: Graph, n_in: str, n_out: str) -> str:
+    """The rule of `fastprior.fixed_point_taps`: `resize_taps` in 1/4096, float32 integers (n_out, n_in).
+
+    round(4096 sum / total) of each running sum, by octal digits: even at 65535 pixels in 31 bits, which is
+    what some runtimes count in.
+    """
+    total = g("CumSum", tap_weights(g, n_in, n_out), g.constant("one", 1, np.int64))
+    end, eight = g("ReduceMax", total, axes=[1], keepdims=1), g.constant("eight", 8, np.int64)
+    rest, ratio = total, ""
+    for _ in range(4):
+        rest = g("Mul", rest, eight)
+        digit = g("Div", rest, end)
+        rest = g("Sub", rest, g("Mul", digit, end))
+        ratio = g("Add", g("Mul", ratio, eight), digit) if ratio else digit
+    half = g("GreaterOrEqual", g("Add", rest, rest), end)
+    ratio = g("Cast", g("Add", ratio, g("Cast", half, to=TensorProto.INT64)), to=TensorProto.FLOAT)
+    before = g("Slice", g("Pad", ratio, g.integers(0, 1, 0, 0)), g.integers(0), g.integers(-1), g.integers(1))
+    return g("Sub", ratio, before)
 
 
 def resample(g: Graph, x: str, rows: str, columns: str) -> str:
@@ -117,19 +142,44 @@ def mask_at(g: Graph, mask: np.ndarray, pixels: str) -> str:
     return x
 
 
-def resize_normalize(g: Graph, pixels: str, shape: tuple[int, int], mean, std, mask: str = "") -> str:
-    """uint8 (N, H, W, 3) -> float32 (N, 3, *shape): painted outside mask, resized, (x/255 - mean)/std."""
+def resize(g: Graph, pixels: str, shape: tuple[int, int], net, mask: str = "") -> str:
+    """uint8 (N, H, W, 3) -> what `Backbone.pixels` returns, float32 (N, 3, *shape): painted outside mask."""
     x = g("Transpose", g("Cast", pixels, to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
     x = g("Where", mask, x, g.constant("grey", fp.GREY)) if mask else x
     out = (g.constant(f"size/{n}", n, np.int64) for n in shape)
-    x = resample(g, x, *map(resize_taps, (g, g), sides(g, pixels), out))
+    rows, columns = map(fixed_point_taps if net.integer else resize_taps, (g, g), sides(g, pixels), out)
+    x = resample_integers(g, x, rows, columns) if net.integer else resample(g, x, rows, columns)
     x = g("Reshape", x, g.integers(0, 3, *shape))  # runtimes plan ahead with sizes that they know
-    x = g("Mul", x, g.constant("1/(255 std)", np.reshape(1 / (255 * np.asarray(std)), (3, 1, 1))))
-    return g("Sub", x, g.constant("mean/std", np.reshape(np.divide(mean, std), (3, 1, 1))))
+    if net.integer:
+        return x
+    mean, std = np.reshape(net.mean, (3, 1, 1)), np.reshape(net.std, (3, 1, 1))
+    x = g("Mul", x, g.constant("1/(255 std)", 1 / (255 * std)))
+    return g("Sub", x, g.constant("mean/std", mean / std))
+
+
+def resample_integers(g: Graph, x: str, rows: str, columns: str) -> str:
+    """`resample` of pixels with fixed-point taps, rounded as in `fastprior.resize_integers`."""
+    def rounded(x: str, unit: int) -> str:
+        x = g("Mul", x, g.constant(f"1/{unit}", 1 / unit))
+        return g("Floor", g("Add", x, g.constant("1/2", .5)))
+    x = rounded(g("MatMul", rows, x), 256)
+    x = rounded(g("MatMul", x, g("Transpose", columns, perm=[1, 0])), 16384)
+    return g("Sub", x, g.constant("510", 510))
+
+
+def requantize(g: Graph, total: str, name: str, m: np.ndarray, low: int, high: int) -> str:
+    """clip(rint(total * m)), m (C,): of integers, so that the first node changes nothing.
+
+    It is there for runtimes, which would make one of a convolution and the product after it: its weights
+    times m are no integers.
+    """
+    total = g("Round" if low else "Relu", total)
+    x = g("Round", g("Mul", total, g.constant(f"backbone/{name}_m", m.reshape(-1, 1, 1))))
+    return g("Clip", x, g.constant(str(low), low), g.constant(str(high), high))
 
 
 def backbone_outputs(g: Graph, x: str, net) -> list[tuple[str, int]]:
-    """Normalised (N, 3, S, S) -> the blocks' outputs, (N, C, S/stride, S/stride) each, and their strides."""
+    """`Backbone.pixels` (N, 3, S, S) -> blocks' outputs, (N, C, S/stride, S/stride) each, and strides."""
     def conv(x, name, w, b, stride=1, group=1):  # w (out, in, k, k)
         return g("Conv", x, g.constant(f"backbone/{name}_w", w), g.constant(f"backbone/{name}_b", b),
                  strides=[stride] * 2, group=group, auto_pad="SAME_UPPER")
@@ -137,19 +187,29 @@ def backbone_outputs(g: Graph, x: str, net) -> list[tuple[str, int]]:
     def pointwise(x, i, name):  # w (in, out)
         p = net.blocks[i].arrays
         return conv(x, f"block{i}_{name}", p[f"{name}_w"].T[:, :, None, None], p[f"{name}_b"])
-    x = activate(g, conv(x, "stem", net.stem_w.transpose(3, 2, 0, 1), net.stem_b, 2), net.act)
+
+    def done(x, name, m, limits=fp._EXPANDED):  # a layer's output; m: in integers
+        return activate(g, x, net.act) if m is None else requantize(g, x, name, m, *limits)
+    x = done(conv(x, "stem", net.stem_w.transpose(3, 2, 0, 1), net.stem_b, 2), "stem", net.stem_m)
     outputs, stride = [], 2
     for i, block in enumerate(net.blocks):
         p, y, stride = block.arrays, x, stride * block.stride
+        if "input_m" in p:
+            y = requantize(g, y, f"block{i}_input", p["input_m"], *fp._INPUTS)
         if "expand_w" in p:
-            y = activate(g, pointwise(y, i, "expand"), block.act)
+            y = done(pointwise(y, i, "expand"), f"block{i}_expand", p.get("expand_m"))
         w = p["dw_w"].transpose(2, 0, 1)[:, None]
-        y = activate(g, conv(y, f"block{i}_dw", w, p["dw_b"], block.stride, len(w)), block.act)
+        y = conv(y, f"block{i}_dw", w, p["dw_b"], block.stride, len(w))
+        y = done(y, f"block{i}_dw", p.get("dw_m"), (0, 255))
         if "se_reduce_w" in p:
             s = activate(g, pointwise(g("GlobalAveragePool", y), i, "se_reduce"), fp.SILU)
             y = g("Mul", y, g("Sigmoid", pointwise(s, i, "se_expand")))
         y = pointwise(y, i, "project")
+        if net.integer:
+            y = requantize(g, y, f"block{i}_project", p["project_m"], *fp._SUMS)
         x = g("Add", y, x) if block.skip else y
+        if net.integer and block.skip:
+            x = g("Clip", x, *(g.constant(str(limit), limit) for limit in fp._SUMS))
         outputs.append((x, stride))
     return outputs
 
@@ -160,12 +220,26 @@ def spread(g: Graph, x: str, inside: np.ndarray) -> str:
     return g("Gather", g("Pad", x, g.integers(0, 0, 0, 1)), g.constant("places", source, np.int64), axis=1)
 
 
-def features(g: Graph, outputs: list[tuple[str, int]], side: int, n: int) -> str:
-    """Of blocks, `backbone_outputs` -> (N, C, n): averaged over cells of `side` pixels, side by side."""
-    cells = [side // stride for _, stride in outputs]
-    pooled = [g("AveragePool", y, kernel_shape=[cell] * 2, strides=[cell] * 2) if cell > 1 else y
-              for (y, _), cell in zip(outputs, cells)]
-    return g("Reshape", g("Concat", *pooled, axis=1), g.integers(0, 0, n))
+def pool(g: Graph, x: str, grid: tuple[int, int], cell: int, scale: np.float32 | None = None) -> str:
+    """Averages of the cells of a lattice, `cell` values a side; scale: of integers, see `fastprior.pool`."""
+    if scale is None:
+        return g("AveragePool", x, kernel_shape=[cell] * 2, strides=[cell] * 2) if cell > 1 else x
+    if cell > 1:
+        exact = -fp._SUMS[0] * cell * cell < 1 << 24  # in float32; those of a row always are
+        x = g("Reshape", x, g.integers(0, 0, grid[0], cell, grid[1], cell))
+        x = g("ReduceSum", x, g.integers(5), keepdims=0)
+        x = x if exact else g("Cast", x, to=TensorProto.DOUBLE)
+        x = g("ReduceSum", x, g.integers(3), keepdims=0)
+        x = x if exact else g("Cast", x, to=TensorProto.FLOAT)
+    return g("Mul", x, g.constant(f"unit/{scale}/{cell}", scale / np.float32(cell * cell)))
+
+
+def features(g: Graph, outputs: list[tuple[str, int]], net, shape: tuple[int, int], grid: tuple[int, int],
+             blocks: tuple[int, ...]) -> str:
+    """A view of images (*shape), see `Backbone.views`: (N, C, n), of these blocks' outputs side by side."""
+    pooled = [pool(g, x, grid, shape[0] // grid[0] // stride, net.scales[i] if net.integer else None)
+              for i, (x, stride) in enumerate(outputs) if i in blocks]
+    return g("Reshape", g("Concat", *pooled, axis=1), g.integers(0, 0, math.prod(grid)))
 
 
 def whiten(g: Graph, f: str, mean: np.ndarray, w: np.ndarray) -> str:
@@ -277,10 +351,8 @@ def prior_model(prior, name: str, metadata: dict[str, str]) -> bytes:
     whitener, factors = prior._preconditioning
     g = Graph()
     mask = mask_at(g, prior.roi.mask, "pixels") if prior.roi else ""
-    x = resize_normalize(g, "pixels", s.shape, net.mean, net.std, mask)
-    outputs = backbone_outputs(g, x, net)
-    x, fine = (features(g, [outputs[i] for i in blocks], s.shape[0] // grid[0], math.prod(grid))
-               for grid, blocks in net.views(s))
+    outputs = backbone_outputs(g, resize(g, "pixels", s.shape, net, mask), net)
+    x, fine = (features(g, outputs, net, s.shape, *view) for view in net.views(s))
     if not prior.inside.all():
         x = g("Gather", x, g.constant("inside", np.flatnonzero(prior.inside), np.int64), axis=2)
     x = whiten(g, x, prior.mean, whitener)

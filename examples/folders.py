@@ -306,7 +306,11 @@ def fit_many(root: str | os.PathLike, *, progress=fp._quiet, **options) -> "fp.M
     files = [file for own in found.values() for file in own.images]
     settings, _ = fp._room("curation").settle(files, settings)
     backbone = fp.load_backbone(options.pop("backbone", fp.Settings.backbone))
-    options |= {"backbone": backbone, "bits": settings.bits, "size": settings.shape, "cell": settings.cell}
+    roi = options.get("roi")
+    roi = None if roi is None else fp._room("region").region_of(roi, files, settings)
+    backbone, ranged = fp._room("quantization").quantize_on(backbone, files, settings, roi, progress)
+    options |= {"backbone": backbone, "ranged": ranged, "bits": settings.bits, "size": settings.shape,
+                "cell": settings.cell}
     return fp.MultiPrior({product: fp.fit(own, progress=lambda what, done, of, name=product:
                                     progress(f"{name}: {what}", done, of), **options)
                        for product, own in found.items()})

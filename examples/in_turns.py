@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Is one checkout slower than another? Frames of both, in turn, so that a noisy machine is noisy for both.
 
-    git worktree add /tmp/old ca106fb && python examples/in_turns.py /tmp/old .
+    git worktree add /tmp/old ca106fb && python examples/in_turns.py /tmp/old . 256
 
-Each is a process of its own that sleeps while the other runs: lite0, 256 px in places of 16, two steps, an
-array to score and map, two threads. Of forty turns of forty frames the medians, in thirds, and their ratio.
+Each is a process of its own that sleeps while the other runs: lite0, so many pixels a side (256 in places of
+16), two steps, an array to score and map, two threads. Of forty turns of twenty frames the medians, in
+thirds, and their ratio.
 """
 import subprocess
 import sys
@@ -16,8 +17,9 @@ os.chdir(sys.argv[1])
 sys.path.insert(0, sys.argv[1])
 import fastprior as fp, numpy as np
 make = getattr(fp, "untrained", None) or fp._room("benchmark").untrained  # 0.1 had it in the core
-prior = make("lite0", 256, 2)
-image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+side = int(sys.argv[2])
+prior = make("lite0", side, 2)
+image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
 for line in sys.stdin:
     times = []
     for _ in range(int(line)):
@@ -29,13 +31,13 @@ for line in sys.stdin:
 
 
 def main():
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4:
         sys.exit(__doc__)
-    children = [subprocess.Popen([sys.executable, "-c", CHILD, root], text=True, stdin=subprocess.PIPE,
-                                 stdout=subprocess.PIPE) for root in sys.argv[1:]]
+    children = [subprocess.Popen([sys.executable, "-c", CHILD, root, sys.argv[3]], text=True,
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE) for root in sys.argv[1:3]]
 
     def ask(child):
-        print(40, file=child.stdin, flush=True)
+        print(20, file=child.stdin, flush=True)
         return float(child.stdout.readline())
     for child in children:
         ask(child)  # compiled and warm

@@ -18,6 +18,8 @@ if "fp" not in globals():
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import fastprior as fp
 
+extraction = fp._room("extraction")
+
 
 def about(settings: fp.Settings, backbone: fp.Backbone, roi: fp.RegionOfInterest | None = None) -> dict:
     """All that decides the features of an image and of its copies."""
@@ -29,14 +31,15 @@ def about(settings: fp.Settings, backbone: fp.Backbone, roi: fp.RegionOfInterest
     return made_by | {k: getattr(settings, k) for k in ("size", "cell", "copies", "seed", "bits")}
 
 
-def write(e: fp.Extracted, path: str | os.PathLike, made_by: dict) -> None:
+def write(e: extraction.Extracted, path: str | os.PathLike, made_by: dict) -> None:
     """Into a file that `read` reads if `made_by` is the same; FastPriorError if it cannot be written."""
     arrays = {"features": e.features, "owner": e.owner, "looks": e.looks.view(np.float32),
               "sources": np.array(e.sources, np.int64), "fine": np.array(e.fine)}
-    fp._write_npz(path, {"kind": "features", "about": made_by, "keys": e.keys, "names": e.names}, arrays)
+    fp._write_npz(path, {"kind": "features", "about": made_by, "keys": e.keys, "names": e.names,
+                         "ranged": e.ranged}, arrays)
 
 
-def read(path: str | os.PathLike, made_by: dict) -> fp.Extracted:
+def read(path: str | os.PathLike, made_by: dict) -> extraction.Extracted:
     """ModelError if it is no such file, or another network, size, seed ... made its features."""
     header, a = fp._read_npz(path)
     if header.get("kind") != "features":
@@ -46,8 +49,9 @@ def read(path: str | os.PathLike, made_by: dict) -> fp.Extracted:
     if other := [k for k, v in made_by.items() if header["about"].get(k) != v]:
         raise fp.ModelError(f"{path}: its features were made with another {', '.join(other)}: give what "
                             "made them, or train anew")
-    return fp.Extracted(a["features"], a["owner"], a["looks"].view(np.complex64), header["keys"],
-                        a["sources"].tolist(), 0, [], a["fine"], header["names"])
+    return extraction.Extracted(a["features"], a["owner"], a["looks"].view(np.complex64), header["keys"],
+                                a["sources"].tolist(), 0, [], a["fine"], header["names"],
+                                ranged=header["ranged"])
 
 
 def update(prior: fp.Prior, images, known: str | os.PathLike, *, iterations: int | None = 0,
@@ -55,7 +59,8 @@ def update(prior: fp.Prior, images, known: str | os.PathLike, *, iterations: int
     """The model trained on `images` too, without the images it was trained on.
 
     images: as for `fit`, may repeat old ones. known: the features that `fit(features=)` kept of the old
-    ones. Gaussians, factors and calibration are bit for bit those of a training on all at its size.
+    ones. The backbone stays. Gaussians, factors and calibration are bit for bit those of a training with
+    it on all images at its size.
     iterations: 0 keeps the denoiser while it still lowers the held-out loss; `summary["gain_kept"]` is by
     what share, which at its training was 1 - loss / loss_start. Else it is trained again. options: those of
     `fit`.

@@ -61,14 +61,15 @@ TO_READ = pa.schema({**FILE, "file": pa.binary(), "source": pa.string()})  # sou
 
 def decode(data: bytes, bits: int | None = None):
     """The bytes of an image file -> uint8 (H, W, 3), as `fastprior.load_image` reads the file. ImageError."""
-    def opened():
-        return fp._open_pillow(io.BytesIO(data))
+    f = io.BytesIO(data)
     try:
-        image = opened()
+        image = fp._open_pillow(f)
         if image.format == "PNG":  # the decoder does not look at the checksums of what it decodes
             image.verify()
-            image = opened()
-        return fp.load_image(fp._from_pillow(image, again=opened), bits)
+            image = fp._open_pillow(f)
+        elif image.format == "JPEG":
+            image, f = fp._whole_jpeg(f)
+        return fp.load_image(fp._from_pillow(image, again=lambda: fp._open_pillow(f)), bits)
     except Exception as e:  # whatever a decoder makes of foreign bytes
         text = str(e).removeprefix("image: ") or type(e).__name__
         text = text if isinstance(e, fp.FastPriorError) else f"not a readable image ({text})"

@@ -32,7 +32,7 @@ def region_of(roi, images: Sequence, settings: "fp.Settings") -> "fp.RegionOfInt
     """
     if not isinstance(roi, fp.RegionOfInterest):
         roi = fp.RegionOfInterest(read_mask(roi) if isinstance(roi, (str, os.PathLike)) else roi)
-    image = next(fp._readable(images, settings.bits, None), None)
+    image = next(fp._room("extraction").readable(images, settings.bits, None), None)
     if image is not None and image.shape[:2] != roi.mask.shape:
         (h, w), (height, width) = roi.mask.shape, image.shape[:2]
         raise fp.ShapeError(f"roi: a region of {w}x{h} pixels, but images of {width}x{height}: draw it on "

@@ -167,8 +167,9 @@ def training_memory(images: int, settings: fp.Settings, backbone: fp.Backbone) -
     5 numbers of 4 bytes for each place and pair of channels: sums, a covariance in float64, two whiteners.
     """
     n, c = math.prod(settings.grid), sum(backbone.channels)
-    fine = min(images, fp._MOST_FINE) * math.prod(settings.fine) * backbone.fine_channels
-    return 8 * images * (fp._copies(images, settings) + 1) * n * c + 2 * fine + 20 * n * c * c
+    extraction = fp._room("extraction")
+    fine = min(images, extraction.MOST_FINE) * math.prod(settings.fine) * backbone.fine_channels
+    return 8 * images * (extraction.copies_of(images, settings) + 1) * n * c + 2 * fine + 20 * n * c * c
 
 
 def memory_left() -> float:

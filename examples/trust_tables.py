@@ -27,6 +27,7 @@ from scipy import ndimage, stats
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fastprior as fp  # noqa: E402
 
+extraction = fp._room("extraction")
 RATES = .01, .05, .1  # false-alarm rates wished for
 FRAMES = 40  # images that drift is judged by
 SHARES = .01, .02, .05  # of bad images among the good
@@ -54,7 +55,7 @@ class Changed(list):
 class Kept:
     """Features of a category's images."""
 
-    def __init__(self, category, config, net):
+    def __init__(self, category, config, net, ranged=()):
         bench = fp._room("benchmark")
 
         def kept(images, kind, change=None):
@@ -64,8 +65,8 @@ class Kept:
                 own, files, key = dataclasses.replace(config, copies=0), Changed(images), key[:3]
                 files.change = change
             return bench.kept_features(bench.cache_files(category.name, images, net)(kind, *key),
-                                       lambda: fp.extract_features(files, own, net, 1))
-        self.name, self.good = category.name, kept(category.train, "features")
+                                       lambda: extraction.extract_features(files, own, net, 1))
+        self.name, self.good = category.name, kept(category.train, "features")._replace(ranged=ranged)
         self.test, self.drifts = kept(category.test, "features"), {}
         self.files, self.bad = (np.asarray(a)[self.test.sources] for a in (category.test, category.labels))
         for name, change in DRIFTS.items():
@@ -87,7 +88,7 @@ class Traits:
         self.drifts = dict(zip(DRIFTS, changed))
 
 
-def refit(e: fp.Extracted, config, net) -> fp.Prior:
+def refit(e: extraction.Extracted, config, net) -> fp.Prior:
     return fp._fit_whitened(fp._whiten_features(e, config, threads=1), config, net, 0, threads=1)
 
 
@@ -187,12 +188,12 @@ def traits_table(rows: list[dict]) -> list[list]:
     return table
 
 
-def merged(a: fp.Extracted, b: fp.Extracted) -> fp.Extracted:
+def merged(a: extraction.Extracted, b: extraction.Extracted) -> extraction.Extracted:
     """As `extract_features` would return the images of both; sources of b become negative."""
     keys, owner = np.array([*a.keys, *b.keys]), np.r_[a.owner, b.owner + len(a.keys)]
     order, sources, fine = np.argsort(keys), [*a.sources, *(-1 - s for s in b.sources)], [*a.fine, *b.fine]
     rows = np.concatenate([np.flatnonzero(owner == i) for i in order])
-    return fp.Extracted(np.concatenate([a.features, b.features])[rows],
+    return extraction.Extracted(np.concatenate([a.features, b.features])[rows],
                         np.repeat(np.arange(len(order)), np.bincount(owner)[order]),
                         np.concatenate([a.looks, b.looks])[order], keys[order].tolist(),
                         [sources[i] for i in order], 0, [], [fine[i] for i in order])
@@ -278,8 +279,12 @@ def main() -> None:
     categories = fp._room("benchmark").find_categories(args.data)
     config, _ = fp._room("curation").settle([f for c in categories for f in c.train],
                                             fp.Settings(backbone=net.name, size=args.size))
-    keep = Traits if args.table == "traits" else Kept
-    kept = [keep(c, config, net) for c in categories]
+    if args.table == "traits":
+        kept = [Traits(c, config, net) for c in categories]
+    else:  # one backbone for all, as of products of one model
+        files = [f for c in categories for f in c.train]
+        net, ranged = fp._room("quantization").quantize_on(net, files, config)
+        kept = [Kept(c, config, net, ranged) for c in categories]
     with contextlib.suppress(KeyboardInterrupt):
         for row in globals()[args.table](kept, config, net, args):
             rows.append(row)

@@ -5,6 +5,9 @@
 // Half precision is spelled in PTX here: NVRTC then needs no header at all. Where CUDA_EMULATOR is
 // defined, tests/cuda_emulator.h supplies what PTX does.
 //
+// INTEGER=1 is for a backbone in integers (see `Backbone`): its maps hold integers of 8 and 16 bits, whatever HALF
+// says, and its features are the reference's bit for bit, because sums are exact and nothing else is reordered.
+//
 // Maps are (B, H, W, C), C padded to a multiple of 8 with zeros. blockIdx.z is the image. No kernel
 // uses atomics and every sum has one order, so a score does not depend on its batch.
 #pragma once
@@ -17,6 +20,21 @@
 struct alignas(2) real { unsigned short bits; };
 #else
 typedef float real;
+#endif
+
+#ifndef INTEGER
+#define INTEGER 0
+#endif
+
+// Activation: what a depthwise layer takes, 0..2047. Depth: what it gives, 0..255. Value: all else, -32767..32767, that
+// is pixels, what a block gives, and the weights of stem and depthwise. Sum: what their products add up to.
+#if INTEGER
+typedef unsigned char Depth;
+typedef short Activation, Value;
+typedef int Sum;
+#else
+typedef real Activation, Depth, Value;
+typedef float Sum;
 #endif
 
 #define PANEL 32
@@ -43,11 +61,11 @@ __device__ __forceinline__ unsigned short half_from_float(float x) {
     return bits;
 }
 
-// Of four bytes u the halves u - 128, two to a register: 1024 + u is the half 0x6400 | u.
-__device__ __forceinline__ void halves_from_bytes(unsigned two[2], unsigned four) {
+// Of four bytes u the halves u - zero, two to a register: 1024 + u is the half 0x6400 | u.
+__device__ __forceinline__ void halves_from_bytes(unsigned two[2], unsigned four, unsigned zero = 128) {
     asm("{ .reg .b32 x, y; prmt.b32 x, %2, 0x64646464, 0x4140; prmt.b32 y, %2, 0x64646464, 0x4342;\n"
         "sub.f16x2 %0, x, %3; sub.f16x2 %1, y, %3; }"
-        : "=r"(two[0]), "=r"(two[1]) : "r"(four), "r"(0x64806480u));
+        : "=r"(two[0]), "=r"(two[1]) : "r"(four), "r"((0x6400u | zero) * 0x10001u));
 }
 
 // A launch that follows another in a graph may start while that one still runs (see `Engine.capture` of cuda.py): what
@@ -90,18 +108,24 @@ __device__ __forceinline__ float get(real x) { return float_from_half(x.bits); }
 __device__ __forceinline__ void put(real& to, float x) { to.bits = half_from_float(x); }
 #endif
 
-#define VECTOR (16 / (int)sizeof(real))  // elements of a 16-byte chunk: 8 halves or 4 floats
+__device__ __forceinline__ int get(unsigned char x) { return x; }
+__device__ __forceinline__ int get(short x) { return x; }
+__device__ __forceinline__ void put(unsigned char& to, float x) { to = (unsigned char)x; }
+__device__ __forceinline__ void put(short& to, float x) { to = (short)x; }
 
-struct alignas(16) Chunk { real at[VECTOR]; };
+#define VECTOR (INTEGER ? 8 : 16 / (int)sizeof(real))  // elements of a chunk: 8, or 4 floats
 
-__device__ __forceinline__ Chunk load_chunk(const real* from) {
-    CHECK_ALIGNED(from, 16);
-    return *reinterpret_cast<const Chunk*>(from);
+template <class T> struct alignas(VECTOR * sizeof(T)) ChunkOf { T at[VECTOR]; };
+typedef ChunkOf<real> Chunk;
+
+template <class T> __device__ __forceinline__ ChunkOf<T> load_chunk(const T* from) {
+    CHECK_ALIGNED(from, sizeof(ChunkOf<T>));
+    return *reinterpret_cast<const ChunkOf<T>*>(from);
 }
 
-__device__ __forceinline__ void store_chunk(real* to, const Chunk& chunk) {
-    CHECK_ALIGNED(to, 16);
-    *reinterpret_cast<Chunk*>(to) = chunk;
+template <class T> __device__ __forceinline__ void store_chunk(T* to, const ChunkOf<T>& chunk) {
+    CHECK_ALIGNED(to, sizeof(ChunkOf<T>));
+    *reinterpret_cast<ChunkOf<T>*>(to) = chunk;
 }
 
 // NaN passes through both activations.
@@ -109,6 +133,24 @@ __device__ __forceinline__ float activate(float x, int act) {
     if (act == RELU6) return x < 0.f ? 0.f : x > 6.f ? 6.f : x;
     return act == SILU ? x / (1.f + expf(-x)) : x;
 }
+
+__device__ __forceinline__ float clip(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
+
+// Two roundings, of the product and to the nearest integer, as the reference has them.
+__device__ __forceinline__ float requantize(float total, float m, float low, float high) {
+    return clip(rintf(__fmul_rn(total, m)), low, high);
+}
+
+// What ends a layer with an activation: its code; in integers its multipliers (C,), one an output channel.
+#if INTEGER
+typedef const float* Ending;
+__device__ __forceinline__ float finish(float x, Ending m, int channel, float most) {
+    return requantize(x, m[channel], 0.f, most);
+}
+#else
+typedef int Ending;
+__device__ __forceinline__ float finish(float x, Ending act, int, float) { return activate(x, act); }
+#endif
 
 // Sum over the 32 lanes, the same in every lane.
 __device__ __forceinline__ float warp_sum(float x) {

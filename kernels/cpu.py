@@ -48,10 +48,15 @@ def _fields(names: str) -> np.dtype:
     return np.dtype([(name, np.int64) for name in names.split()])
 
 
-def _kernel(fields: np.dtype | None = None):
-    """Marks what Numba compiles. With `fields` it is an operation of a program, called by its address."""
+def _kernel(fields: np.dtype | None = None, exact: bool = False, part: str = ""):
+    """Marks what Numba compiles. With `fields` it is an operation of a program, called by its address.
+
+    part: see `load_kernels`.
+
+    `exact`: every float operation is rounded as it is written.
+    """
     def mark(function):
-        function.fields = fields
+        function.fields, function.exact, function.part = fields, exact, part
         _KERNELS.append(function)
         return function
     return mark
@@ -61,15 +66,57 @@ def _kernel(fields: np.dtype | None = None):
 # Compiling once, and keeping the object file
 # ------------------------------------------------------------------------------------------------
 
+def _words_of(dot: str, lanes: int) -> dict:
+    """What depends on the instruction `dot` that multiplies and adds the values in 32-bit words.
+
+    _GROUP: values in a word, two i16 or four of 8 bits; _WIDE: vectors in a panel of weights, fewer where
+    product and sum are two instructions, which want a register between them; _LOWERED: what is added to
+    inputs of projections where i8 must hold them, and their biases undo.
+    """
+    signed, unsigned = dot in ("sdot", "signed quads"), dot in ("vpdpbusd", "quads")
+    group = 4 if signed or unsigned else 2
+    return {"_DOT": dot, "_GROUP": group, "_WIDE": 2 if dot == "vpmaddwd" and lanes == 8 else 3,
+            "_LOWERED": -128 if signed else 0}
+
+
+def _machine(target, cpu: str, features: str):
+    """LLVM's machine, as Numba makes it."""
+    return target.create_target_machine(cpu=cpu, features=features, opt=3, codemodel="jitdefault",
+                                        reloc="static" if target.name.startswith("x86") else "default")
+
+
+def _has_sdot(machine) -> bool:
+    """Whether LLVM makes `sdot` of products of bytes: it goes by the CPU's name, and lists no feature."""
+    from llvmlite import binding
+    return "sdot" in machine.emit_assembly(binding.parse_assembly("""
+        declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
+        define i32 @sum(<16 x i8> %a, <16 x i8> %b) {
+            %x = sext <16 x i8> %a to <16 x i32>
+            %y = sext <16 x i8> %b to <16 x i32>
+            %xy = mul <16 x i32> %x, %y
+            %sum = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %xy)
+            ret i32 %sum
+        }"""))
+
+
 @functools.cache
 def _host() -> tuple[str, str]:
     """Name and features of this CPU, as LLVM writes them. Sets what the packing of weights depends on."""
     from llvmlite import binding
-    features = binding.get_host_cpu_features()
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    name, features = binding.get_host_cpu_name(), binding.get_host_cpu_features()
     lanes = 16 if features.get("avx512f") else 8
-    # 8x3 of 32 registers, or 4x3 of 16: sums + panel + one
-    globals().update(_LANES=lanes, _TILE=8 if lanes == 16 else 4)
-    return binding.get_host_cpu_name(), features.flatten()
+    if features.get("avx512vnni" if lanes == 16 else "avxvnni"):
+        dot = "vpdpbusd"
+    elif features.get("avx512bw" if lanes == 16 else "avx2"):
+        dot = "vpmaddwd"
+    else:  # 64-bit Arm: `sdot` of signed bytes (most since Armv8.2), or i16 with `smlal`
+        machine = _machine(binding.Target.from_default_triple(), name, features.flatten())
+        dot = "sdot" if _has_sdot(machine) else "pairs"
+    # 8x3 of 32 registers, or 4x3 of 16: sums + panel + one (of 32 on Arm: a vector is two)
+    globals().update(_LANES=lanes, _TILE=8 if lanes == 16 else 4, **_words_of(dot, lanes))
+    return name, features.flatten()
 
 
 _MOST_THREADS = 8  # by default: a frame has no more work than these share well
@@ -149,7 +196,7 @@ def cache_folder() -> Path:
 
 
 _MAGIC = b"fastprior kernels 1\n"
-_KEPT = 4  # object files: of other versions and CPUs that share a home
+_KEPT = 12  # object files: parts, of other versions and CPUs that share a home
 
 
 def _only_ours(status: os.stat_result) -> bool:
@@ -195,45 +242,45 @@ def _write_object(path: Path, names: dict[str, str], code: bytes) -> None:
         old.unlink(missing_ok=True)
 
 
-def load_kernels() -> None:
-    """Give every operation its machine `address`; compiles once. Unavailable says why it cannot."""
+def load_kernels(part: str = "") -> None:
+    """Give operations their machine `address`; compiles once. Unavailable says why it cannot.
+
+    part: also those that features in "integers", or in "floats", need: a model has one of the two.
+    """
     with _LOADING:
-        _load_kernels()
+        for each in ("", part):
+            _load_kernels(each)
 
 
-def _object_file() -> Path:
+def _object_file(part: str) -> Path:
     """Named after everything that decides the code."""
     from importlib.metadata import version
     sources = b"".join((Path(__file__).parent / name).read_bytes() for name in ("__init__.py", "cpu.py"))
     key = repr([*_host(), *map(version, ("numba", "llvmlite"))]).encode() + sources
-    return cache_folder() / f"kernels-{hashlib.sha256(key).hexdigest()[:24]}.o"
+    name = "-".join(filter(None, ("kernels", part, hashlib.sha256(key).hexdigest()[:24])))
+    return cache_folder() / f"{name}.o"
 
 
 @functools.cache
-def _load_kernels():
+def _load_kernels(part: str):
     """Returns the engine of LLVM that owns the code."""
     try:
         from llvmlite import binding
     except (ImportError, OSError) as e:  # the latter: its library does not load here
         raise Unavailable(f"numba is missing ({e}): pip install numba") from e
     cpu, features = _host()
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    target = binding.Target.from_default_triple()
-    machine = target.create_target_machine(  # as Numba does
-        cpu=cpu, features=features, opt=3, codemodel="jitdefault",
-        reloc="static" if target.name.startswith("x86") else "default")
+    machine = _machine(binding.Target.from_default_triple(), cpu, features)
 
     # nothing kept yet, read-only, no home, a frozen program without sources or versions
     nowhere = OSError, RuntimeError, ImportError, ValueError
     try:
-        kept = _read_object(_object_file())
+        kept = _read_object(_object_file(part))
     except nowhere:
         kept = None
     if kept is None:
-        names, code = _compile_kernels(machine)
+        names, code = _compile_kernels(machine, part)
         try:
-            _write_object(_object_file(), names, code)
+            _write_object(_object_file(part), names, code)
         except nowhere as e:
             _log.warning("compiled kernels cannot be kept, each process will compile them (%s)", e)
     else:
@@ -242,7 +289,7 @@ def _load_kernels():
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     for function in _KERNELS:
-        if function.fields is not None:
+        if function.fields is not None and function.part == part:
             function.address = engine.get_function_address(names[function.__name__])
             if not function.address:
                 raise Unavailable(f"compiled kernels without {function.__name__}: delete {cache_folder()}")
@@ -253,8 +300,8 @@ def _load_kernels():
 _OUTSIDE = {"memset", "memcpy", "memmove", "expf", "sqrtf"}
 
 
-def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
-    """Symbols of the operations, and the object file that holds them."""
+def _compile_kernels(machine, part: str) -> tuple[dict[str, str], bytes]:
+    """Symbols of the operations of a part, and the object file that holds them."""
     try:
         import numba
         if numba.config.DISABLE_JIT:
@@ -262,21 +309,21 @@ def _compile_kernels(machine) -> tuple[dict[str, str], bytes]:
     except ImportError as e:
         raise Unavailable(f"numba cannot compile ({e})") from e
     from llvmlite import binding
-    _log.info("compiling kernels for this CPU, once (about 20 s)")
+    _log.info("compiling kernels for this CPU, once (about %d s)", 10 if part else 15)
     scope = globals()
     marked = {function.__name__: function for function in _KERNELS}
     _define_intrinsics(_LANES)
     scope["carray"] = numba.carray
-    options = {"fastmath": _FASTMATH, "error_model": "numpy"}
     names, whole = {}, binding.parse_assembly("")
     try:
         for function in _KERNELS:
-            if function.fields is not None:
+            options = {"fastmath": not function.exact and _FASTMATH, "error_model": "numpy"}
+            if function.fields is not None and function.part == part:
                 arguments = [numba.int64] * function.__code__.co_argcount
                 compiled = numba.cfunc(numba.void(*arguments), **options)(function)
                 names[function.__name__] = compiled.native_name
                 whole.link_in(binding.parse_assembly(compiled.inspect_llvm()))
-            else:
+            elif function.fields is None:
                 scope[function.__name__] = numba.njit(**options)(function)
     except (numba.core.errors.NumbaError, RuntimeError) as e:  # the latter: LLVM's
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
@@ -525,34 +572,270 @@ def _define_intrinsics(lanes: int) -> None:
             return types.void(*[types.int64] * 9), codegen
         return row
 
+    # Integers. A word is `_GROUP` values; `dot` adds the products of two words, lane by lane.
+    short_vec = ir.VectorType(ir.IntType(16), lanes)
+    narrow_vec = ir.VectorType(ir.IntType(32 // _GROUP), lanes)
+    half_vec, pair = ir.VectorType(ir.IntType(16), 2 * lanes), ir.VectorType(ir.IntType(16), 2)
+    at_once = _DOT in ("vpdpbusd", "vpmaddwd")  # products of the two i16 of a word: one instruction adds them
+    apart = ir.VectorType(i32, 2 * lanes)  # else sums of them are, in a depthwise layer
+    of_bits = {8: "256", 16: "512"}[lanes]
+
+    def ints(x):
+        return ir.Constant(int_vec, [x] * lanes)
+
+    def at_byte(b, address, kind):
+        return b.inttoptr(address, kind.as_pointer())
+
+    def plus(b, address, *terms):
+        """address + sum of terms, a term an i64 value, a Python int or a product of two."""
+        for term in terms:
+            if isinstance(term, tuple):
+                x, y = (const(t) if isinstance(t, int) else t for t in term)
+                term = b.mul(x, y)
+            address = b.add(address, const(term) if isinstance(term, int) else term)
+        return address
+
+    def part(b, x, indices):
+        return b.shuffle_vector(x, x, ir.Constant(ir.VectorType(i32, len(indices)), list(indices)))
+
+    def spread(b, total, x, w, count):
+        """total + products of the `count` fields of each word; those of x are unsigned if they are u8."""
+        kind = ir.VectorType(ir.IntType(32 // count), count * lanes)
+        for i in range(count):
+            x_i, w_i = (part(b, b.bitcast(v, kind), range(i, count * lanes, count)) for v in (x, w))
+            x_i = b.zext(x_i, int_vec) if count == 4 and not _LOWERED else b.sext(x_i, int_vec)
+            total = b.add(total, b.mul(x_i, b.sext(w_i, int_vec)))
+        return total
+
+    def intrinsic_of(b, name, *args):
+        kind = ir.FunctionType(int_vec, [a.type for a in args])
+        return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+
+    def neon(b, name, *args):
+        """An instruction of Arm for each four lanes -> i32. All but the first are taken as bytes."""
+        parts, four, sixteen = [], ir.VectorType(i32, 4), ir.VectorType(i8, 16)
+        for i in range(0, lanes, 4):
+            own, *more = (part(b, x, range(i, i + 4)) for x in args)
+            own = [own, *(b.bitcast(x, sixteen) for x in more)]
+            kind = ir.FunctionType(four, [x.type for x in own])
+            function = cgutils.get_or_insert_function(b.module, kind, f"llvm.aarch64.neon.{name}")
+            parts.append(b.call(function, own))
+        return b.shuffle_vector(*parts, ir.Constant(int_vec, list(range(lanes))))
+
+    def dot_pairs(b, total, x, w):
+        """total + products of the two i16 in each word; side by side where the total is two i32 a word."""
+        if total.type == apart:
+            x, w = (b.sext(b.bitcast(v, half_vec), total.type) for v in (x, w))
+            return b.add(total, b.mul(x, w))
+        if _DOT == "vpdpbusd":
+            return intrinsic_of(b, f"llvm.x86.avx512.vpdpwssd.{of_bits}", total, x, w)
+        if _DOT == "vpmaddwd":
+            name = "llvm.x86.avx2.pmadd.wd" if lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
+            return b.add(total, intrinsic_of(b, name, b.bitcast(x, half_vec), b.bitcast(w, half_vec)))
+        return spread(b, total, x, w, 2)
+
+    def dot(b, total, x, w):
+        """total + products of the values in each word."""
+        if _DOT == "vpdpbusd":
+            return intrinsic_of(b, f"llvm.x86.avx512.vpdpbusd.{of_bits}", total, x, w)
+        if _DOT == "sdot":
+            return neon(b, "sdot.v4i32.v16i8", total, x, w)
+        return spread(b, total, x, w, 4) if _GROUP == 4 else dot_pairs(b, total, x, w)
+
+    def rounded(b, total, multiplier):
+        """rint(float32(total) * multiplier), i32: `_check_integers` has seen that it fits."""
+        y = b.fmul(b.sitofp(total, vec), multiplier)
+        if _DOT == "sdot":
+            return neon(b, "fcvtns.v4i32.v4f32", y)
+        if not at_once:
+            return b.fptosi(call(b, "rint", y), int_vec)
+        kind = ir.FunctionType(int_vec, [vec])
+        name = f"llvm.lrint.v{lanes}i32.v{lanes}f32"
+        return b.call(cgutils.get_or_insert_function(b.module, kind, name), [y])
+
+    def clipped(b, x, low, high):
+        low, high = (ir.Constant(x.type, [n] * x.type.count) for n in (low, high))
+        x = b.select(b.icmp_signed("<", x, low), low, x)
+        return b.select(b.icmp_signed(">", x, high), high, x)
+
+    def both_in_shorts(b, most, first, second):
+        """Two vectors of i32 -> (2 * lanes) i16 in 0..most."""
+        indices = ir.Constant(ir.VectorType(i32, 2 * lanes), list(range(2 * lanes)))
+        both = b.shuffle_vector(first, second, indices)
+        shorts = b.trunc(clipped(b, both, 0, 65535), half_vec)  # one instruction, packusdw
+        high = ir.Constant(half_vec, [most] * 2 * lanes)
+        return b.select(b.icmp_unsigned("<", shorts, high), shorts, high)
+
+    def make_product(n_vecs: int, paired: bool, dot: Callable):
+        m_rows, tall = rows, rows // 2 if paired else rows
+
+        @intrinsic
+        def product(typing, a, a_hi, lda, last, k, w, bias, multiplier, res, out, ldo):
+            """`tall` pixels x (n_vecs * lanes) of a layer: k words of inputs, pixels lda bytes apart.
+
+            Where there are fewer, the `last` is computed again. Paired: a word of out has the u8 of a's row
+            below that of a_hi's; pixels follow one another, and ldo bytes on come the next `lanes` channels.
+            Else out is i16 with the residual at res (0: none) added, and pixels are ldo bytes apart.
+            """
+            def codegen(context, b, signature, args):
+                a, a_hi, lda, last, k, w, bias, multiplier, res, out, ldo = args
+                wide = n_vecs * lanes
+                pixels = [b.select(b.icmp_signed("<", last, const(m)), last, const(m)) for m in range(tall)]
+                starts = [plus(b, row, (lda, m)) for row in ((a, a_hi) if paired else (a,)) for m in pixels]
+                acc = [[cgutils.alloca_once(b, int_vec) for _ in range(n_vecs)] for _ in range(m_rows)]
+                for n in range(n_vecs):
+                    start = b.load(at_byte(b, plus(b, bias, 4 * n * lanes), int_vec), align=4)
+                    for m in range(m_rows):
+                        b.store(start, acc[m][n])
+                with cgutils.for_range(b, k, intp=i64) as loop:
+                    line = plus(b, w, (loop.index, 4 * wide))
+                    weights = [b.load(at_byte(b, plus(b, line, 4 * n * lanes), int_vec), align=4)
+                               for n in range(n_vecs)]
+                    for m in range(m_rows):
+                        kind = i32 if at_once else pair  # in which LLVM finds each half's splat
+                        x = b.load(at_byte(b, plus(b, starts[m], (loop.index, 4)), kind), align=4)
+                        x = splat(b, x) if at_once else b.bitcast(part(b, x, [0, 1] * lanes), int_vec)
+                        for n in range(n_vecs):
+                            b.store(dot(b, b.load(acc[m][n]), x, weights[n]), acc[m][n])
+                for n in range(n_vecs):
+                    m_n = b.load(at_byte(b, plus(b, multiplier, 4 * n * lanes), vec), align=4)
+                    if paired:
+                        for m in range(tall):
+                            sums = b.load(acc[m][n]), b.load(acc[m + tall][n])
+                            both = both_in_shorts(b, 2047, *(rounded(b, total, m_n) for total in sums))
+                            word = part(b, both, [i + lanes * j for i in range(lanes) for j in (0, 1)])
+                            place = plus(b, out, (ldo, n), (pixels[m], 4 * lanes))
+                            b.store(word, at_byte(b, place, half_vec), align=2)
+                        continue
+                    for m in range(m_rows):
+                        place = (ldo, pixels[m]), 2 * n * lanes
+                        total = cgutils.alloca_once(b, int_vec)
+                        b.store(rounded(b, b.load(acc[m][n]), m_n), total)
+                        with b.if_then(b.icmp_signed("!=", res, const(0))):
+                            other = b.load(at_byte(b, plus(b, res, *place), short_vec), align=2)
+                            y = clipped(b, b.load(total), -32767, 32767)
+                            b.store(b.add(y, b.sext(other, int_vec)), total)
+                        y = b.trunc(clipped(b, b.load(total), -32768, 32767), short_vec)  # packssdw
+                        y = clipped(b, y, -32767, 32767)
+                        b.store(y, at_byte(b, plus(b, out, *place), short_vec), align=2)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 11), codegen
+        return product
+
+    def make_depthwise_pairs(size: int, stride: int):
+        pairs = size // 2 + 1
+        kept = size == 3 or lanes == 16  # whether all weights stay in registers
+        group = 4 if size == 3 else 2 if lanes == 16 else 4
+
+        @intrinsic
+        def row(typing, lines, block, n_out, channels, w, bias, multiplier, out):
+            """One output row, values of `_GROUP` a word. w (pairs, size, channels) in words.
+
+            lines: addresses of pairs of rows (channels / lanes, width, lanes), `block` bytes from one to the
+            next of the first axis.
+            """
+            def codegen(context, b, signature, args):
+                lines, block, n_out, channels, w, bias, multiplier, out = args
+                with cgutils.for_range(b, b.udiv(channels, const(lanes)), intp=i64) as loop:
+                    first = b.mul(loop.index, const(lanes))
+
+                    def words(address, *terms, kind=int_vec):
+                        return b.load(at_byte(b, plus(b, address, (first, 4), *terms), kind), align=4)
+
+                    def tap(i):
+                        return words(w, (b.mul(channels, const(i)), 4))
+                    taps = [tap(i) for i in range(pairs * size)] if kept else None
+                    start, scale = words(bias), words(multiplier, kind=vec)
+                    bases = [plus(b, b.load(at_byte(b, plus(b, lines, 8 * i), i64)), (loop.index, block))
+                             for i in range(pairs)]
+
+                    def outputs(x, count):
+                        acc = [start if at_once else ir.Constant(apart, [0] * 2 * lanes)] * count
+                        starts = [plus(b, base, (x, 4 * lanes * stride)) for base in bases]
+                        for i in range(pairs):
+                            row = [taps[i * size + j] if kept else tap(i * size + j) for j in range(size)]
+                            for j in range((count - 1) * stride + size):
+                                users = [o for o in range(count) if 0 <= j - o * stride < size]
+                                if users:
+                                    place = plus(b, starts[i], 4 * lanes * j)
+                                    v = b.load(at_byte(b, place, int_vec), align=4)
+                                for o in users:
+                                    acc[o] = dot_pairs(b, acc[o], v, row[j - o * stride])
+                        if not at_once:
+                            ends = [[part(b, x, range(i, 2 * lanes, 2)) for i in (0, 1)] for x in acc]
+                            acc = [b.add(start, b.add(*two)) for two in ends]
+                        to = plus(b, out, (b.add(b.mul(x, channels), first), 4 // _GROUP))
+                        for o in range(0, count, 2):
+                            sums = acc[o], acc[min(o + 1, count - 1)]
+                            y = both_in_shorts(b, 255, *(rounded(b, total, scale) for total in sums))
+                            for i in range(o, min(o + 2, count)):
+                                half = part(b, y, range((i - o) * lanes, (i - o + 1) * lanes))
+                                if _GROUP == 4:
+                                    half = b.trunc(half, narrow_vec)
+                                    half = b.add(half, ir.Constant(narrow_vec, [_LOWERED] * lanes))
+                                place = plus(b, to, (channels, 4 // _GROUP * i))
+                                b.store(half, at_byte(b, place, narrow_vec), align=1)
+                    groups = b.udiv(n_out, const(group))
+                    with cgutils.for_range(b, groups, intp=i64) as inner:
+                        outputs(b.mul(inner.index, const(group)), group)
+                    rest = b.mul(groups, const(group))
+                    with cgutils.for_range_slice(b, rest, n_out, const(1), intp=i64) as (x, _):
+                        outputs(x, 1)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 8), codegen
+        return row
+
     @intrinsic
-    def resize_pixels(typing, line, start, weight, taps, n, affine, out):
-        """out (n, 3) = scale * (sum of taps of line) + shift.
-
-        A pixel is four lanes: the last is 0, and the next pixel's to write.
-        """
-        four = ir.VectorType(f32, 4)
-
+    def narrow(typing, x, n, multiplier, out):
+        """n i16 times a multiplier -> as many, -1023..1023."""
         def codegen(context, b, signature, args):
-            line, start, weight, taps, n, affine, out = args
-            scale, shift = load(b, affine, const(0), four), load(b, affine, const(4), four)
-            kind = ir.FunctionType(four, [four] * 3)
-            fma = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v4f32")
-            total = cgutils.alloca_once(b, four)
-            with cgutils.for_range(b, n, intp=i64) as pixel:
-                first = b.load(b.inttoptr(b.add(start, b.shl(pixel.index, const(3))), i64.as_pointer()))
-                own = b.mul(pixel.index, taps)
-                b.store(ir.Constant(four, [0.] * 4), total)
-                with cgutils.for_range(b, taps, intp=i64) as tap:
-                    share = load(b, weight, b.add(own, tap.index), f32)
-                    one = b.insert_element(ir.Constant(four, ir.Undefined), share, ir.Constant(i32, 0))
-                    share = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, 4), [0] * 4))
-                    at_line = b.mul(b.add(first, tap.index), const(3))
-                    b.store(b.call(fma, [share, load(b, line, at_line, four), b.load(total)]), total)
-                to = at(b, out, b.mul(pixel.index, const(3)), four)
-                b.store(b.call(fma, [scale, b.load(total), shift]), to, align=4)
+            x, n, multiplier, out = args
+            scale = splat(b, b.load(at_byte(b, multiplier, f32)))
+            with cgutils.for_range(b, b.udiv(n, const(lanes)), intp=i64) as loop:
+                first = b.mul(loop.index, const(lanes))
+                v = b.sext(b.load(at_byte(b, plus(b, x, (first, 2)), short_vec), align=2), int_vec)
+                y = b.trunc(clipped(b, rounded(b, v, scale), -1023, 1023), short_vec)
+                b.store(y, at_byte(b, plus(b, out, (first, 2)), short_vec), align=2)
             return context.get_dummy_value()
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 4), codegen
+
+    def make_resize(integer: bool):
+        four, short_four = ir.VectorType(f32, 4), ir.VectorType(ir.IntType(16), 4)
+
+        @intrinsic
+        def resize_pixels(typing, line, start, weight, taps, n, affine, out):
+            """out (n, 3) = scale * (sum of taps of line) + shift, or the floor of that, int16.
+
+            A pixel is four lanes: the last is 0, and the next pixel's to write.
+            """
+            def codegen(context, b, signature, args):
+                line, start, weight, taps, n, affine, out = args
+                scale, shift = load(b, affine, const(0), four), load(b, affine, const(4), four)
+                kind = ir.FunctionType(four, [four] * 3)
+                fma = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v4f32")
+                total = cgutils.alloca_once(b, four)
+                with cgutils.for_range(b, n, intp=i64) as pixel:
+                    first = b.load(b.inttoptr(b.add(start, b.shl(pixel.index, const(3))), i64.as_pointer()))
+                    own = b.mul(pixel.index, taps)
+                    b.store(ir.Constant(four, [0.] * 4), total)
+                    with cgutils.for_range(b, taps, intp=i64) as tap:
+                        share = load(b, weight, b.add(own, tap.index), f32)
+                        one = b.insert_element(ir.Constant(four, ir.Undefined), share, ir.Constant(i32, 0))
+                        share = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, 4), [0] * 4))
+                        at_line = b.mul(b.add(first, tap.index), const(3))
+                        b.store(b.call(fma, [share, load(b, line, at_line, four), b.load(total)]), total)
+                    y = b.call(fma, [scale, b.load(total), shift])
+                    if integer:
+                        kind = ir.FunctionType(four, [four])
+                        y = b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.floor.v4f32"), [y])
+                        y = b.trunc(b.fptosi(y, ir.VectorType(i32, 4)), short_four)
+                        to = b.add(out, b.mul(pixel.index, const(6)))
+                        b.store(y, b.inttoptr(to, short_four.as_pointer()), align=2)
+                    else:
+                        b.store(y, at(b, out, b.mul(pixel.index, const(3)), four), align=4)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 7), codegen
+        return resize_pixels
 
     @intrinsic
     def as_pointer(typing, address):
@@ -643,11 +926,14 @@ def _define_intrinsics(lanes: int) -> None:
     for n_vecs in (1, 2, 3):
         scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs)
         scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs)
+        scope[f"_pairs_{n_vecs}"], scope[f"_sums_{n_vecs}"] = (
+            make_product(n_vecs, paired, f) for paired, f in ((True, dot_pairs), (False, dot)))
     scope.update(_qtile_rows=make_qtile(rows // 2), _qtile_row=make_qtile(1), _dots=dots,
-                 _resize_pixels=resize_pixels)
+                 _resize_pixels=make_resize(False), _resize_integers=make_resize(True), _narrow=narrow)
     for size in (3, 5):
         for stride in (1, 2):
             scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
+            scope[f"_depthwise_pairs_{size}{stride}"] = make_depthwise_pairs(size, stride)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -711,6 +997,24 @@ def _bytes(address, n):
 
 
 @_kernel()
+def _shorts(address, n):
+    """n int16 at an address."""
+    return carray(_as_pointer(address), n, np.int16)
+
+
+@_kernel()
+def _ints(address, n):
+    """n int32 at an address."""
+    return carray(_as_pointer(address), n, np.int32)
+
+
+@_kernel()
+def _longs(address, n):
+    """n int64 at an address."""
+    return carray(_as_pointer(address), n, np.int64)
+
+
+@_kernel()
 def _row(address, fields):
     """A row of a program, of the image table, or the job: its fields by name."""
     return carray(_as_pointer(address), 1, fields)[0]
@@ -722,12 +1026,15 @@ def _row(address, fields):
 _IMAGE = _fields("pixels height width row_start row_weight row_taps col_start col_weight col_taps "
                  "map map_row map_row_share map_col map_col_share line")
 
-_RESIZE = _fields("operation out height width row_stride affine")
+_RESIZE = _fields("operation out height width row_stride affine integer")
 
 
 @_kernel(_RESIZE)
 def _resize(row, band, bands, ws, own, state, image, batch, state_stride):
-    """The image's pixels -> (height, width, 3) normalised, rows `row_stride` apart."""
+    """The image's pixels -> (height, width, 3) normalised, rows `row_stride` floats apart.
+
+    `integer`: as int16, see `resize_integers`. Taps are integers then, and all sums exact.
+    """
     p, image = _row(row, _RESIZE), _row(image, _IMAGE)
     height, pixels, w, row_taps = p.height, image.pixels, image.width, image.row_taps
     rs = carray(_as_pointer(image.row_start), height, np.int64)
@@ -753,8 +1060,14 @@ def _resize(row, band, bands, ws, own, state, image, batch, state_stride):
                     for i in range(w * 3):
                         line[i] += w0 * np.float32(s0[i])
                 t += 1
-        _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine,
-                       ws + 4 * (p.out + y * p.row_stride))
+        to = ws + 4 * (p.out + y * p.row_stride)
+        if p.integer:
+            for i in range(w * 3):
+                line[i] = np.float32(np.int32(line[i] / np.float32(256) + np.float32(.5)))
+            _resize_integers(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine,
+                             to)
+        else:
+            _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine, to)
 
 
 _COPY, _POINTWISE, _STEM = 0, 1, 2  # where an inverted residual's expanded rows come from
@@ -785,7 +1098,7 @@ _MBCONV = _fields("operation source x h w c_in c_mid size stride act expand_w ex
                   "project_b c_out residual out sums scratch chunk")
 
 
-@_kernel(_MBCONV)
+@_kernel(_MBCONV, part="floats")
 def _mbconv(row, band, bands, ws, own, state, image, batch, state_stride):
     """Expand -> depthwise -> project, row by row; the expanded map is only ever k rows.
 
@@ -847,7 +1160,7 @@ _PROJECT = _fields("operation x h w c_mid sums squeezed reduce_w reduce_b expand
                    "project_b c_out residual out scratch")
 
 
-@_kernel(_PROJECT)
+@_kernel(_PROJECT, part="floats")
 def _project(row, band, bands, ws, own, state, image, batch, state_stride):
     """Squeeze-excitation folded into a scaled copy of the projection, then the product."""
     p = _row(row, _PROJECT)
@@ -893,7 +1206,7 @@ def _project(row, band, bands, ws, own, state, image, batch, state_stride):
 _POOL = _fields("operation x cell stride channels down across out columns")
 
 
-@_kernel(_POOL)
+@_kernel(_POOL, part="floats")
 def _pool(row, band, bands, ws, own, state, image, batch, state_stride):
     """Mean over the cells of a stage's map into its slice of the token matrix."""
     p = _row(row, _POOL)
@@ -910,6 +1223,172 @@ def _pool(row, band, bands, ws, own, state, image, batch, state_stride):
                         to[c] += pixel[c]
             for c in range(channels):
                 to[c] *= share
+
+
+# Integers. Maps in the workspace are int16 (h, w, c); `_mbconv_integer` packs values in words: two rows of
+# the expanded map, so that the depthwise part reads two taps at once; for projections, `_GROUP` channels.
+
+@_kernel(exact=True)
+def _product_pairs(a, a_hi, lda, m, k, w, bias, multiplier, out, block, n):
+    """Two rows of m pixels -> words (n / _LANES, m, _LANES), the second row in the upper halves."""
+    j, last = 0, m - 1
+    while j < n:
+        wide = min((n - j) // _LANES, _WIDE)
+        to, panel = out + j // _LANES * block, w + 4 * j * k
+        at_bias, at_scale = bias + 4 * j, multiplier + 4 * j
+        i = 0
+        while i < m:
+            i = max(min(i, m - _TILE // 2), 0)
+            x, x_hi, y = a + i * lda, a_hi + i * lda, to + 4 * _LANES * i
+            if wide == 1:
+                _pairs_1(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
+            elif wide == 2:
+                _pairs_2(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
+            elif _WIDE == 3:
+                _pairs_3(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
+            i += _TILE // 2
+        j += wide * _LANES
+
+
+@_kernel(exact=True)
+def _product_sums(a, lda, m, k, w, bias, multiplier, res, out, n):
+    """m pixels of k words -> int16 (m, n), plus those at res (0: none), which may not be where out is."""
+    j, last = 0, m - 1
+    while j < n:
+        wide = min((n - j) // _LANES, _WIDE)
+        to, panel, at_bias, at_scale = out + 2 * j, w + 4 * j * k, bias + 4 * j, multiplier + 4 * j
+        i = 0
+        while i < m:
+            i = max(min(i, m - _TILE), 0)
+            x, y = a + i * lda, to + 2 * i * n
+            r = res + 2 * (i * n + j) if res != 0 else 0
+            if wide == 1:
+                _sums_1(x, 0, lda, last, k, panel, at_bias, at_scale, r, y, 2 * n)
+            elif wide == 2:
+                _sums_2(x, 0, lda, last, k, panel, at_bias, at_scale, r, y, 2 * n)
+            elif _WIDE == 3:
+                _sums_3(x, 0, lda, last, k, panel, at_bias, at_scale, r, y, 2 * n)
+            i += _TILE
+        j += wide * _LANES
+
+
+_PATCH_WORDS = 15  # of the stem: three rows of nine values, each filled to five words of two
+
+
+@_kernel(exact=True)
+def _patches(image, row_words, w, out):
+    """What the stem sees at two rows of w outputs: words (2, w, _PATCH_WORDS)."""
+    for y in range(2):
+        for i in range(3):
+            line = image + 4 * (2 * y + i) * row_words
+            for j in range(w):
+                a, to = _ints(line + 12 * j, 5), _ints(out + 4 * ((y * w + j) * _PATCH_WORDS + 5 * i), 5)
+                for k in range(5):
+                    to[k] = a[k]
+
+
+_MBCONV_INTEGER = _fields("operation x row_words expand_k h w c_in c_mid size stride input_m expand_w "
+                          "expand_b expand_m dw_w dw_b dw_m project_w project_b project_m c_out residual out "
+                          "scratch chunk")
+
+
+@_kernel(_MBCONV_INTEGER, exact=True, part="integers")
+def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride):
+    """`_mbconv` in integers, two rows of the expanded map at once. With row_words > 0, x is the image."""
+    p = _row(row, _MBCONV_INTEGER)
+    x, h, w, c_mid, size, stride = ws + 4 * p.x, p.h, p.w, p.c_mid, p.size, p.stride
+    c_out, out, chunk, value = p.c_out, ws + 4 * p.out, p.chunk, 4 // _GROUP
+    h_out, w_out = (h + stride - 1) // stride, (w + stride - 1) // stride
+    top = max((h_out - 1) * stride + size - h, 0) // 2
+    across = max((w_out - 1) * stride + size - w, 0)
+    left = across // 2
+    stem, c_in = p.row_words > 0, (p.c_in + _LANES - 1) // _LANES * _LANES
+    stride_in = 4 * _PATCH_WORDS if stem else 2 * c_in
+    block = 4 * _LANES * (w + across)  # bytes
+    line = block * (c_mid // _LANES)
+    slots, pairs = ((chunk - 1) * stride + size - 1) // 2 + 2, size // 2 + 1
+    zeros = own + 4 * p.scratch
+    ring = zeros + line
+    depth = ring + slots * line
+    narrowed = depth + value * chunk * w_out * c_mid
+    lines_at = narrowed + (2 * w * stride_in + 7) // 8 * 8
+    lines = _longs(lines_at, pairs)
+    _ints(zeros, line // 4)[:] = 0
+    for i in range(slots):
+        for j in range(c_mid // _LANES):
+            padded = _ints(ring + i * line + j * block, block // 4)
+            padded[:left * _LANES] = 0
+            padded[(left + w) * _LANES:] = 0
+    first, last = band * h_out // bands, (band + 1) * h_out // bands
+    ready = max((first * stride - top) >> 1, 0)
+    y = first
+    while y < last:
+        count = min(chunk, last - y)
+        bottom = min((y + count - 1) * stride - top + size + 1, h + 1) >> 1
+        while ready < bottom:
+            to, whole = ring + ready % slots * line + 4 * left * _LANES, 2 * ready + 1 < h
+            if stem:
+                _patches(x + 16 * ready * p.row_words, p.row_words, w, narrowed)
+            else:
+                _narrow(x + 4 * ready * w * c_in, (2 if whole else 1) * w * c_in, p.input_m, narrowed)
+            _product_pairs(narrowed, narrowed + w * stride_in if whole else narrowed, stride_in, w,
+                           p.expand_k, p.expand_w, p.expand_b, p.expand_m, to, block, c_mid)
+            if not whole:
+                for j in range(c_mid // _LANES):
+                    words = _ints(to + j * block, w * _LANES)
+                    for i in range(w * _LANES):
+                        words[i] &= np.int32(65535)
+            ready += 1
+        for r in range(count):
+            above = (y + r) * stride - top
+            for i in range(pairs):
+                pair = (above >> 1) + i
+                lines[i] = ring + pair % slots * line if 0 <= pair < (h + 1) // 2 else zeros
+            to, taps = depth + value * r * w_out * c_mid, p.dw_w + 4 * (above & 1) * pairs * size * c_mid
+            if size == 3 and stride == 1:
+                _depthwise_pairs_31(lines_at, block, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+            elif size == 3:
+                _depthwise_pairs_32(lines_at, block, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+            elif stride == 1:
+                _depthwise_pairs_51(lines_at, block, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+            else:
+                _depthwise_pairs_52(lines_at, block, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
+        skip = x + 2 * y * w_out * c_out if p.residual else 0
+        _product_sums(depth, value * c_mid, count * w_out, c_mid // _GROUP, p.project_w, p.project_b,
+                      p.project_m, skip, out + 2 * y * w_out * c_out, c_out)
+        y += count
+
+
+_POOL_INTEGER = _fields("operation x cell stride channels down across out columns scale scratch")
+
+
+@_kernel(_POOL_INTEGER, exact=True, part="integers")
+def _pool_integer(row, band, bands, ws, own, state, image, batch, state_stride):
+    """Sums over the cells of a stage's int16 map, times one factor, into its slice of the token matrix."""
+    p = _row(row, _POOL_INTEGER)
+    cell, stride, channels, across, scale = p.cell, p.stride, p.channels, p.across, _floats(p.scale, 1)[0]
+    for gy in range(band * p.down // bands, (band + 1) * p.down // bands):
+        for gx in range(across):
+            at = state + 4 * (p.out + (gy * across + gx) * p.columns)
+            total, to = _ints(at, channels), _floats(at, channels)
+            whole = _longs(own + 4 * p.scratch, channels)
+            total[:] = 0
+            whole[:] = 0
+            for y in range(gy * cell, (gy + 1) * cell):
+                for column in range(gx * cell, (gx + 1) * cell):
+                    pixel = _shorts(ws + 4 * p.x + 2 * (y * across * cell + column) * stride, channels)
+                    for c in range(channels):
+                        total[c] += np.int32(pixel[c])
+                if cell > 256:  # more pixels than int32 has room for
+                    for c in range(channels):
+                        whole[c] += total[c]
+                        total[c] = 0
+            if cell > 256:
+                for c in range(channels):
+                    to[c] = np.float32(whole[c]) * scale
+            else:
+                for c in range(channels):
+                    to[c] = np.float32(total[c]) * scale
 
 
 @_kernel()
@@ -1212,7 +1691,7 @@ def _mix(row, band, bands, ws, own, state, image, batch, state_stride):
 _JOB = _fields("rows length whole_first whole_last workspace stride states table batch state_stride bands "
                "total left done taken quit give_way post wait")
 _ANY = _fields("operation")  # every row begins with it
-_ROW_BYTES = 8 * 24  # from one row of a program or of the image table to the next
+_ROW_BYTES = 8 * 32  # from one row of a program or of the image table to the next
 _SPINS = 4000  # pauses before a thread that waits gives its core away or sleeps, some 100 us
 
 
@@ -1347,6 +1826,14 @@ def _entry(function: Callable) -> Callable:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * function.__code__.co_argcount)(function.address)
 
 
+def _words(values: np.ndarray, group: int) -> np.ndarray:
+    """Integers (..., group, M) -> int32 (..., M), the first in the lowest bits."""
+    bits = 32 // group
+    values = np.asarray(values, np.int64)
+    words = sum((values[..., i, :] & ((1 << bits) - 1)) << bits * i for i in range(group))
+    return words.astype(np.uint32).view(np.int32)
+
+
 class Frames(NamedTuple):
     """What `run` made of a batch. Everything is on the host already."""
     scores: np.ndarray | None  # (B,)
@@ -1437,7 +1924,9 @@ class Engine:
 
     def features(self, backbone, shape: tuple[int, int], views: Sequence,
                  taps: Callable) -> list[tuple[int, int]]:
-        x, (h, w) = self.resize(shape, backbone.mean, backbone.std, taps), (n // 2 for n in shape)
+        integer, (h, w) = backbone.integer, (n // 2 for n in shape)
+        load_kernels("integers" if integer else "floats")
+        x = self.resize(shape, backbone.mean, backbone.std, taps, integer)
         self._stage = "features"
         tokens, filled = [], [0] * len(views)
         for grid, blocks in views:
@@ -1445,13 +1934,20 @@ class Engine:
             tokens.append((self.state(*grid, columns), columns))
         for i, block in enumerate(backbone.blocks):
             weights = (backbone.stem_w, backbone.stem_b) if i == 0 else (None, None)
-            x, h, w = self.mbconv(x, h, w, block, *weights)
+            if integer:
+                x, h, w = self.mbconv_integer(x, h, w, block, *weights, backbone.stem_m)
+            else:
+                x, h, w = self.mbconv(x, h, w, block, *weights)
             channels = block.channels[2]
             for k, (((down, across), blocks), (out, columns)) in enumerate(zip(views, tokens)):
                 if i in blocks:
-                    self.emit(_pool, x=x, cell=h // down, stride=round_up(channels, _LANES),
-                              channels=channels, down=down, across=across, out=out + filled[k],
-                              columns=columns)
+                    fields = dict(x=x, cell=h // down, stride=round_up(channels, _LANES), channels=channels,
+                                  down=down, across=across, out=out + filled[k], columns=columns)
+                    if integer:
+                        scale = np.float32(backbone.scales[i]) / np.float32((h // down) ** 2)
+                        self.emit(_pool_integer, **fields, scale=self.constant([scale]), scratch=2 * channels)
+                    else:
+                        self.emit(_pool, **fields)
                     filled[k] += channels
         return tokens
 
@@ -1537,14 +2033,71 @@ class Engine:
 
     # -- what the interface's operations are made of -------------------------------------------------
 
-    def resize(self, shape: tuple[int, int], mean, std, taps: Callable) -> int:
-        """Pixels of the image table -> (height + 1, width + 1, 3), zero in the last row and column."""
+    def resize(self, shape: tuple[int, int], mean, std, taps: Callable, integer: bool = False) -> int:
+        """Pixels of the image table -> (height + 1, width + 1, 3), zero in the last row and column.
+
+        integer: int16 values, a row filled to whole words of two.
+        """
         self._shape, self._taps, (height, width) = shape, taps, shape
-        out = self.workspace(height + 1, width + 1, 3)
-        mean, std = np.asarray(mean), np.asarray(std)
-        affine = self.constant([*1 / (255 * std), 0, *-mean / std, 0])
-        self.emit(_resize, out=out, height=height, width=width, row_stride=(width + 1) * 3, affine=affine)
+        row_stride = (width + 1) * 3 if not integer else -(-(width + 1) * 3 // 2)
+        out = self.workspace(height + 1, row_stride)
+        mean, std, step = np.asarray(mean), np.asarray(std), 1 / 16384
+        affine = [*1 / (255 * std), 0, *-mean / std, 0]
+        affine = [step, step, step, 0, -509.5, -509.5, -509.5, .5] if integer else affine  # a floor follows
+        self.emit(_resize, out=out, height=height, width=width, row_stride=row_stride,
+                  affine=self.constant(affine), integer=integer)
         return out
+
+    def mbconv_integer(self, x: int, h: int, w: int, block, stem_w=None, stem_b=None,
+                       stem_m=None) -> tuple[int, int, int]:
+        """`mbconv` in integers: the output map is int16. With stem weights, x is the resized image."""
+        p, stride, (c_in, mid, c_out) = block.arrays, block.stride, block.channels
+        mid_padded, out_padded = round_up(mid, _LANES), round_up(c_out, _LANES)
+        kernel = len(p["dw_w"])
+        pairs = kernel // 2 + 1
+        dw = np.zeros((2, 2 * pairs, kernel, mid_padded))  # for an even and an odd first row
+        for odd in (0, 1):
+            dw[odd, odd:odd + kernel, :, :mid] = p["dw_w"]
+        if stem_w is not None:
+            runs = np.zeros((3, 10, mid))  # see `_PATCH_WORDS`
+            runs[:, :9] = stem_w.reshape(3, 9, mid)
+            expand = self._layer("expand", runs.reshape(30, mid), stem_b, stem_m, 2)
+            row_words, expand_k, stride_in = -(-(2 * w + 1) * 3 // 2), _PATCH_WORDS, 4 * _PATCH_WORDS
+        else:
+            expand = self._layer("expand", p["expand_w"], p["expand_b"], p["expand_m"], 2)
+            row_words, expand_k, stride_in = 0, -(-c_in // 2), 2 * round_up(c_in, _LANES)
+        project_w = padded_to(p["project_w"], mid_padded, c_out)
+        h_out, w_out = -(-h // stride), -(-w // stride)
+        chunk = min(h_out, max(1, 64 // w_out))
+        line = (w + sum(same_padding(w, kernel, stride))) * mid_padded
+        slots = ((chunk - 1) * stride + kernel - 1) // 2 + 2
+        scratch = ((1 + slots) * line + chunk * w_out * mid_padded // _GROUP + -(-w * stride_in // 2) + 4
+                   + 2 * pairs)
+        out = self.workspace(-(-h_out * w_out * out_padded // 2))
+        self.emit(_mbconv_integer, x=x, row_words=row_words, expand_k=expand_k, h=h, w=w, c_in=c_in,
+                  c_mid=mid_padded, size=kernel, stride=stride, input_m=self.constant(p.get("input_m", [0])),
+                  **expand, dw_w=self.constant(_words(dw.reshape(2, pairs, 2, -1), 2), np.int32),
+                  dw_b=self.padded_ints(p["dw_b"], mid_padded), dw_m=self.padded(p["dw_m"], mid_padded),
+                  **self._layer("project", project_w, p["project_b"], p["project_m"], _GROUP, _LOWERED),
+                  c_out=out_padded, residual=bool(block.skip), out=out, chunk=chunk, scratch=scratch)
+        return out, h_out, w_out
+
+    def padded_ints(self, b: np.ndarray, m: int) -> int:
+        """Address of int32, filled with zeros up to m."""
+        return self.constant(np.pad(b, (0, m - len(b))), np.int32)
+
+    def _layer(self, name: str, w: np.ndarray, b: np.ndarray, m: np.ndarray, group: int,
+               above: int = 0) -> dict[str, int]:
+        """Fields of a product in integers: w (K, M), K filled to whole words, M to vectors, in panels.
+
+        above: its inputs are so much larger than they should be.
+        """
+        (k, columns), padded = w.shape, round_up(w.shape[1], _LANES)
+        b = b - above * w.astype(np.int64).sum(0)
+        words = _words(padded_to(w, round_up(k, group), padded).reshape(-1, group, padded), group)
+        panels = [words[:, j:j + _WIDE * _LANES].ravel() for j in range(0, padded, _WIDE * _LANES)]
+        return {f"{name}_w": self.constant(np.concatenate(panels), np.int32),
+                f"{name}_b": self.padded_ints(b, padded), f"{name}_m": self.padded(m, padded)}
 
     def mbconv(self, x: int, h: int, w: int, block, stem_w=None, stem_b=None) -> tuple[int, int, int]:
         """Returns offset and size of the output map. With stem weights, x is the normalised image."""

@@ -24,6 +24,7 @@ _LEAST_CAPABILITY = 75  # m16n8k8 products of halves
 _SMALL_MAP = 1 << 16  # chunks of a depthwise result below which more threads share the work of each
 _MOST_SHARES = 1 << 12  # warps of a product among which K is shared
 _IMAGE_WORDS = 15  # of struct Image in common.cuh
+_EXPAND, _PROJECT = 1, 2  # products in integers, see product.cu
 
 
 @functools.cache
@@ -168,7 +169,8 @@ class Engine:
     """Device memory, weights and launches of one model on the current GPU. See `fastprior.Engine`.
 
     precision "float32" stores activations in 32 bits and multiplies them on tensor cores as pairs of
-    halves, "float16" stores 16 bits; both add in float32. Work of several streams is put in order.
+    halves, "float16" stores 16 bits; both add in float32. A backbone in integers is the same in both, see
+    common.cuh. Work of several streams is put in order.
     """
 
     device = "cuda"
@@ -208,18 +210,23 @@ class Engine:
         """A device copy."""
         return self.cupy.asarray(np.ascontiguousarray(array, dtype))
 
-    def weights(self, array, *shape: int):
+    def weights(self, array, *shape: int, integer: bool = False):
         """A device copy in the storage type, filled with zeros up to `shape`."""
-        return self.constant(padded_to(array, *shape), self.real)
+        return self.constant(padded_to(array, *shape), np.int16 if integer else self.real)
 
     def buffer(self, *shape: int, dtype=None) -> Buffer:
         return Buffer(int(np.prod(shape)) * np.dtype(dtype or self.real).itemsize)
+
+    def vector(self, integer: bool) -> int:
+        """Elements of a chunk, see common.cuh."""
+        return 8 if integer else 16 // self.real.itemsize
 
     def state(self, *shape: int) -> Buffer:
         return self.buffer(*shape, dtype=np.float32)
 
     def kernel(self, file: str, name: str | None = None, **macros: int):
-        macros = {"HALF": int(self.real == np.float16)} | macros
+        half = self.real == np.float16 or bool(macros.get("INTEGER"))  # integers are the same in both
+        macros = {"HALF": int(half)} | macros
         options = tuple(f"-D{macro}={value}" for macro, value in macros.items())
         source = kernel_source(file)
         try:
@@ -240,14 +247,15 @@ class Engine:
         self.steps.append((self._stage, lambda batch: make(batch)._replace(beside=beside, waits=waits)))
 
     def product(self, a: Buffer, lda: int, w: np.ndarray, rows: int, k: int, *, bias=None, ldbias: int = 0,
-                gate: Buffer | None = None, residual: Buffer | None = None, act: int = NONE,
-                transposed: bool = False) -> Buffer:
+                gate=None, residual: Buffer | None = None, act=NONE, transposed: bool = False,
+                integer: int = 0) -> Buffer:
         """act(a @ w + bias) + residual, w (K, N) the same for all images.
 
-        transposed: a is (k, rows) of each image and the result (N, rows).
+        transposed: a is (k, rows) of each image and the result (N, rows). integer: 0, _EXPAND or _PROJECT;
+        act is then multipliers, see `_ending`, and gate that of a.
         """
         n = w.shape[1] if transposed else round_up(w.shape[1], 8)
-        out = self.buffer(n, rows)
+        out = self.buffer(n, rows, dtype=np.int16 if integer else None)
         wide = self.real == np.float32 and not np.array_equal(w, w.astype(np.float16))
         packed = self.constant(fragments(w, wide).view(np.int16), np.int16)
         across = -(-n // 32)
@@ -263,7 +271,7 @@ class Engine:
             args = (a, np.int64(k * lda if transposed else 0), lda, packed, bias, ldbias, gate, residual, out,
                     m, n, k, rows, act, split)
             kernel = self.kernel("product", TILE=tile, WARPS=warps, WIDE=int(wide),
-                                 TRANSPOSED=int(transposed))
+                                 TRANSPOSED=int(transposed), INTEGER=integer)
             shares = -(-m // tile) * across * split
             return Launch(kernel, (-(-shares // warps), 1, images), (32 * warps,), args)
         self.emit(make)
@@ -277,9 +285,10 @@ class Engine:
         for grid, blocks in views:
             columns = round_up(sum(backbone.blocks[i].channels[2] for i in blocks), PANEL)
             tokens.append((self.state(*grid, columns), columns))
-        x = self.resize(shape, backbone.mean, backbone.std, taps)
+        integer = backbone.integer
+        x = self.resize(shape, backbone.mean, backbone.std, taps, integer)
         self._stage = "features"
-        x = self.stem(x, shape, backbone.stem_w, backbone.stem_b, backbone.act)
+        x = self.stem(x, shape, backbone)
         h, w = (n // 2 for n in shape)
         for i, block in enumerate(backbone.blocks):
             x, h, w = self.mbconv(x, h, w, block)
@@ -287,11 +296,13 @@ class Engine:
             for k, (((down, across), blocks), (out, columns)) in enumerate(zip(views, tokens)):
                 if i in blocks:
                     fill = columns - filled[k] - channels if i == blocks[-1] else 0
-                    threads = down * across * -(-(channels + fill) // (16 // self.real.itemsize))
+                    threads = down * across * -(-(channels + fill) // self.vector(integer))
+                    scale = backbone.scales[i] / np.float32(h // down * (w // across)) if integer else 0
                     args = (x, out, h // down, round_up(channels, 8), channels, fill, down, across, filled[k],
-                            columns)
+                            columns, float(scale))
                     self.emit(lambda batch, args=args, threads=threads: Launch(
-                        self.kernel("pool"), (-(-threads // 128), 1, batch), (128,), args), "pools")
+                        self.kernel("pool", INTEGER=int(integer)), (-(-threads // 128), 1, batch), (128,),
+                        args), "pools")
                     filled[k] += channels
         return tokens
 
@@ -392,36 +403,49 @@ class Engine:
 
     # -- what the interface's operations are made of -----------------------------------------------
 
-    def resize(self, shape: tuple[int, int], mean, std, taps: Callable) -> Buffer:
+    def resize(self, shape: tuple[int, int], mean, std, taps: Callable, integer: bool) -> Buffer:
         """u8 pixels of the image table -> (*shape, 4), the fourth value zero."""
         self._shape, self._taps, mean, std = shape, taps, np.asarray(mean), np.asarray(std)
-        out, pixels = self.buffer(*shape, 4), shape[0] * shape[1]
-        affine = self.constant(np.concatenate([1 / (255 * std), -mean / std]))
-        self.emit(lambda batch: Launch(self.kernel("resize_normalize"), (-(-pixels // 128), 1, batch),
-                                       (128,), (self.table, affine, out, *shape)))
+        out = self.buffer(*shape, 4, dtype=np.int16 if integer else None)
+        name = "resize_integers" if integer else "resize_normalize"
+        affine = [] if integer else [self.constant(np.concatenate([1 / (255 * std), -mean / std]))]
+        self.emit(lambda batch: Launch(self.kernel("resize_normalize", name),
+                                       (-(-shape[0] * shape[1] // 128), 1, batch), (128,),
+                                       (self.table, *affine, out, *shape)))
         return out
 
-    def stem(self, x: Buffer, shape: tuple[int, int], w: np.ndarray, b: np.ndarray, act: int) -> Buffer:
-        c, (high, wide) = round_up(w.shape[-1], 8), (n // 2 for n in shape)
-        w, b = self.weights(w, 3, 3, 3, c), self.constant(padded_to(b, c))
-        out = self.buffer(high, wide, c)
-        threads = high * -(-wide // 4) * c // (16 // self.real.itemsize)
-        self.emit(lambda batch: Launch(self.kernel("stem"), (-(-threads // 128), 1, batch), (128,),
-                                       (x, w, b, out, *shape, c, act)))
+    def _ending(self, arrays: dict, layer: str, c: int, act: int):
+        """How a layer ends: its activation's code, or its multipliers in integers."""
+        m = arrays.get(f"{layer}_m")
+        return act if m is None else self.constant(padded_to(m, c))
+
+    def stem(self, x: Buffer, shape: tuple[int, int], backbone) -> Buffer:
+        c, (high, wide) = round_up(backbone.stem_w.shape[-1], 8), (n // 2 for n in shape)
+        integer = backbone.integer
+        w = self.weights(backbone.stem_w, 3, 3, 3, c, integer=integer)
+        b = self.constant(padded_to(backbone.stem_b, c))
+        ending = self._ending({"stem_m": backbone.stem_m}, "stem", c, backbone.act)
+        out = self.buffer(high, wide, c, dtype=np.int16 if integer else None)
+        threads = high * -(-wide // 4) * c // self.vector(integer)
+        self.emit(lambda batch: Launch(self.kernel("stem", INTEGER=int(integer)),
+                                       (-(-threads // 128), 1, batch), (128,),
+                                       (x, w, b, out, *shape, c, ending)))
         return out
 
     def mbconv(self, x: Buffer, h: int, w: int, block) -> tuple[Buffer, int, int]:
         """Returns the output map and its size; channels padded to a multiple of 8, at every place."""
         p = block.arrays
         c_in, mid, c_out = (round_up(c, 8) for c in block.channels)
-        y = x
+        y, integer = x, "dw_m" in p
         if "expand_w" in p:
-            y = self.product(x, c_in, p["expand_w"], h * w, c_in, act=block.act,
+            y = self.product(x, c_in, p["expand_w"], h * w, c_in, integer=_EXPAND * integer,
+                             gate=self.constant(p["input_m"]) if integer else None,
+                             act=self._ending(p, "expand", mid, block.act),
                              bias=self.constant(padded_to(p["expand_b"], mid)))
         size, stride = p["dw_w"].shape[0], block.stride
         h_out, w_out = -(-h // stride), -(-w // stride)
-        middle = self.buffer(h_out, w_out, mid)
-        chunks = mid // (16 // self.real.itemsize)
+        middle = self.buffer(h_out, w_out, mid, dtype=np.uint8 if integer else None)
+        chunks = mid // self.vector(integer)
         squeezed, across = "se_reduce_w" in p, min(chunks, 32)
         down = 128 // across
 
@@ -431,18 +455,21 @@ class Engine:
             return small, -(-chunks // across), -(-h_out * -(-w_out // (2 if small else 4)) // down)
         parts = grid(1)[2]
         sums = self.buffer(parts, mid, dtype=np.float32) if squeezed else None
-        taps, bias = self.weights(p["dw_w"], size, size, mid), self.constant(padded_to(p["dw_b"], mid))
+        taps = self.weights(p["dw_w"], size, size, mid, integer=integer)
+        bias, ending = self.constant(padded_to(p["dw_b"], mid)), self._ending(p, "dw", mid, block.act)
         top, left = (same_padding(n, size, stride)[0] for n in (h, w))
-        args = y, taps, bias, middle, sums, h, w, mid, top, left, block.act
+        args = y, taps, bias, middle, sums, h, w, mid, top, left, ending
 
         def make(batch: int) -> Launch:
             small, *blocks = grid(batch)
-            kernel = self.kernel("depthwise", f"depthwise_{size}{stride}", SMALL=int(small))
+            kernel = self.kernel("depthwise", f"depthwise_{size}{stride}", SMALL=int(small),
+                                 INTEGER=int(integer))
             return Launch(kernel, (*blocks, batch), (across, down, size if small else 1), args)
         self.emit(make)
         gate = self.squeeze_excite(sums, parts, mid, h_out * w_out, p) if sums else None
-        out = self.product(middle, mid, p["project_w"], h_out * w_out, mid,
-                           bias=self.constant(padded_to(p["project_b"], c_out)), gate=gate,
+        out = self.product(middle, mid, p["project_w"], h_out * w_out, mid, integer=_PROJECT * integer,
+                           act=self._ending(p, "project", c_out, NONE), gate=gate,
+                           bias=self.constant(padded_to(p["project_b"], c_out)),
                            residual=x if block.skip else None)
         return out, h_out, w_out
 

@@ -1,9 +1,10 @@
 // depthwise: depthwise convolution, SAME padding, bias, activation; sums for squeeze-excitation on the way.
-// Reference: depthwise.
+// References: depthwise; in integers requantize.
 //
 // x (B, H, W, C) real; w (k, k, C) real; bias (C,) float32; out (B, Ho, Wo, C) real, Ho = ceil(H/stride).
 // sums (B, gridDim.y, C) float32 or null: the outputs of each block summed over its pixels, in a fixed order.
 // top, left: rows and columns of zero padding before the map.
+// With INTEGER=1 x and w int16, out u8, `ending` the multipliers (C,), and sums null.
 // Launch: depthwise_KS for kernel K (3, 5) and stride S (1, 2); threadIdx.x a chunk of channels, threadIdx.y a
 //   strip of STRIP outputs of a row; grid (ceil(C/VECTOR / blockDim.x), ceil(Ho * ceil(Wo/STRIP) / blockDim.y), B),
 //   blockDim.x * blockDim.y up to 128. Large maps take strips of 4; with SMALL=1 strips of 2, and K threads share
@@ -18,8 +19,9 @@
 #define MOST_PLACES 128
 
 template <int KERNEL, int STRIDE>
-__device__ __forceinline__ void convolve(const real* x, const real* w, const float* bias, real* out, float* sums,
-                                         float* part, int height, int width, int c, int top, int left, int act) {
+__device__ __forceinline__ void convolve(const Activation* x, const Value* w, const float* bias, Depth* out,
+                                         float* sums, Sum* part, int height, int width, int c, int top, int left,
+                                         Ending ending) {
     allow_next_launch();
     const int height_out = (height + STRIDE - 1) / STRIDE, width_out = (width + STRIDE - 1) / STRIDE;
     const int strips = (width_out + STRIP - 1) / STRIP;
@@ -27,7 +29,8 @@ __device__ __forceinline__ void convolve(const real* x, const real* w, const flo
     const int strip = blockIdx.y * blockDim.y + threadIdx.y, place = threadIdx.y * blockDim.x + threadIdx.x;
     const int row = strip / strips, column = strip % strips * STRIP;
     const bool works = first < c && row < height_out;
-    float sum[STRIP][VECTOR] = {}, total[VECTOR] = {};
+    Sum sum[STRIP][VECTOR] = {};
+    float total[VECTOR] = {};
     await_launch();
     if (works) {
         x += (long long)blockIdx.z * height * width * c + first;
@@ -36,20 +39,21 @@ __device__ __forceinline__ void convolve(const real* x, const real* w, const flo
         for (int i = 0; i < KERNEL; i++) {
             const int y_in = row * STRIDE - top + i;
             if (y_in < 0 || y_in >= height || (SMALL && i != threadIdx.z)) continue;
-            float line[STRIP][VECTOR] = {};  // of one row of the filter, as threads that share a strip have it
-            Chunk taps[KERNEL];
+            Sum line[STRIP][VECTOR] = {};  // of one row of the filter, as threads that share a strip have it
+            ChunkOf<Value> taps[KERNEL];
 #pragma unroll
             for (int j = 0; j < KERNEL; j++) taps[j] = load_chunk(w + (i * KERNEL + j) * c + first);
 #pragma unroll
             for (int j = 0; j < (STRIP - 1) * STRIDE + KERNEL; j++) {
                 const int x_in = column * STRIDE - left + j;
-                const Chunk value = x_in < 0 || x_in >= width ? Chunk()
-                                                              : load_chunk(x + ((long long)y_in * width + x_in) * c);
+                const ChunkOf<Activation> pixel =
+                    x_in < 0 || x_in >= width ? ChunkOf<Activation>()
+                                              : load_chunk(x + ((long long)y_in * width + x_in) * c);
 #pragma unroll
                 for (int o = 0; o < STRIP; o++)
                     if (j - o * STRIDE >= 0 && j - o * STRIDE < KERNEL)
 #pragma unroll
-                        for (int v = 0; v < VECTOR; v++) line[o][v] += get(value.at[v]) * get(taps[j - o * STRIDE].at[v]);
+                        for (int v = 0; v < VECTOR; v++) line[o][v] += get(pixel.at[v]) * get(taps[j - o * STRIDE].at[v]);
             }
 #pragma unroll
             for (int o = 0; o < STRIP; o++)
@@ -70,23 +74,23 @@ __device__ __forceinline__ void convolve(const real* x, const real* w, const flo
 #pragma unroll
         for (int o = 0; o < STRIP; o++) {
             if (column + o >= width_out) continue;
-            Chunk result;
+            ChunkOf<Depth> result;
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
-                float y = sum[o][v];
+                Sum all = sum[o][v];
 #if SMALL
 #pragma unroll
                 for (int i = 0; i < KERNEL - 1; i++)
-                    y += part[(i * STRIP * VECTOR + o * VECTOR + v) * MOST_PLACES + place];
+                    all += part[(i * STRIP * VECTOR + o * VECTOR + v) * MOST_PLACES + place];
 #endif
-                y = activate(y + bias[first + v], act);
+                const float y = finish(all + bias[first + v], ending, first + v, 255.f);
                 total[v] += y;
                 put(result.at[v], y);
             }
             store_chunk(out + (long long)o * c, result);
         }
     }
-    if (!sums) return;
+    if (INTEGER || !sums) return;
     if (SMALL) __syncthreads();  // what was shared has been read
     if (threadIdx.z == 0)
 #pragma unroll
@@ -102,10 +106,10 @@ __device__ __forceinline__ void convolve(const real* x, const real* w, const flo
 
 #define DEPTHWISE(KERNEL, STRIDE)                                                                                       \
     extern "C" __global__ void __launch_bounds__(MOST_PLACES * (SMALL ? KERNEL : 1)) depthwise_##KERNEL##STRIDE(        \
-            const real* x, const real* w, const float* bias, real* out, float* sums, int height, int width, int c,      \
-            int top, int left, int act) {                                                                               \
-        __shared__ float part[MOST_PLACES * VECTOR * (SMALL ? (KERNEL - 1) * STRIP : 1)];                               \
-        convolve<KERNEL, STRIDE>(x, w, bias, out, sums, part, height, width, c, top, left, act);                        \
+            const Activation* x, const Value* w, const float* bias, Depth* out, float* sums, int height,                \
+            int width, int c, int top, int left, Ending ending) {                                                       \
+        __shared__ Sum part[MOST_PLACES * VECTOR * (SMALL ? (KERNEL - 1) * STRIP : 1)];                                 \
+        convolve<KERNEL, STRIDE>(x, w, bias, out, sums, part, height, width, c, top, left, ending);                     \
     }
 
 DEPTHWISE(3, 1)

@@ -1,5 +1,6 @@
 // product: out = act(a @ w + bias) + residual; the pointwise convolutions, the denoiser's layers, the
-// mixing of positions. References: linear, mix; with `gate` the last step of squeeze_excite before linear.
+// mixing of positions. References: linear, mix; with `gate` the last step of squeeze_excite before linear;
+// in integers linear, then requantize.
 //
 // a (B, M, K) real with rows lda apart; with TRANSPOSED=1 (B, K, M), and out and residual are (B, N, M).
 //   a_step: elements from one image to the next
@@ -9,6 +10,8 @@
 // gate (M / period, K) float32 or null: row i of a is scaled by gate row i / period first; not if TRANSPOSED
 // residual, out (B, M, N) real; residual may be null
 // N, lda and K are multiples of 8 (TRANSPOSED: M and lda are).
+// INTEGER=1 (EXPAND): a int16, requantized to -1023..1023 by `gate` (1,) first, out int16; INTEGER=2 (PROJECT): a u8,
+//   residual and out int16. Bias holds integers, `ending` multipliers (N,); neither WIDE nor TRANSPOSED.
 // Launch: block 32 * WARPS, grid (ceil(tiles * split / WARPS), 1, B), tiles = ceil(M/TILE) * ceil(N/32); TILE 32 or 16
 //   and WARPS 4 or 8, a module for each. `split` warps share a tile, and divide WARPS: each takes every split-th 16 of K.
 //   An element is summed in an order that only `split` sets, so that a score does not depend on its batch.
@@ -18,6 +21,16 @@
 // 65504 in magnitude (others make NaN), float32 sums. Nothing goes through shared memory before it is multiplied: of
 // every 16 of K a lane takes four neighbours of a row in one load, and w is packed in that order.
 #include "common.cuh"
+
+#define EXPAND 1
+#define PROJECT 2
+#if INTEGER == PROJECT
+typedef Depth In;
+typedef Value Out;
+#else
+typedef Value In;
+typedef Activation Out;
+#endif
 
 #ifndef TILE
 #define TILE 32
@@ -32,19 +45,20 @@
 #define WARPS 8                    // of a block
 #endif
 #define COLUMNS 32
-#define TERMS (HALF ? 1 : 2)       // halves that make up a value of a
+#define TERMS (HALF || INTEGER ? 1 : 2) // halves that make up a value of a
 #define DOWN (TILE / 16)           // 16 x 8 products of a tile, down and across
 #define ACROSS (COLUMNS / 8)
 #define ROW (COLUMNS + 8)          // padding keeps the banks apart
 #define AHEAD (TILE == 16 ? 2 : 1) // sixteens of K that are fetched at a time
 
 struct alignas(16) Packed { unsigned at[4]; };  // a lane's share of a tile of w: columns lane/4 and lane/4 + 8
-struct alignas(4 * sizeof(real)) Quad { real at[4]; };
+template <class T> struct alignas(4 * sizeof(T)) QuadOf { T at[4]; };
+typedef QuadOf<In> Quad;
 struct Fetched { Quad a[DOWN][2]; Packed w[COLUMNS / 16][WIDE + 1]; };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
-        const real* a, long long a_step, int lda, const Packed* w, const float* bias, int ldbias, const float* gate,
-        const real* residual, real* out, int m, int n, int k, int period, int act, int split) {
+        const In* a, long long a_step, int lda, const Packed* w, const float* bias, int ldbias, const float* gate,
+        const Out* residual, Out* out, int m, int n, int k, int period, Ending ending, int split) {
     allow_next_launch();
     __shared__ __align__(16) float part[WARPS][TILE][ROW];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = warp % split;
@@ -54,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
     a += blockIdx.z * a_step;
     w += (long long)first_col / 16 * sixteens * (WIDE + 1) * 32 + lane;
 
-    const real* rows[DOWN][2];  // null: beyond the last row
+    const In* rows[DOWN][2];  // null: beyond the last row
     const float* gates[DOWN][2];
 #pragma unroll
     for (int i = 0; i < DOWN; i++)
@@ -80,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
                     } else {
                         CHECK_ALIGNED(rows[i][h] + inner, sizeof(Quad));
                         quad = *reinterpret_cast<const Quad*>(rows[i][h] + inner);
-                        if (gate)
+                        if (gate && !INTEGER)
 #pragma unroll
                             for (int e = 0; e < 4; e++) put(quad.at[e], get(quad.at[e]) * gates[i][h][inner + e]);
                     }
@@ -101,8 +115,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
         for (int i = 0; i < DOWN; i++)
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                const real* two = from.a[i][r % 2].at + r / 2 * 2;
-#if HALF
+                const In* two = from.a[i][r % 2].at + r / 2 * 2;
+#if INTEGER == PROJECT
+                unsigned halves[2];
+                halves_from_bytes(halves, two[0] | two[1] << 8, 0);
+                left[0][i][r] = halves[0];
+#elif INTEGER == EXPAND
+                left[0][i][r] = pair_of(half_from_float(requantize(two[0], gate[0], -1023.f, 1023.f)),
+                                        half_from_float(requantize(two[1], gate[0], -1023.f, 1023.f)));
+#elif HALF
                 left[0][i][r] = pair_of(two[0].bits, two[1].bits);
 #else
                 const unsigned short high[2] = {half_from_float(two[0]), half_from_float(two[1])};
@@ -165,12 +186,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
         const long long to = TRANSPOSED ? ((long long)blockIdx.z * n + first_col + col) * m + first_row + row
                                         : ((long long)blockIdx.z * m + first_row + row) * n + first_col + col;
         const float* offset = bias + (long long)(ldbias ? (first_row + row) % period : 0) * ldbias + first_col + col;
-        Quad result, rest = Quad();
-        CHECK_ALIGNED(out + to, sizeof(Quad));
-        if (residual) rest = *reinterpret_cast<const Quad*>(residual + to);
+        QuadOf<Out> result, rest = QuadOf<Out>();
+        CHECK_ALIGNED(out + to, sizeof(result));
+        if (residual) rest = *reinterpret_cast<const QuadOf<Out>*>(residual + to);
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            put(result.at[e], activate(y[e] + (bias ? offset[e] : 0.f), act) + get(rest.at[e]));
-        *reinterpret_cast<Quad*>(out + to) = result;
+        for (int e = 0; e < 4; e++) {
+            const float total = y[e] + (bias ? offset[e] : 0.f);
+#if INTEGER == PROJECT
+            const float own = requantize(total, ending[first_col + col + e], -32767.f, 32767.f);
+            put(result.at[e], clip(own + get(rest.at[e]), -32767.f, 32767.f));
+#else
+            put(result.at[e], finish(total, ending, first_col + col + e, 2047.f) + get(rest.at[e]));
+#endif
+        }
+        *reinterpret_cast<QuadOf<Out>*>(out + to) = result;
     }
 }

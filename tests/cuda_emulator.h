@@ -227,6 +227,8 @@ static T __shfl_xor_sync(unsigned, T value, int lane) {
     return other;
 }
 
+static inline float __fmul_rn(float x, float y) { return x * y; }
+
 static inline float float_from_half(unsigned short bits) {
     _Float16 half;
     std::memcpy(&half, &bits, 2);
@@ -245,9 +247,9 @@ static void __syncwarp() { emulator::exchange("", 1); }
 static inline void allow_next_launch() {}
 static inline void await_launch() {}
 
-static inline void halves_from_bytes(unsigned two[2], unsigned four) {
+static inline void halves_from_bytes(unsigned two[2], unsigned four, unsigned zero = 128) {
     for (int i = 0; i < 4; i++) {
-        const unsigned short bits = half_from_float((float)(four >> 8 * i & 255) - 128.f);
+        const unsigned short bits = half_from_float((float)(four >> 8 * i & 255) - (float)zero);
         std::memcpy(reinterpret_cast<char*>(two) + 2 * i, &bits, 2);
     }
 }

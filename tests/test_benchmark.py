@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 import fastprior as fp
 from conftest import ROOT
 
+extraction = fp._room("extraction")
+
 console = fp._room("console")
 
 benchmark = fp._room("benchmark")
@@ -188,7 +190,7 @@ def test_the_grid_has_every_configuration_and_trains_each_once(bench, data, monk
 
     def refuse(*_, **__):
         raise AssertionError("not from the cache")
-    monkeypatch.setattr(fp, "extract_features", refuse)
+    monkeypatch.setattr(extraction, "extract_features", refuse)
     rows_of(bench("--variants", "gaussian", "--images", "12", *rest, data=[data]))
     monkeypatch.setattr(fp, "_whiten_features", refuse)
     assert rows_of(bench(*command, data=[data])) == first
@@ -249,7 +251,7 @@ def test_report_has_table_and_picture(bench, data, tmp_path):
 def test_bad_options_are_refused_before_anything_is_trained(bench, monkeypatch, arguments, match):
     def refuse(*_, **__):
         raise AssertionError("trained")
-    monkeypatch.setattr(fp, "extract_features", refuse)
+    monkeypatch.setattr(extraction, "extract_features", refuse)
     done = bench(*arguments)
     assert isinstance(done.exception, fp.FastPriorError), done.exception
     assert re.search(match, str(done.exception)) and "\n" not in str(done.exception)
@@ -298,6 +300,29 @@ def test_against_times_both(small):
     got = benchmark.bench_against(small, ["torch"], rounds=1, calls=1)
     assert got.keys() == {"fastprior_ms", "torch_ms", "ratio_torch"}
     assert got["ratio_torch"] == got["fastprior_ms"] / got["torch_ms"] > 0
+
+
+def test_other_runtimes_get_the_backbone_in_floats(small, monkeypatch):
+    floats = fp.load_backbone("lite0")
+    assert small.backbone.integer and benchmark.in_floats(floats) is floats
+    np.testing.assert_array_equal(benchmark.in_floats(small.backbone).stem_w, floats.stem_w)
+    renamed = fp.dataclasses.replace(small.backbone, name="mine")
+    with pytest.raises(fp.BackendUnavailable, match="mine in floats.*--backbone$"):
+        benchmark.in_floats(renamed, ["lite0", "lite2"])
+    mine = fp.dataclasses.replace(floats, name="mine")
+    assert benchmark.in_floats(renamed, ["lite0", mine]) is mine
+
+
+def test_weights_are_counted_as_they_are_written(small):
+    written = {k: a.nbytes for k, a in small.backbone.to_arrays().items()}
+    want = sum(written.values()) - sum(written[k] for k in ("stem_b", "stem_m", "scales"))
+    assert benchmark.count_work(small)[1]["features"] == want
+    floats = small._with(small.settings, small.calibrations, {})
+    floats.backbone = fp.load_backbone("lite0")
+    flops, read = benchmark.count_work(floats)
+    assert flops == benchmark.count_work(small)[0]
+    assert read["features"] == 2 * sum(
+        a.nbytes for k, a in floats.backbone.to_arrays().items() if k != "stem_b")
 
 
 def test_a_runtime_that_fails_is_named(small, monkeypatch):

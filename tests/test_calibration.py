@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 import fastprior as fp
 
+extraction = fp._room("extraction")
+
 curation = fp._room("curation")
 
 BOTTLES = Path(__file__).resolve().parents[2] / "shared" / "data" / "mvtec" / "bottle" / "train" / "good"
@@ -93,9 +95,9 @@ def test_false_alarms_on_real_good_images_are_as_promised():
 def test_false_alarms_of_refitted_models_stay_below_the_promise(calibration, monkeypatch):
     files = fp.find_images(BOTTLES)
     settings = fp.Settings(size=64, copies=0)
-    everything = fp.extract_features(files, settings, fp.load_backbone("lite0"))
+    everything = extraction.extract_features(files, settings, fp.load_backbone("lite0"))
     features = everything.features
-    monkeypatch.setattr(fp, "extract_features",
+    monkeypatch.setattr(extraction, "extract_features",
                         lambda images, *_, **__: everything.of(images)._replace(
                             sources=list(range(len(images)))))
     rng = np.random.default_rng(0)
@@ -295,11 +297,12 @@ def products(tmp_path_factory):
 @pytest.mark.parametrize("backend", ["numba", "numpy"])
 def test_a_model_of_several_products_knows_which_it_sees(products, backend, tmp_path, monkeypatch):
     joint = fp.fit_many(products, iterations=0, size=64, copies=1)
-    single = {name: fp.fit(products / name, iterations=0, size=64, copies=1) for name in ("plate", "washer")}
+    single = {name: fp.fit(products / name, iterations=0, size=64, copies=1, backbone=joint.backbone)
+              for name in ("plate", "washer")}
     assert list(joint.priors) == list(single)
     joint.save(tmp_path / "all.npz")
     if backend == "numpy":
-        monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+        monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     again = fp.Prior.load(tmp_path / "all.npz")
     images = [fp.find_images(products / name)[i] for i in (0, 1) for name in single]
     images.append(scratched(images[-1], tmp_path / "bad.png"))

@@ -22,7 +22,7 @@ def test_coarse_cells_are_scored_as_the_reference_does(washers, pictures, tmp_pa
     prior.save(tmp_path / "m.npz")
     again = fp.Prior.load(tmp_path / "m.npz")
     fast = again.score_batch(pictures)
-    monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+    monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     slow = fp.Prior.load(tmp_path / "m.npz").score_batch(pictures)
     np.testing.assert_allclose([r.score for r in fast], [r.score for r in slow], rtol=1e-3, atol=1e-3)
     for a, b in zip(fast, slow):

@@ -178,11 +178,133 @@ def pool(b, block=32):
     out.fill(3)
     vector = 16 // np.dtype(b.dtype).itemsize
     b.launch("pool", (-(-down * across * -(-(c + fill) // vector) // block), 1, 2), (block,), x, out, I(cell),
-             I(ldx), I(c), I(fill), I(down), I(across), I(first), I(columns))
+             I(ldx), I(c), I(fill), I(down), I(across), I(first), I(columns), F(0))
     want = np.full((2, down * across, columns), 3.0)
     want[..., first + c:first + c + fill] = 0
     want[..., first:first + c] = np.stack([fp.pool(i[..., :c], (down, across)).reshape(-1, c) for i in x64])
     b.check(out, want)
+
+
+def integers(b, *shape, most, extreme=.1):
+    """Float32 integers up to `most` in magnitude, a share of them at the ends or zero."""
+    a = b.rng.integers(-most, most + 1, shape)
+    ends = b.rng.random(shape)
+    return np.where(ends < extreme, np.sign(a) * most, np.where(ends < 1.5 * extreme, 0, a)).astype(F)
+
+
+def fitting(b, w, most, out):
+    """Bias and multipliers of integer weights (..., C): sums below 2^24 for inputs up to `most`.
+
+    Results are clipped at `out` on both sides; column 0 has ties, the last is padding.
+    """
+    w[..., -1] = 0
+    of_column = np.abs(w).reshape(-1, w.shape[-1])
+    bias, largest = integers(b, w.shape[-1], most=4000), of_column.sum(0) * most
+    m = out / np.maximum(largest, most) * b.rng.uniform(.5, 8, w.shape[-1]) * len(of_column) ** .5
+    bias[-1] = m[-1] = 0
+    m[0] = 2 ** np.floor(np.log2(m[0]))
+    assert (largest + np.abs(bias)).max() < 1 << 24
+    return bias, m.astype(F)
+
+
+def as_type(b, dtype, *arrays):
+    return [b.cuda.asarray(a.astype(dtype)) for a in arrays]
+
+
+def check_equal(got, want, *limits):
+    """Bit for bit; many values are there, and the limits, or nothing is shown."""
+    assert want.size < 1000 or len(np.unique(want)) > 20 and set(limits) <= set(want.ravel())
+    assert got.shape == want.shape
+    np.testing.assert_array_equal(got.get(), want)
+
+
+def resize_integers(b, block=64):
+    size, rows, want = (20, 28), [], []
+    for h, w, shift in ((37, 61, (0, 0)), (20, 20, (0.03, -.2)), (9, 111, (0, .01)), (80, 56, (0, 0))):
+        image = b.rng.integers(0, 256, (h, w, 3), np.uint8)  # by four down: every second sum is a tie
+        image[:h // 4, :w // 2], image[h // 2:, w // 2:] = 255, 0
+        row = {"pixels": b.cuda.asarray(image), "height": h, "width": w}
+        for side, n, out, s in zip(("row", "col"), (h, w), size, shift):
+            start, weight = fp.fixed_point_taps(n, out, s)
+            row |= {f"{side}_start": b.cuda.asarray(start.astype(I)), f"{side}_taps": weight.shape[1],
+                    f"{side}_weight": b.cuda.asarray(weight.astype(F))}
+        rows.append(row)
+        want.append(fp.resize_integers(image, size, shift))
+    out = b.empty(4, *size, 4, dtype=np.int16)
+    b.launch("resize_integers", (-(-size[0] * size[1] // block), 1, 4), (block,), image_table(b, rows), out,
+             *map(I, size))
+    check_equal(out, np.concatenate([want, np.zeros((4, *size, 1))], -1), -510, 510)
+
+
+def stem_integers(b, block=96):
+    (height, width), c = (18, 26), 24
+    x, w = integers(b, 2, height, width, 4, most=510), integers(b, 3, 3, 3, c, most=1200)
+    w[..., 1] = 0
+    w[1, 1, 1, 1] = 32767
+    bias, m = fitting(b, w, 510, 2047)
+    out = b.empty(2, height // 2, width // 2, c, dtype=np.int16)
+    strips = height // 2 * -(-width // 8) * c // 8
+    b.launch("stem", (-(-strips // block), 1, 2), (block,), *as_type(b, np.int16, x, w),
+             *as_type(b, F, bias), out, I(height), I(width), I(c), *as_type(b, F, m))
+    want = [fp.requantize(fp.stem(i[..., :3], w, bias, fp.NONE), m, 0, 2047) for i in x]
+    check_equal(out, np.stack(want), 0, 2047)
+
+
+def expand(b, tile=32, m=70, n=72, k=80, split=2, warps=4, most=127, input_m=1 / 32):
+    a, w = integers(b, m, k, most=32767), integers(b, k, n, most=most)
+    bias, multiplier = fitting(b, w, 1023, 2047)
+    out = b.empty(m, n, dtype=np.int16)
+    input_m = np.array([input_m], F)
+    b.launch("product", (-(-(-(-m // tile) * -(-n // 32)) * split // warps),), (32 * warps,),
+             *as_type(b, np.int16, a), L(0), I(k), packed(b, w), *as_type(b, F, bias), I(0),
+             *as_type(b, F, input_m), NULL, out, I(m), I(n), I(k), I(m), *as_type(b, F, multiplier), I(split))
+    small = fp.requantize(a.copy(), input_m, -1023, 1023)
+    assert (np.abs(small) == 1023).any() and (np.abs(a * input_m) > 1023.5).any()
+    check_equal(out, fp.requantize(fp.linear(small, w, bias), multiplier, 0, 2047), 0, 2047)
+
+
+def project(b, tile=32, m=70, n=72, k=80, split=2, warps=4, most=127, with_residual=True):
+    a, w = np.abs(integers(b, m, k, most=255)), integers(b, k, n, most=most)
+    bias, multiplier = fitting(b, w, 255, 32767)
+    residual = integers(b, m, n, most=32767)
+    out = b.empty(m, n, dtype=np.int16)
+    b.launch("product", (-(-(-(-m // tile) * -(-n // 32)) * split // warps),), (32 * warps,),
+             *as_type(b, np.uint8, a), L(0), I(k), packed(b, w), *as_type(b, F, bias), I(0), NULL,
+             *(as_type(b, np.int16, residual) if with_residual else [NULL]), out, I(m), I(n), I(k), I(m),
+             *as_type(b, F, multiplier), I(split))
+    want = fp.requantize(fp.linear(a, w, bias), multiplier, -32767, 32767)
+    check_equal(out, (want + residual).clip(-32767, 32767) if with_residual else want, -32767, 32767)
+
+
+def depthwise_integers(b, block=(3, 8), h=12, w=9, c=40, kernel=5, stride=2, small=0):
+    x, taps = np.abs(integers(b, 2, h, w, c, most=2047)), integers(b, kernel, kernel, c, most=300)
+    taps[..., 1] = 0
+    taps[0, -1, 1], taps[-1, 0, 1] = 4000, -4000
+    bias, m = fitting(b, taps, 2047, 255)
+    ho, wo = -(-h // stride), -(-w // stride)
+    grid = (-(-c // 8 // block[0]), -(-ho * -(-wo // (2 if small else 4)) // block[1]), 2)
+    out = b.empty(2, ho, wo, c, dtype=np.uint8)
+    top, left = (fp._same_padding(n, kernel, stride)[0] for n in (h, w))
+    b.launch(f"depthwise_{kernel}{stride}", grid, (*block, kernel if small else 1), *as_type(b, np.int16, x),
+             *as_type(b, np.int16, taps), *as_type(b, F, bias), out, NULL, I(h), I(w), I(c), I(top), I(left),
+             *as_type(b, F, m))
+    want = np.stack([fp.requantize(fp.depthwise(i, taps, bias, stride, fp.NONE), m) for i in x])
+    check_equal(out, want, 0, 255)
+
+
+def pool_integers(b, block=32, cell=3, down=4, across=5, sign=0):
+    c, ldx, first, columns, fill, scale = 18, 24, 3, 29, 5, F(.0123)
+    x = integers(b, 2, down * cell, across * cell, ldx, most=32767)
+    x[1] = x[1] if sign == 0 else sign * 32767
+    out = b.empty(2, down * across, columns, dtype=F)
+    out.fill(3)
+    b.launch("pool", (-(-down * across * -(-(c + fill) // 8) // block), 1, 2), (block,),
+             *as_type(b, np.int16, x), out, I(cell), I(ldx), I(c), I(fill), I(down), I(across), I(first),
+             I(columns), scale / F(cell * cell))
+    want = np.full((2, down * across, columns), F(3))
+    want[..., first + c:first + c + fill] = 0
+    want[..., first:first + c] = [fp.pool(i[..., :c], (down, across), scale).reshape(-1, c) for i in x]
+    check_equal(out, want)
 
 
 def whiten(b, block=64, batch=19, c=96, scale=1.0):
@@ -346,17 +468,39 @@ OPERATIONS = {
     "sharpen": (sharpen, [{}, {"block": 128, "fine": (24, 8)}, {"grid": (1, 1), "block": 1, "fine": (8, 8)}]),
     "anomaly_map": (anomaly_map, [{}, {"blocks": 64, "block": 64}, {"blocks": 1, "block": 1}]),
 }
-FILES = {"mix": "product", "whiten_diagonal": "whiten"}
+IN_INTEGERS = {  # equal, not close, to their references
+    "resize_integers": (resize_integers, [{}, {"block": 256}]),
+    "stem_integers": (stem_integers, [{}, {"block": 32}]),
+    "expand": (expand, [{}, {"tile": 16, "m": 5, "n": 40, "k": 1032, "split": 8, "warps": 8, "most": 15},
+                        {"m": 1, "n": 8, "k": 8, "split": 1, "input_m": .033}]),
+    "project": (project, [{}, {"tile": 16, "m": 5, "n": 40, "k": 512, "split": 8, "warps": 8},
+                          {"m": 40, "k": 24, "split": 1, "with_residual": False}]),
+    "depthwise_integers": (depthwise_integers, [
+        {}, {"kernel": 3, "stride": 1, "h": 1, "w": 6, "block": (1, 32)}, {"kernel": 3, "block": (32, 4)},
+        {"h": 16, "w": 16, "stride": 1}, {"small": 1}, {"small": 1, "kernel": 3, "stride": 1, "h": 5}]),
+    "pool_integers": (pool_integers, [{}, {"block": 256, "cell": 257, "down": 1, "across": 1, "sign": 1},
+                                      {"cell": 257, "down": 1, "across": 1, "sign": -1}]),
+}
+OPERATIONS |= IN_INTEGERS
+CASES = [(name, dtype) for name in OPERATIONS for dtype in (np.float32, np.float16)
+         if dtype == np.float16 or name not in IN_INTEGERS]  # which the engine compiles with HALF=1
+FILES = {"mix": "product", "whiten_diagonal": "whiten", "resize_integers": "resize_normalize",
+         "stem_integers": "stem", "expand": "product", "project": "product",
+         "depthwise_integers": "depthwise", "pool_integers": "pool"}
+
+INTEGER_FILES = "product", "stem", "depthwise", "pool"  # which the engine compiles with INTEGER
 
 
 def macros(name, dtype, tile=None, small=None, wide=None, warps=4, **_):
     """The macros with which the engine would compile what these options launch."""
     tile, wide = tile or (16 if name == "mix" else 32), (name == "mix") if wide is None else wide
+    integer = 2 if name == "project" else int(name in IN_INTEGERS)
     chosen = {"HALF": int(dtype == np.float16)}
-    if name in ("product", "mix"):
+    if FILES.get(name, name) == "product":
         chosen |= {"TILE": tile, "WARPS": warps, "WIDE": int(wide and dtype == np.float32),
                    "TRANSPOSED": int(name == "mix")}
     chosen |= {"SMALL": small} if small else {}
+    chosen |= {"INTEGER": integer} if FILES.get(name, name) in INTEGER_FILES else {}
     return tuple(f"-D{macro}={value}" for macro, value in chosen.items())
 
 
@@ -369,8 +513,7 @@ def test_every_operation_of_the_table_is_here():
     assert {FILES.get(name, name) for name in OPERATIONS} == {op.cuda for op in OPS.values()} - {None}
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name, dtype", CASES)
 def test_kernel_agrees_with_its_reference(name, dtype):
     run, variants = OPERATIONS[name]
     for i, options in enumerate(variants):
@@ -508,6 +651,14 @@ MUTANTS = [
     ("anomaly_map", "down * ((1.f - right) * at[width]", "down * ((1.f - right) * at[1]"),
     ("anomaly_map", "image.map_row[y] * width", "image.map_row[y] * image.width"),
     ("anomaly_map", "y * image.width + x", "y * image.height + x"),
+    ("resize_integers", "floorf(down[c] / 256.f + .5f)", "rintf(down[c] / 256.f)"),
+    ("stem_integers", "ending, first + v, 2047.f)", "ending, v, 2047.f)"),
+    ("expand", "rintf(__fmul_rn(total, m))", "floorf(__fmul_rn(total, m) + .5f)"),
+    ("project", "requantize(total, ending[first_col + col + e], -32767.f, 32767.f)",
+     "rintf(total * ending[first_col + col + e])"),
+    ("project", "clip(own + get(rest.at[e]), -32767.f, 32767.f)", "own + get(rest.at[e])"),
+    ("depthwise_integers", "ending, first + v, 255.f);", "ending, v, 255.f);"),
+    ("pool_integers", "typedef long long Total;", "typedef int Total;"),
 ]
 
 
@@ -515,7 +666,7 @@ MUTANTS = [
 @pytest.mark.parametrize("name, text, broken", MUTANTS, ids=[f"{m[0]}-{i}" for i, m in enumerate(MUTANTS)])
 def test_a_planted_error_is_caught(name, text, broken):
     run, variants = OPERATIONS[name]
-    dtype = np.float32
+    dtype = np.float16 if name in IN_INTEGERS else np.float32
     child = os.fork()  # a wild write may take the process with it: that counts as caught
     if child == 0:
         faulthandler.disable()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastprior as fp
-from damaged_models import fine_of, half, tiny_prior
+from damaged_models import fine_of, half, tiny_backbone, tiny_prior
 from emulated_cuda import DeviceArray, FakeCupy, LaunchError, gxx
 
 engines = fp._engines("cuda")
@@ -95,6 +95,45 @@ def images(seed=1, sizes=((70, 90), (96, 96), (41, 33))):
     return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
 
 
+def in_integers(backbone, shape):
+    """The backbone, settings, and images of which some are all ends: white, and a step from black to it.
+
+    "tiny" has widths that are no multiple of anything.
+    """
+    tiny = tiny_backbone(np.random.default_rng(0), channels=(5, 7, 8, 17, 17))
+    step = np.zeros((96, 60, 3), np.uint8)
+    step[:, 25:] = 255
+    batch = [*images(), step, np.full((50, 70, 3), 255, np.uint8)]
+    settings = fp.Settings(size=shape)
+    net, _ = fp._room("quantization").quantize_on(tiny if backbone == "tiny" else fp.load_backbone(backbone),
+                                                    batch, settings)
+    assert net.integer
+    return net, settings, batch
+
+
+def feature_engine(backbone, settings, precision):
+    """As fp._feature_engine, in any precision."""
+    e, views = engines.Engine(precision), backbone.views(settings)
+    for (x, _), (grid, blocks) in zip(e.features(backbone, settings.shape, views, backbone.taps), views):
+        e.keep(x, int(np.prod(grid)), sum(backbone.blocks[i].channels[2] for i in blocks))
+    e.finish()
+    return e
+
+
+def check_features_in_integers(backbone, precision, shape=(64, 96)):
+    """Bit for bit those of the reference, alone and in a batch, with a shift too."""
+    net, settings, batch = in_integers(backbone, shape)
+    shifts = [(.02, -.03), *[(0.0, 0.0)] * (len(batch) - 1)]
+    want = [net.features(net.pixels(image, shape, shift), *net.views(settings))
+            for image, shift in zip(batch, shifts)]
+    assert all(len(np.unique(view)) > .5 * view.size for view in want[0])
+    e = feature_engine(net, settings, precision)
+    for part in (slice(2, 3), slice(0, len(batch))):
+        frames = e.run(batch[part], outputs=True, shifts=shifts[part])
+        for view, of_images in zip(frames.outputs, zip(*want[part]), strict=True):
+            np.testing.assert_array_equal(frames.to_host(view), of_images)
+
+
 def relative(got, want):
     return float((np.abs(got - want) / np.maximum(1, np.abs(want))).max())
 
@@ -116,6 +155,29 @@ def test_whole_model_agrees_with_the_cpu(cuda, case, precision):
         assert relative(a.anomaly_map, b.anomaly_map) < TOLERANCE[precision]
         assert abs(b.score - b.threshold) > .02, "too close to call: choose another seed"
         assert a.is_anomaly == b.is_anomaly and a.verdict == b.verdict and a.threshold == b.threshold
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("backbone", ["lite0", "tiny"])
+def test_features_in_integers_are_those_of_the_reference(cuda, backbone, precision):
+    check_features_in_integers(backbone, precision)
+
+
+def test_a_backbone_in_integers_needs_no_more_launches(cuda):
+    (net, settings, _), launches = in_integers("lite0", (64, 96)), []
+    for backbone in (fp.load_backbone("lite0"), net):
+        e = engines.Engine()
+        e.features(backbone, settings.shape, backbone.views(settings), backbone.taps)
+        launches.append(len(e.steps))
+    assert launches[0] == launches[1]
+
+
+def test_whole_model_in_integers_agrees_with_numpy(cuda, monkeypatch):
+    monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
+    net, settings, _ = in_integers("lite0", (64, 96))
+    gpu, cpu = model(net, settings.size, steps=1, device="cuda", precision="float32")
+    assert (gpu.backend, cpu.backend) == ("cuda", "numpy")
+    assert relative(gpu.z(images()), cpu.z(images())) < TOLERANCE["float32"]
 
 
 def test_a_region_of_interest_agrees_with_the_cpu(cuda):

@@ -12,21 +12,21 @@ from typer.testing import CliRunner
 
 import fastprior as fp
 from conftest import ROOT
-from damaged_models import half, tiny_prior
+from damaged_models import half, tiny_backbone, tiny_prior
 
 onnx = pytest.importorskip("onnx", reason="onnx is in the extras `export` and `test`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra `test`")
 export = fp._room("export")
 
 
-def in_onnxruntime(data):
+def in_onnxruntime(data, outputs=("score", "map"), argument="pixels"):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
-    return lambda pixels: session.run(["score", "map"], {"pixels": pixels})
+    return lambda x: session.run(outputs, {argument: x})
 
 
-def in_openvino(data):
+def in_openvino(data, outputs=("score", "map")):
     openvino = pytest.importorskip("openvino", reason="openvino is in no extra: pip install openvino")
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(data), "CPU", {
@@ -34,7 +34,7 @@ def in_openvino(data):
 
     def run(pixels):
         result = compiled({"pixels": pixels})
-        return result["score"], result["map"]
+        return [result[name] for name in outputs]
     return run
 
 
@@ -71,7 +71,7 @@ def test_the_demo_model(runtime):
 @runtimes
 @pytest.mark.parametrize("steps", [2, 5])
 def test_a_trained_denoiser(trained, pictures, runtime, steps):
-    assert trained.denoiser and np.abs(trained.denoiser["out_w"]).max() > .01
+    assert trained.backbone.integer and trained.denoiser and np.abs(trained.denoiser["out_w"]).max() > .01
     check(trained.with_steps(steps), runtime, np.stack([pictures[0], pictures[2], pictures[4]]),
           pictures[1][None], pictures_of(0, 2, 8, 300))
 
@@ -85,7 +85,55 @@ def test_other_networks_and_variants(runtime, model):
 
 @runtimes
 def test_a_region_of_interest(runtime):
-    check(tiny_prior(roi=half()), runtime, pictures_of(1, 3, 40, 56), pictures_of(2, 2, 33, 46))
+    for net in (None, in_integers(tiny_backbone(np.random.default_rng(0)), 64)):
+        check(tiny_prior(roi=half(), backbone=net), runtime, pictures_of(1, 3, 40, 56),
+              pictures_of(2, 2, 33, 46))
+
+
+def in_integers(net, size):
+    """For the middle picture of `pictures_of`: the others leave its ranges."""
+    made, _ = fp._room("quantization").quantize_on(net, pictures_of(0, 2, 70, 90)[1:], fp.Settings(size=size))
+    assert made.integer
+    return made
+
+
+def check_features(net, settings, runtime, *batches):
+    """Those of both views: bit for bit the reference's."""
+    g, made = export.Graph(), fp.load_backbone(net)
+    outputs = export.backbone_outputs(g, export.resize(g, "pixels", settings.shape, made), made)
+    views = [export.features(g, outputs, made, settings.shape, *view) for view in made.views(settings)]
+    run = runtime(g.model("features", {"pixels": (onnx.TensorProto.UINT8, ["N", "H", "W", 3])},
+                          {name: ["N", None, None] for name in views}, {}), views)
+    for pixels in batches:
+        want = zip(*(fp._reference_tokens(image, made, settings) for image in pixels))
+        for got, view in zip(run(pixels), want, strict=True):
+            np.testing.assert_array_equal(got.swapaxes(1, 2), np.stack(view))
+
+
+@runtimes
+@pytest.mark.parametrize("name, size, cell", [("lite0", 64, 0), ("lite2", (64, 96), 32)])
+def test_a_backbone_in_integers(runtime, name, size, cell):
+    net, settings = in_integers(fp.load_backbone(name), size), fp.Settings(size=size, cell=cell)
+    check_features(net, settings, runtime, pictures_of(1, 3, 64, 96), pictures_of(2, 3, 90, 70),
+                   pictures_of(3, 1, 8, 700))
+
+
+@pytest.mark.parametrize("cell", [1, 16, 48])
+def test_cells_of_integers_whose_sums_float32_does_not_hold(cell):
+    x = np.random.default_rng(0).integers(20000, 32768, (2 * cell, 3 * cell, 4)).astype(np.float32)
+    g, unit = export.Graph(), np.float32(.003)
+    output = export.pool(g, "x", (2, 3), cell, unit)
+    data = g.model("pool", {"x": (onnx.TensorProto.FLOAT, [1, 4, 2 * cell, 3 * cell])},
+                   {output: [1, 4, 2, 3]}, {})
+    got, = in_onnxruntime(data, [output], "x")(x.transpose(2, 0, 1)[None])
+    np.testing.assert_array_equal(got[0].transpose(1, 2, 0), fp.pool(x, (2, 3), unit))
+
+
+@runtimes
+def test_a_model_in_integers_that_is_no_square(runtime):
+    net = in_integers(tiny_backbone(np.random.default_rng(0)), (64, 96))
+    check(tiny_prior(backbone=net, size=(64, 96)), runtime, pictures_of(1, 3, 70, 50),
+          pictures_of(2, 1, 64, 96))
 
 
 def test_the_settings_travel(trained):
@@ -99,18 +147,20 @@ def test_the_settings_travel(trained):
 
 
 @pytest.mark.parametrize("n_in, n_out", [
-    (8, 448), (448, 448), (449, 448), (4097, 96), (65535, 64), (14, 65535)])
+    (8, 448), (448, 448), (449, 448), (4097, 96), (65535, 64), (14, 65535),
+    (4096, 64), (12288, 64)])  # of these two some taps in fixed point are ties
 def test_the_resize_rule(n_in, n_out):
     g = export.Graph()
-    output = export.resize_taps(g, "n_in", "n_out")
+    outputs = [taps(g, "n_in", "n_out") for taps in (export.resize_taps, export.fixed_point_taps)]
     scalar = (onnx.TensorProto.INT64, [])
-    data = g.model("taps", {"n_in": scalar, "n_out": scalar}, {output: [None, None]}, {})
-    got, = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(
-        None, {"n_in": np.array(n_in), "n_out": np.array(n_out)})
-    start, weight = fp.resize_taps(n_in, n_out)
-    want = np.zeros((n_out, n_in), np.float32)
-    np.put_along_axis(want, start[:, None] + np.arange(weight.shape[1]), weight.astype(np.float32), 1)
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+    data = g.model("taps", {"n_in": scalar, "n_out": scalar}, {name: [None, None] for name in outputs}, {})
+    got = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(
+        outputs, {"n_in": np.array(n_in), "n_out": np.array(n_out)})
+    for taps, rule, tolerance in zip(got, (fp.resize_taps, fp.fixed_point_taps), (1e-6, 0)):
+        start, weight = rule(n_in, n_out)
+        want = np.zeros((n_out, n_in), np.float32)
+        np.put_along_axis(want, start[:, None] + np.arange(weight.shape[1]), weight.astype(np.float32), 1)
+        np.testing.assert_allclose(taps, want, rtol=tolerance, atol=tolerance / 10)
 
 
 # -- the command ---------------------------------------------------------------------------------

@@ -39,5 +39,5 @@ def test_scores_are_the_kept_ones_whatever_the_threads_and_the_batch(kept, monke
 
 
 def test_numpy_alone_gives_them_too(kept, monkeypatch):
-    monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+    monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     check(golden.scores(1, True), kept, "numpy")

@@ -5,6 +5,8 @@ from scipy import ndimage
 
 import fastprior as fp
 
+extraction = fp._room("extraction")
+
 curation = fp._room("curation")
 
 
@@ -68,7 +70,8 @@ def test_a_batch_in_which_only_shapes_differ_has_the_same_maps(prior, pictures):
 
 def test_mean_and_whitener_are_those_of_the_images_that_are_fitted_on(washers):
     config = fp.Settings(size=64, copies=0, factors=0)
-    e = fp.extract_features(fp.find_images(washers / "train" / "good"), config, fp.load_backbone("lite0"))
+    good = fp.find_images(washers / "train" / "good")
+    e = extraction.extract_features(good, config, fp.load_backbone("lite0"))
     used = np.arange(0, 24, 2)
     mean, w = fp._fit_fine([e.fine[i] for i in used], config)
     x = np.array([e.fine[i] for i in used], np.float64)
@@ -95,7 +98,7 @@ def test_peaks_are_those_of_the_maps_of_images_that_are_held_out(prior, washers)
 
 def extracted(rng):
     looks = np.stack([curation.look(image) for image in rng.integers(0, 256, (60, 64, 64, 3), np.uint8)])
-    return fp.Extracted(rng.standard_normal((60, 9, 16)).astype(np.float16), np.arange(60), looks,
+    return extraction.Extracted(rng.standard_normal((60, 9, 16)).astype(np.float16), np.arange(60), looks,
                         [f"{i:016x}" for i in range(60)], list(range(60)), 0, [],
                         rng.standard_normal((60, 144, 4)).astype(np.float16))
 
@@ -128,13 +131,12 @@ def test_holdout_reads_peaks_from_what_took_no_part():
 
 
 def test_of_many_images_only_some_fine_features_are_held(washers, prior, monkeypatch):
-    monkeypatch.setattr(fp, "_MOST_FINE", 9)
+    monkeypatch.setattr(extraction, "MOST_FINE", 9)
     few = fp.fit(washers, iterations=0, size=96, copies=1)
-    e = fp.extract_features(fp.find_images(washers / "train" / "good"), few.settings, few.backbone)
+    e = extraction.extract_features(fp.find_images(washers / "train" / "good"), few.settings, few.backbone)
     assert len(e.fine) == 9 and len(e.keys) == 24
-    own = few.backbone.features(fp.resize_normalize(fp.load_image(
-        fp.find_images(washers / "train" / "good")[e.sources[0]]), 96, few.backbone.mean, few.backbone.std),
-        (12, few.backbone.fine))[0]
+    first = fp.load_image(fp.find_images(washers / "train" / "good")[e.sources[0]])
+    own = few.backbone.features(few.backbone.pixels(first, 96), (12, few.backbone.fine))[0]
     np.testing.assert_allclose(e.fine[0], own, rtol=2e-3, atol=2e-3)  # of the first key
     assert len(few.calibration["peaks"]) <= 9 < len(few.calibration["scores"])
     np.testing.assert_array_equal(few.calibration["scores"], prior.calibration["scores"])

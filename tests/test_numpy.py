@@ -81,7 +81,7 @@ def test_a_score_in_float32_throughout(trained, pictures, monkeypatch):
             seen.setdefault(name, set()).update(str(a.dtype) for a in floats)
             return out
         monkeypatch.setattr(fp, name, watched)
-    for name in ("resize_normalize", "stem", "linear", "depthwise", "pool", "whiten", "remove_factors",
+    for name in ("resize_integers", "stem", "linear", "depthwise", "pool", "whiten", "remove_factors",
                  "layer_norm", "mix", "fine_density", "anomaly_map"):
         watch(name, getattr(fp, name))
     trained._reference_frames([pictures[0]], True)
@@ -89,7 +89,7 @@ def test_a_score_in_float32_throughout(trained, pictures, monkeypatch):
 
 
 def test_float32_scores_as_float64_does(trained, pictures):
-    s, b = trained.settings, trained.backbone
+    s, b = trained.settings, fp.load_backbone("lite0")
     for image in pictures:
         wide = fp.resize_normalize(image, s.shape, b.mean, b.std)
         view = trained.grid, b.stages

@@ -35,8 +35,8 @@ def test_the_wheel_holds_what_is_imported_and_read_and_no_scripts(site):
     files = {str(p.relative_to(site)) for p in site.rglob("*") if p.is_file() and ".dist-info" not in str(p)}
     code = {f for f in files if f.endswith(".py") and not f.startswith("fastprior_kernels/")}
     rooms = {f"fastprior_examples/{name}.py" for name in (
-        "__init__", "backbones", "benchmark", "commands", "console", "curation", "export", "folders", "kept",
-        "ray_score", "region", "report", "tiles", "training", "watch")}
+        "__init__", "backbones", "benchmark", "commands", "console", "curation", "export", "extraction",
+        "folders", "kept", "quantization", "ray_score", "region", "report", "tiles", "training", "watch")}
     assert code == {"fastprior.py", *rooms}
     kernels = {f"fastprior_kernels/{p.name}" for p in (ROOT / "kernels").iterdir()
                if p.suffix in (".py", ".cu", ".cuh")}

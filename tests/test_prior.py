@@ -16,6 +16,8 @@ import fastprior as fp
 from conftest import ROOT
 from twins import cpu
 
+extraction = fp._room("extraction")
+
 
 def assert_same(a, b):
     assert (a.score, a.p_value, a.is_anomaly) == (b.score, b.p_value, b.is_anomaly)
@@ -56,7 +58,7 @@ def test_score_does_not_depend_on_threads(model_file, pictures):
 def test_numpy_scores_as_numba_does(model_file, pictures, monkeypatch, steps):
     numba = fp.Prior.load(model_file, steps=steps)
     want = numba.score_batch(pictures)
-    monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+    monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     plain = fp.Prior.load(model_file, steps=steps)
     assert (numba.backend, plain.backend) == ("numpy", "numpy")  # both see the patch now
     for a, b in zip(want, plain.score_batch(pictures)):
@@ -350,7 +352,7 @@ def test_a_training_that_does_not_fit_is_refused_before_it_starts(monkeypatch):
     config, net, training = fp.Settings(), fp.load_backbone("lite0"), fp._room("training")
     needed, most = (training.training_memory(n, config, net) for n in (300, 2400))
     assert 1e9 < needed < 2e9 and most < 4 * needed  # at most 2400 rows
-    monkeypatch.setattr(fp, "extract_features", lambda *a, **k: pytest.fail("it began"))
+    monkeypatch.setattr(extraction, "extract_features", lambda *a, **k: pytest.fail("it began"))
     images = [np.full((64, 64, 3), i, np.uint8) for i in range(20)]
     monkeypatch.setattr(training, "memory_left", lambda: 2e8)
     with pytest.raises(fp.FastPriorError, match=r"20 images at 448 pixels takes 0\.\d GB of memory, 0\.2"):

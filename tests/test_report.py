@@ -197,7 +197,8 @@ def test_maps_show_on_hover_and_focus_in_light_and_dark(images, model_file, tmp_
 @NEEDS_CHROMIUM
 def test_products_are_told_apart(washers, trained, tmp_path, capsys, browser):
     files = fp.find_images(washers)
-    negative = fp.fit([255 - fp.load_image(file) for file in files], size=96, iterations=0)
+    negative = fp.fit([255 - fp.load_image(file) for file in files], size=96, iterations=0,
+                      backbone=trained.backbone)
     many = fp.MultiPrior({"<i>part</i>": trained, "__proto__": negative})
     many.save(tmp_path / "m.npz")
     folder = tmp_path / "images"

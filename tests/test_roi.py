@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 import fastprior as fp
 from damaged_models import half, tiny_prior
 
+extraction = fp._room("extraction")
+
 HEIGHT, WIDTH = 72, 96
 ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
 MASK = (ROWS >= 6) & (COLUMNS < 70)
@@ -51,7 +53,7 @@ def prior():
 def scoring(request, prior, monkeypatch):
     """The model by the CPU engine and by NumPy."""
     if request.param == "numpy":
-        monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+        monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     made = pickle.loads(pickle.dumps(prior))
     assert made.backend == ("numpy" if request.param == "numpy" else "numba")
     return made
@@ -166,7 +168,7 @@ def test_copies_are_painted_too(monkeypatch):
                         lambda image, *at: seen.append((image, at[2])) or tokens(image, *at))
     region = fp.RegionOfInterest(MASK)
     settings, backbone = fp.Settings(size=64, copies=3), fp.load_backbone("lite0")
-    e = fp.extract_features(parts(0, 1), settings, backbone, roi=region)
+    e = extraction.extract_features(parts(0, 1), settings, backbone, roi=region)
     assert len(seen) == 4 and e.features.shape[:2] == (4, fp._inside(region, (4, 4)).sum())
     for image, shift in seen:
         outside = ~region.at(HEIGHT, WIDTH, shift)[0]
@@ -239,21 +241,23 @@ def test_calibrate_keeps_the_region_in_force(prior):
 
 
 def test_update_is_training_at_once_with_the_same_region(prior, tmp_path):
-    few = fp.fit(parts(0, 12), roi=MASK, features=tmp_path / "features.npz", **SETTINGS)
+    few = fp.fit(parts(0, 12), roi=MASK, features=tmp_path / "features.npz", backbone=prior.backbone,
+                 **SETTINGS)
     same(few.update(parts(0, 24)[12:], tmp_path / "features.npz"), prior)
     with pytest.raises(fp.ModelError, match="another region"):
         few.update(parts(0, 24)[12:], tmp_path / "features.npz", roi=~MASK)
 
 
 def test_several_products_have_one_region(prior):
-    second = fp.fit([255 - image for image in parts(3, 12)], roi=MASK, **SETTINGS)
+    shared = SETTINGS | {"backbone": prior.backbone}
+    second = fp.fit([255 - image for image in parts(3, 12)], roi=MASK, **shared)
     both = fp.MultiPrior({"a": prior, "b": second})
     for image, name, own in ((parts(1, 1)[0], "a", prior), (255 - parts(4, 1)[0], "b", second)):
         a, b = both.score(image), both.score(spoilt(image))
         assert a.product == b.product == name and a.score == b.score == pytest.approx(own.score(image).score)
         np.testing.assert_array_equal(a.anomaly_map, b.anomaly_map)
     with pytest.raises(fp.ModelError, match="one region"):
-        fp.MultiPrior({"a": prior, "b": fp.fit(parts(3, 12), **SETTINGS)})
+        fp.MultiPrior({"a": prior, "b": fp.fit(parts(3, 12), **shared)})
 
 
 # -- masks, polygons, errors -----------------------------------------------------------------------------

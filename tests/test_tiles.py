@@ -174,7 +174,8 @@ def test_the_command(webs, tmp_path):
     def run(*args):
         return subprocess.run([sys.executable, str(ROOT / "fastprior.py"), *args], cwd=tmp_path,
                               capture_output=True, text=True)
-    done = run("train", "good", "--tiles", "64", "--size", "64", "--iterations", "0", "-o", "m.npz")
+    done = run("train", "good", "--tiles", "64", "--size", "64", "--iterations", "0", "--keep-all",
+               "-o", "m.npz")
     text = "14 images, 42 windows of them train, 10 other images calibrate;"
     assert done.returncode == 0 and text in done.stderr, done.stderr
     done = run("score", "-m", "m.npz", "bad.png", "--map", "maps")

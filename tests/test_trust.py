@@ -15,6 +15,8 @@ import fastprior as fp
 from conftest import ROOT, SHARED
 from test_calibration import washers as discs
 
+extraction = fp._room("extraction")
+
 curation = fp._room("curation")
 
 BOTTLE = SHARED / "data" / "mvtec" / "bottle"
@@ -170,7 +172,7 @@ def test_near_duplicates_share_a_fold_and_count_once(grained, tmp_path, how, cou
     made = fit(images, copies=4, size=128, keep_all=True)
     assert made.summary["near_duplicates"] == 20 * count and made.summary["held_out"] == 20
     assert made.threshold.count == 20 and made.summary["images"] == len(images)
-    e = fp.extract_features(images, fp.Settings(size=128), fp.load_backbone("lite0"))
+    e = extraction.extract_features(images, fp.Settings(size=128), fp.load_backbone("lite0"))
     group, owner = curation.near_duplicates(e), np.array(e.sources)
     for i in range(20):  # the image and its likes, and nothing else
         assert set(owner[group == group[owner == i]]) == {i, *range(20 + i * count, 20 + (i + 1) * count)}
@@ -180,7 +182,7 @@ def test_near_duplicates_share_a_fold_and_count_once(grained, tmp_path, how, cou
 
 def test_different_images_are_no_near_duplicates(good, grained):
     for images, size in ((good, 64), (good, 128), (grained, 128)):
-        e = fp.extract_features(images, fp.Settings(size=size), fp.load_backbone("lite0"))
+        e = extraction.extract_features(images, fp.Settings(size=size), fp.load_backbone("lite0"))
         assert len(set(curation.near_duplicates(e))) == len(images)
 
 
@@ -228,7 +230,8 @@ def extracted(rng, n, places=9, channels=16):
     mix = rng.standard_normal((channels, channels)) / 4
     f = (rng.standard_normal((n, places, channels)) @ mix).astype(np.float16)
     looks = np.random.default_rng(9).standard_normal((n, 128, 65)).astype(np.complex64)  # none alike
-    return fp.Extracted(f, np.arange(n), looks, [f"{i:016x}" for i in range(n)], list(range(n)), 0, [],
+    keys = [f"{i:016x}" for i in range(n)]
+    return extraction.Extracted(f, np.arange(n), looks, keys, list(range(n)), 0, [],
                         rng.standard_normal((n, 144, 4)).astype(np.float16))
 
 
@@ -284,7 +287,7 @@ def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
     torch = pytest.importorskip("torch", reason="torch is in the extras `train` and `test`")
     torch.set_num_threads(1)
     monkeypatch.setattr(fp, "_CALIBRATED_STEPS", (1,))
-    monkeypatch.setattr(fp, "_cpu_engines", lambda: None)
+    monkeypatch.setattr(fp, "_cpu_engines", lambda *_: None)
     monkeypatch.setattr(fp, "pack_lower", lambda w: w)
     config = fp.Settings(size=96, cell=32, calibration="holdout", factors=0, width=16, mixers=0, steps=1)
     timesteps = fp.select_timesteps(1, config.first, config.last)

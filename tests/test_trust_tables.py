@@ -9,6 +9,8 @@ import fastprior as fp
 import trust_tables
 from conftest import ROOT
 
+extraction = fp._room("extraction")
+
 curation = fp._room("curation")
 
 
@@ -30,8 +32,9 @@ def config():
 
 def test_merged_is_as_if_extracted_together(parts, config):
     net, files = fp.load_backbone("lite0"), fp.find_images(parts / "plate" / "test")
-    together = fp.extract_features(files, config, net)
-    merged = trust_tables.merged(*(fp.extract_features(part, config, net) for part in (files[:5], files[5:])))
+    together = extraction.extract_features(files, config, net)
+    parts = files[:5], files[5:]
+    merged = trust_tables.merged(*(extraction.extract_features(part, config, net) for part in parts))
     assert merged.keys == together.keys
     assert merged.sources == [s if s < 5 else 4 - s for s in together.sources]
     for name in ("features", "owner", "looks", "fine"):

@@ -8,6 +8,8 @@ import pytest
 import fastprior as fp
 from conftest import ROOT
 
+extraction = fp._room("extraction")
+
 kept = fp._room("kept")
 
 SIZE = {"size": 64, "copies": 2, "iterations": 0}
@@ -24,7 +26,8 @@ def grown(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
     first = fp.fit(parts[0], features=folder / "first.npz", **SIZE)
     new = first.update(parts[1], folder / "first.npz", features=folder / "all.npz")
-    return folder, first, new, fp.fit(parts[0] + parts[1], features=folder / "both.npz", **SIZE)
+    return folder, first, new, fp.fit(parts[0] + parts[1], features=folder / "both.npz",
+                                      backbone=first.backbone, **SIZE)
 
 
 def arrays_of(prior):
@@ -47,6 +50,16 @@ def test_it_is_the_training_on_all_images_bit_for_bit(grown):
     np.testing.assert_array_equal(have.features, wanted.features)
 
 
+def test_the_backbone_stays_and_what_decided_it(grown, parts, washers):
+    folder, first, new, _ = grown
+    assert first.backbone.integer and new.backbone is first.backbone
+    about = kept.about(new.settings, new.backbone)
+    before, after = (kept.read(folder / f"{name}.npz", about).ranged for name in ("first", "all"))
+    assert before == after == sorted(fp.image_key(fp.load_image(file)) for file in parts[0])
+    anew = fp.fit(parts[0] + parts[1], **SIZE)  # whose ranges are those of all images
+    assert not np.array_equal(anew.backbone.scales, new.backbone.scales)
+
+
 def test_old_images_among_the_new_count_once(grown, parts):
     folder, _, new, _ = grown
     again = new.update(parts[0][:3], folder / "all.npz")
@@ -61,7 +74,8 @@ def test_old_images_among_the_new_count_once(grown, parts):
 def test_where_more_images_leave_room_for_fewer_copies_old_ones_lose_some(grown):
     folder, first, *_ = grown
     e = kept.read(folder / "first.npz", kept.about(first.settings, first.backbone))
-    fewer = fp.extract_features([], fp.dataclasses.replace(first.settings, copies=1), first.backbone, known=e)
+    settings = fp.dataclasses.replace(first.settings, copies=1)
+    fewer = extraction.extract_features([], settings, first.backbone, known=e)
     assert np.bincount(fewer.owner).tolist() == [2] * len(e.keys)
     np.testing.assert_array_equal(fewer.features[::2], e.features[::3])
     np.testing.assert_array_equal(fewer.features[1::2], e.features[1::3])
@@ -73,7 +87,7 @@ def test_where_more_images_leave_room_for_fewer_copies_old_ones_lose_some(grown)
 def test_features_of_another_kind_are_refused(grown, parts, change, message):
     folder, first, *_ = grown
     with pytest.raises(fp.ModelError, match=f"first.npz.*{message}.*train anew"):
-        fp.fit(parts[1], known=folder / "first.npz", **SIZE | change)
+        fp.fit(parts[1], known=folder / "first.npz", **SIZE | {"backbone": first.backbone} | change)
 
 
 def test_a_model_is_no_file_of_features(grown, parts, tmp_path):

@@ -45,8 +45,7 @@ class DeviceBench(emulated.Bench):
         assert error < slack * emulated.TOLERANCE[self.dtype], f"error {error:.2e}"
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("name", emulated.OPERATIONS)
+@pytest.mark.parametrize("name, dtype", emulated.CASES)
 def test_kernel_agrees_with_its_reference(name, dtype):
     run, variants = emulated.OPERATIONS[name]
     for options in variants:
@@ -66,6 +65,12 @@ def test_whole_model_agrees_with_the_cpu(case, precision):
     for a, b in zip(gpu.score_batch(batch), cpu.score_batch(batch)):
         assert launch.relative(a.score, b.score) < TOLERANCE[precision]
         assert launch.relative(a.anomaly_map, b.anomaly_map) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("backbone, shape", [("tiny", (64, 96)), ("lite0", (64, 96)), ("lite2", (256, 256))])
+def test_features_in_integers_are_those_of_the_reference(backbone, shape, precision):
+    launch.check_features_in_integers(backbone, precision, shape)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

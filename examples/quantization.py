@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""A backbone of the Lite family in integers, see `Backbone`: its ranges come from good images.
+
+fastprior loads this file by its path and hands itself in as `fp`.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import heapq
+import sys
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+
+if "fp" not in globals():
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import fastprior as fp
+
+RANGE_IMAGES = 24
+PIXELS = 6144  # of their maps, by which a product is rounded
+
+
+def quantize_on(b: fp.Backbone, images: Sequence, settings: fp.Settings, roi=None,
+                progress=lambda *_: None) -> tuple[fp.Backbone, list[str]]:
+    """The backbone in integers for good images (paths or arrays), and the keys of those that decided ranges.
+
+    These are RANGE_IMAGES of the different images, those of the lowest keys: chance by the pixels, whatever
+    the order. A backbone that is in integers already, or that cannot be (`fits`), is returned as it is.
+    """
+    if not fits(b):
+        return b, []
+    chosen: dict[str, np.ndarray] = {}
+    for i, source in enumerate(images):
+        with contextlib.suppress(fp.ImageError, fp.ShapeError):  # said when its features are to be used
+            image = fp.load_image(source, settings.bits, roi)
+            chosen[fp.image_key(image)] = image
+            if len(chosen) > RANGE_IMAGES:
+                del chosen[max(chosen)]
+        progress("reading", i + 1, len(images))
+    if not chosen:
+        return b, []
+    images, ranges = [chosen[key] for key in sorted(chosen)], []
+    for image in images:
+        ranges.append(output_ranges(b, b.pixels(image, settings.shape)))
+        progress("ranges", len(ranges), len(images))
+    pixels = [fp.resize_integers(image, settings.shape) for image in images]
+    return quantize_backbone(b, np.max(ranges, 0), pixels, progress), sorted(chosen)
+
+
+def fits(b: fp.Backbone) -> bool:
+    """Whether it is in floats and `quantize_backbone` takes it: of the Lite family."""
+    return not b.integer and b.act == fp.RELU6 and b.mean == b.std == (.5,) * 3 and all(
+        "se_reduce_w" not in block.arrays and ("expand_w" in block.arrays) == (i > 0)
+        for i, block in enumerate(b.blocks))
+
+
+def output_ranges(b: fp.Backbone, x: np.ndarray) -> np.ndarray:
+    """Largest magnitude of each block's output in a normalised image, (blocks,)."""
+    x, tops = fp.stem(x, b.stem_w, b.stem_b, b.act), []
+    for block in b.blocks:
+        x = fp.mbconv(x, block)
+        tops.append(np.abs(x).max())
+    return np.array(tops, np.float64)
+
+
+def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.ndarray] = (),
+                      progress=lambda *_: None) -> fp.Backbone:
+    """`b` in integers for outputs of blocks as large as `ranges` (blocks,); residual sums may be twice that.
+
+    A product's weights have a scale an output channel, activations one a tensor (that of ReLU6 ends at 6).
+    In stem and depthwise layers a scale is as fine as sums below 2^24 allow: with weights of 8 bits they move
+    features by a whole deviation (over good images). images: what `resize_integers` made of some, by
+    which products are rounded, see `rounded`; without them each weight is rounded by itself.
+    """
+    fraction, exponent = np.frexp(np.maximum(ranges, 1e-6))
+    out = np.ldexp(np.ceil(fraction * 64) / 64, exponent) / 1023  # up: the last bits depend on the machine
+    sums, expanded, depth = out / 16, 6 / 2047, 6 / 255  # the first, 1/16368 of the range
+    # one unit for all blocks that residuals connect
+    for i in [*range(1, len(sums)), *range(len(sums) - 1, 0, -1)]:
+        if b.blocks[i].skip:
+            sums[i - 1:i + 1] = sums[i - 1:i + 1].max()
+
+    rng = np.random.default_rng(0)
+
+    def layer(name: str, p: dict, scale_in: float, scale_out: float, most: int, maps=None) -> dict:
+        """most: the largest input; maps: those of a product, whose weights have 8 bits. Else they have 16."""
+        w, bias = p[f"{name}_w"].astype(np.float64) * scale_in, p[f"{name}_b"].astype(np.float64)
+        each = np.abs(w).reshape(-1, len(bias))
+        scale = np.maximum(each.max(0) / (32767 if maps is None else 127),
+                           (each.sum(0) * most + np.abs(bias)) / (.99 * 2 ** 24))
+        scale = np.maximum(scale, 1e-12)
+        of = {"w": np.rint(w / scale), "b": np.rint(bias / scale), "m": scale / scale_out}
+        if maps:
+            pixels, count = [x.reshape(-1, x.shape[-1]) for x in maps], -(-PIXELS // len(maps))
+            of["w"] = rounded(w / scale, [x[rng.integers(len(x), size=count)] for x in pixels])
+        return {f"{name}_{part}": a.astype(np.float32) for part, a in of.items()}
+
+    own = layer("stem", {"stem_w": b.stem_w, "stem_b": b.stem_b}, 1 / 510, expanded, 510)
+    made, blocks = dataclasses.replace(b, **own, scales=sums.astype(np.float32)), []
+    maps = [fp.requantize(fp.stem(x, made.stem_w, made.stem_b, fp.NONE), made.stem_m, *fp._EXPANDED)
+            for x in images]
+    for i, block in enumerate(b.blocks):
+        own, inputs = {}, maps
+        if i > 0:
+            own["input_m"] = np.array([sums[i - 1] / out[i - 1]], np.float32)
+            inputs = [fp.requantize(x.copy(), own["input_m"], *fp._INPUTS) for x in maps]
+            own |= layer("expand", block.arrays, out[i - 1], expanded, 1023, inputs)
+        own |= layer("dw", block.arrays, expanded, depth, 2047)
+
+        def inner(x: np.ndarray) -> np.ndarray:
+            if "expand_w" in own:
+                x = fp.linear(x, own["expand_w"], own["expand_b"])
+                x = fp.requantize(x, own["expand_m"], *fp._EXPANDED)
+            x = fp.depthwise(x, own["dw_w"], own["dw_b"], block.stride, fp.NONE)
+            return fp.requantize(x, own["dw_m"]).astype(np.uint8)
+        own |= layer("project", block.arrays, depth, sums[i], 255, [inner(x) for x in inputs])
+        blocks.append(dataclasses.replace(block, arrays=own))
+        maps = [fp.mbconv(x, blocks[-1]) for x in maps]
+        progress("rounding", i + 1, len(b.blocks))
+    made = dataclasses.replace(made, blocks=tuple(blocks))
+    fp._check_backbone(made)
+    return made
+
+
+def rounded(w: np.ndarray, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    """w (K, M) to integers within +-127, so that x @ w moves little for rows x of inputs (n, K), integers.
+
+    Input by input: what rounding leaves goes to the inputs that are still to come, as far as they vary with
+    this one (Frantar et al. 2022, arXiv:2210.17323). It moves features by a third less.
+    """
+    from scipy import linalg
+    h = sum(x.T @ x for x in (x.astype(np.float64) for x in inputs))  # of integers, exact
+    h[np.diag_indices(len(h))] += .01 * h.diagonal().mean() + 1e-6
+    u = linalg.cholesky(linalg.inv(h))
+    w, out = w.copy(), np.empty_like(w)
+    for k in range(len(w)):
+        out[k] = np.clip(np.rint(w[k]), -127, 127)
+        w[k + 1:] -= np.outer(u[k, k + 1:], (w[k] - out[k]) / u[k, k])
+    return out
