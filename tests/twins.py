@@ -13,6 +13,7 @@ import numpy as np
 import fastprior as fp
 
 cpu = fp._engines("cpu")
+cpu.load_kernels("floats")
 PANEL = cpu.PANEL
 _BLANK = np.zeros((1, 1, 3), np.uint8)  # where an operation reads no pixels
 
