@@ -791,7 +791,8 @@ def check_runtimes(names: Sequence[str], device: str) -> None:
     for name in names:
         if name not in known:
             raise fp.ShapeError(f"--against: expected some of {', '.join(known)}, got {name!r}")
-        for package in (name,) if name == "torch" else (name, "onnx"):
+        packages = {"torch": ("torch",), "openvino-int8": ("openvino", "nncf", "onnx")}
+        for package in packages.get(name, (name.partition("-")[0], "onnx")):
             if not fp._room("console").is_installed(package):
                 raise fp.BackendUnavailable(f"--against {name} needs {package}: pip install {package}")
 
@@ -877,11 +878,19 @@ def onnxruntime(backbone, shape: tuple[int, int], threads: int) -> Callable[[], 
     return lambda: session.run(None, image)
 
 
-def openvino(backbone, shape: tuple[int, int], threads: int) -> Callable[[], list]:
+def openvino(backbone, shape: tuple[int, int], threads: int, numbers: str = "f32") -> Callable[[], list]:
+    """In numbers f32 or bf16, or in int8: quantised by NNCF, its ranges those of one image of noise."""
     import openvino
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(_onnx(backbone, shape)), "CPU", {
-        "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
+    model = core.read_model(_onnx(backbone, shape))
+    if numbers == "int8":
+        with contextlib.redirect_stdout(sys.stderr):  # of `serve`, whose answers are on stdout
+            import nncf
+            nncf.set_log_level("ERROR")
+            model = nncf.quantize(model, nncf.Dataset([{"image": _noise(shape)}]), subset_size=1)
+    compiled = core.compile_model(model, "CPU", {
+        "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "bf16" if numbers == "bf16" else "f32"})
     request, image = compiled.create_infer_request(), {"image": _noise(shape)}
     return lambda: list(request.infer(image, share_inputs=True, share_outputs=True).values())
 
@@ -938,7 +947,9 @@ def torch(backbone, shape: tuple[int, int], threads: int, device: str = "cpu",
     return lambda: run(image)
 
 
-RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino, "torch": torch}
+RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino, "torch": torch,
+            "openvino-bf16": functools.partial(openvino, numbers="bf16"),
+            "openvino-int8": functools.partial(openvino, numbers="int8")}
 
 
 def _onnx(backbone, shape: tuple[int, int]) -> bytes:

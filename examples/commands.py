@@ -232,7 +232,8 @@ def build_app() -> "typer.Typer":
               input_size: str = typer.Option(None, help="Pixels of the image that is timed: a side, or "
                                                         "WIDTHxHEIGHT (default: --size)."),
               batch: int = typer.Option(16, min=1, help="Batch whose throughput is measured."),
-              against: str = typer.Option("", help="Also the bare backbone in onnxruntime, openvino, torch."),
+              against: str = typer.Option("", help="Also the bare backbone in onnxruntime, openvino, "
+                                          "openvino-bf16, openvino-int8, torch."),
               processes: bool = typer.Option(False, "--processes", help="Also whole processes, and frames "
                                                                         "beside other work."),
               data: list[Path] = typer.Option([], help="Also accuracy: a data set, or a category of one."),

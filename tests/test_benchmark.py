@@ -247,7 +247,8 @@ def test_report_has_table_and_picture(bench, data, tmp_path):
     (["--images", "4"], "--images: expected 5 to 16, which disc has, got"), (["--images", "17"], "--images"),
     (["--size", "65"], "multiple of 32"), (["--backbone", "odd"], "expected lite0"),
     (["--model", "m.npz"], "leave out --data"), (["--calibration", "odd"], "calibration"),
-    (["--against", "odd"], "--against: expected some of onnxruntime, openvino, torch")])
+    (["--against", "odd"], "--against: expected some of onnxruntime, openvino, torch, "
+     "openvino-bf16, openvino-int8")])
 def test_bad_options_are_refused_before_anything_is_trained(bench, monkeypatch, arguments, match):
     def refuse(*_, **__):
         raise AssertionError("trained")
@@ -333,6 +334,9 @@ def test_a_runtime_that_fails_is_named(small, monkeypatch):
     monkeypatch.setattr(console, "is_installed", lambda name: name != "onnx")
     with pytest.raises(fp.BackendUnavailable, match="openvino needs onnx: pip install onnx"):
         benchmark.bench_against(small, ["openvino"])
+    monkeypatch.setattr(console, "is_installed", lambda name: name != "nncf")
+    with pytest.raises(fp.BackendUnavailable, match="openvino-int8 needs nncf: pip install nncf"):
+        benchmark.bench_against(small, ["openvino-int8"])
 
 
 def test_whole_processes_are_timed(small, tmp_path, monkeypatch):
