@@ -246,19 +246,21 @@ def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, 
     scale = n_in / n_out
     support = max(1.0, scale)
     centre = (np.arange(n_out) + 0.5) * scale + shift * n_in
-    taps = min(n_in, int(math.ceil(support)) * 2 + 1)
+    taps = int(math.ceil(support)) * 2 + 1
     begin = np.floor(centre - support + 0.5).astype(np.int64)
     where = begin[:, None] + np.arange(taps)
     weight = np.maximum(0, 1 - np.abs(where + 0.5 - centre[:, None]) / support)
-    start = np.clip(begin, 0, n_in - taps)
+    start = np.clip(begin, 0, max(n_in - taps, 0))
+    if not shift:  # Pillow drops what lies outside; with a shift it goes to the edge sample
+        weight[(where < 0) | (where >= n_in)] = 0
     folded = np.zeros_like(weight)
-    if shift:  # weights outside go to the edge sample; without a shift they are dropped, as Pillow does
-        np.add.at(folded, (np.arange(n_out)[:, None], np.clip(where, 0, n_in - 1) - start[:, None]), weight)
-    else:
-        inside = (where >= 0) & (where < n_in)
-        row, tap = np.nonzero(inside)
-        folded[row, where[inside] - start[row]] = weight[inside]
-    return start, folded / folded.sum(1, keepdims=True)
+    np.add.at(folded, (np.arange(n_out)[:, None], np.clip(where, 0, n_in - 1) - start[:, None]), weight)
+    first, last = ((folded > 0)[:, ::step].argmax(1) for step in (1, -1))
+    taps = int((taps - first - last).max())  # no more than the widest row has
+    begin = np.minimum(start + first, n_in - taps)
+    columns = (begin - start)[:, None] + np.arange(taps)
+    folded = np.take_along_axis(np.pad(folded, ((0, 0), (0, taps))), columns, 1)
+    return begin, folded / folded.sum(1, keepdims=True)
 
 
 def fixed_point_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -764,7 +766,7 @@ class Engine(Protocol):
 
     def features(self, backbone: "Backbone", shape: tuple[int, int], views: Sequence,
                  taps: Callable) -> list[tuple[Any, int]]:
-        """Pixels, resized to `shape` by `resize_taps` -> for each view tokens (N, columns), and columns."""
+        """Pixels, resized to `shape` by `taps` -> for each view tokens (N, columns), and columns."""
 
     def given(self, n: int, c: int) -> tuple[Any, int]:
         """In place of a view of `features`: rows (N, C) that `run` is handed, and columns."""
@@ -2405,7 +2407,7 @@ def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 14  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 15  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 10
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2730,11 +2732,11 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         return _room("tiles").fit(images, locked, found, config, backbone, keep_all, (roi, known, features),
                                   progress, iterations=iterations, minutes=minutes, threads=threads)
     roi = None if roi is None else _room("region").region_of(roi, images, config)
-    backbone, own = _room("quantization").quantize_on(backbone, images, config, roi, progress)
     kept = _room("kept")
-    about = kept.about(config, backbone, roi)
-    known = kept.read(known, about) if known else None
+    known = kept.read(known, kept.about(config, backbone, roi)) if known else None
     training.check_memory(len(images) + (len(known.keys) if known else 0), config, backbone)
+    backbone, own = _room("quantization").quantize_on(backbone, images, config, roi, progress)
+    about = kept.about(config, backbone, roi)
     extracted = _room("extraction").extract_features(images, config, backbone, threads, progress, known=known,
                                                      roi=roi)
     extracted = extracted._replace(ranged=known.ranged if known else own or ranged)

@@ -666,6 +666,18 @@ def _define_intrinsics(lanes: int) -> None:
         high = ir.Constant(half_vec, [most] * 2 * lanes)
         return b.select(b.icmp_unsigned("<", shorts, high), shorts, high)
 
+    def in_words(b, first, second):
+        """Two vectors of i32, clipped to 0..2047 -> words of two i16, the first in the lower halves."""
+        if _DOT in ("vpdpbusd", "vpmaddwd"):  # four lanes of the one, four of the other, and so on
+            name = "llvm.x86.avx2.packusdw" if lanes == 8 else "llvm.x86.avx512.packusdw.512"
+            kind = ir.FunctionType(half_vec, [int_vec] * 2)
+            packed = b.call(cgutils.get_or_insert_function(b.module, kind, name), [first, second])
+            most = ir.Constant(half_vec, [2047] * 2 * lanes)
+            packed = b.select(b.icmp_unsigned("<", packed, most), packed, most)
+            return part(b, packed, [i // 4 * 8 + j + i % 4 for i in range(lanes) for j in (0, 4)])
+        both = both_in_shorts(b, 2047, first, second)
+        return part(b, both, [i + lanes * j for i in range(lanes) for j in (0, 1)])
+
     def make_product(n_vecs: int, paired: bool, dot: Callable):
         m_rows, tall = rows, rows // 2 if paired else rows
 
@@ -699,25 +711,22 @@ def _define_intrinsics(lanes: int) -> None:
                             b.store(dot(b, b.load(acc[m][n]), x, weights[n]), acc[m][n])
                 for n in range(n_vecs):
                     m_n = b.load(at_byte(b, plus(b, multiplier, 4 * n * lanes), vec), align=4)
+                    y = [rounded(b, b.load(acc[m][n]), m_n) for m in range(m_rows)]
                     if paired:
                         for m in range(tall):
-                            sums = b.load(acc[m][n]), b.load(acc[m + tall][n])
-                            both = both_in_shorts(b, 2047, *(rounded(b, total, m_n) for total in sums))
-                            word = part(b, both, [i + lanes * j for i in range(lanes) for j in (0, 1)])
                             place = plus(b, out, (ldo, n), (pixels[m], 4 * lanes))
-                            b.store(word, at_byte(b, place, half_vec), align=2)
+                            b.store(in_words(b, y[m], y[m + tall]), at_byte(b, place, half_vec), align=2)
                         continue
                     for m in range(m_rows):
                         place = (ldo, pixels[m]), 2 * n * lanes
                         total = cgutils.alloca_once(b, int_vec)
-                        b.store(rounded(b, b.load(acc[m][n]), m_n), total)
+                        b.store(y[m], total)
                         with b.if_then(b.icmp_signed("!=", res, const(0))):
                             other = b.load(at_byte(b, plus(b, res, *place), short_vec), align=2)
-                            y = clipped(b, b.load(total), -32767, 32767)
-                            b.store(b.add(y, b.sext(other, int_vec)), total)
-                        y = b.trunc(clipped(b, b.load(total), -32768, 32767), short_vec)  # packssdw
-                        y = clipped(b, y, -32767, 32767)
-                        b.store(y, at_byte(b, plus(b, out, *place), short_vec), align=2)
+                            b.store(b.add(clipped(b, y[m], -32767, 32767), b.sext(other, int_vec)), total)
+                        short = b.trunc(clipped(b, b.load(total), -32768, 32767), short_vec)  # packssdw
+                        short = clipped(b, short, -32767, 32767)
+                        b.store(short, at_byte(b, plus(b, out, *place), short_vec), align=2)
                 return context.get_dummy_value()
             return types.void(*[types.int64] * 11), codegen
         return product
@@ -765,16 +774,21 @@ def _define_intrinsics(lanes: int) -> None:
                             ends = [[part(b, x, range(i, 2 * lanes, 2)) for i in (0, 1)] for x in acc]
                             acc = [b.add(start, b.add(*two)) for two in ends]
                         to = plus(b, out, (b.add(b.mul(x, channels), first), 4 // _GROUP))
+                        halves = []
                         for o in range(0, count, 2):
-                            sums = acc[o], acc[min(o + 1, count - 1)]
-                            y = both_in_shorts(b, 255, *(rounded(b, total, scale) for total in sums))
-                            for i in range(o, min(o + 2, count)):
-                                half = part(b, y, range((i - o) * lanes, (i - o + 1) * lanes))
-                                if _GROUP == 4:
-                                    half = b.trunc(half, narrow_vec)
-                                    half = b.add(half, ir.Constant(narrow_vec, [_LOWERED] * lanes))
-                                place = plus(b, to, (channels, 4 // _GROUP * i))
-                                b.store(half, at_byte(b, place, narrow_vec), align=1)
+                            y = [rounded(b, total, scale) for total in acc[o:o + 2]]
+                            if lanes == 16:  # in its few lanes AVX2 does better with two at once
+                                halves += [b.trunc(clipped(b, x, 0, 255), narrow_vec) for x in y]
+                                continue
+                            both = both_in_shorts(b, 255, y[0], y[-1])
+                            halves += [b.trunc(part(b, both, range(i * lanes, (i + 1) * lanes)), narrow_vec)
+                                       if _GROUP == 4 else part(b, both, range(i * lanes, (i + 1) * lanes))
+                                       for i in range(len(y))]
+                        for i, half in enumerate(halves):
+                            if _LOWERED:
+                                half = b.add(half, ir.Constant(narrow_vec, [_LOWERED] * lanes))
+                            place = plus(b, to, (channels, 4 // _GROUP * i))
+                            b.store(half, at_byte(b, place, narrow_vec), align=1)
                     groups = b.udiv(n_out, const(group))
                     with cgutils.for_range(b, groups, intp=i64) as inner:
                         outputs(b.mul(inner.index, const(group)), group)
@@ -799,43 +813,37 @@ def _define_intrinsics(lanes: int) -> None:
             return context.get_dummy_value()
         return types.void(*[types.int64] * 4), codegen
 
-    def make_resize(integer: bool):
-        four, short_four = ir.VectorType(f32, 4), ir.VectorType(ir.IntType(16), 4)
+    four = ir.VectorType(f32, 4)
 
-        @intrinsic
-        def resize_pixels(typing, line, start, weight, taps, n, affine, out):
-            """out (n, 3) = scale * (sum of taps of line) + shift, or the floor of that, int16.
+    @intrinsic
+    def resize_pixels(typing, line, start, weight, taps, n, affine, out):
+        """out (n, 3) = scale * (sum of taps of line) + shift, scale and shift four values each at affine.
 
-            A pixel is four lanes: the last is 0, and the next pixel's to write.
-            """
-            def codegen(context, b, signature, args):
-                line, start, weight, taps, n, affine, out = args
-                scale, shift = load(b, affine, const(0), four), load(b, affine, const(4), four)
-                kind = ir.FunctionType(four, [four] * 3)
-                fma = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v4f32")
-                total = cgutils.alloca_once(b, four)
-                with cgutils.for_range(b, n, intp=i64) as pixel:
-                    first = b.load(b.inttoptr(b.add(start, b.shl(pixel.index, const(3))), i64.as_pointer()))
-                    own = b.mul(pixel.index, taps)
-                    b.store(ir.Constant(four, [0.] * 4), total)
-                    with cgutils.for_range(b, taps, intp=i64) as tap:
-                        share = load(b, weight, b.add(own, tap.index), f32)
-                        one = b.insert_element(ir.Constant(four, ir.Undefined), share, ir.Constant(i32, 0))
-                        share = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, 4), [0] * 4))
-                        at_line = b.mul(b.add(first, tap.index), const(3))
-                        b.store(b.call(fma, [share, load(b, line, at_line, four), b.load(total)]), total)
-                    y = b.call(fma, [scale, b.load(total), shift])
-                    if integer:
-                        kind = ir.FunctionType(four, [four])
-                        y = b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.floor.v4f32"), [y])
-                        y = b.trunc(b.fptosi(y, ir.VectorType(i32, 4)), short_four)
-                        to = b.add(out, b.mul(pixel.index, const(6)))
-                        b.store(y, b.inttoptr(to, short_four.as_pointer()), align=2)
-                    else:
-                        b.store(y, at(b, out, b.mul(pixel.index, const(3)), four), align=4)
-                return context.get_dummy_value()
-            return types.void(*[types.int64] * 7), codegen
-        return resize_pixels
+        A pixel is four lanes: the last is 0, and the next pixel's to write.
+        """
+        def codegen(context, b, signature, args):
+            line, start, weight, taps, n, affine, out = args
+            scale, shift = load(b, affine, const(0), four), load(b, affine, const(4), four)
+            kind = ir.FunctionType(four, [four] * 3)
+            fma = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v4f32")
+            total = cgutils.alloca_once(b, four)
+            with cgutils.for_range(b, n, intp=i64) as pixel:
+                first = b.load(b.inttoptr(b.add(start, b.shl(pixel.index, const(3))), i64.as_pointer()))
+                own = b.mul(pixel.index, taps)
+
+                def add(tap, total):
+                    share = load(b, weight, b.add(own, tap), f32)
+                    one = b.insert_element(ir.Constant(four, ir.Undefined), share, ir.Constant(i32, 0))
+                    share = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, 4), [0] * 4))
+                    value = load(b, line, b.mul(b.add(first, tap), const(3)), four)
+                    return b.fmul(share, value) if total is None else b.call(fma, [share, value, total])
+                b.store(add(const(0), None), total)
+                with cgutils.for_range_slice(b, const(1), taps, const(1), intp=i64) as (tap, _):
+                    b.store(add(tap, b.load(total)), total)
+                y = b.call(fma, [scale, b.load(total), shift])
+                b.store(y, at(b, out, b.mul(pixel.index, const(3)), four), align=4)
+            return context.get_dummy_value()
+        return types.void(*[types.int64] * 7), codegen
 
     @intrinsic
     def as_pointer(typing, address):
@@ -929,7 +937,7 @@ def _define_intrinsics(lanes: int) -> None:
         scope[f"_pairs_{n_vecs}"], scope[f"_sums_{n_vecs}"] = (
             make_product(n_vecs, paired, f) for paired, f in ((True, dot_pairs), (False, dot)))
     scope.update(_qtile_rows=make_qtile(rows // 2), _qtile_row=make_qtile(1), _dots=dots,
-                 _resize_pixels=make_resize(False), _resize_integers=make_resize(True), _narrow=narrow)
+                 _resize_pixels=resize_pixels, _narrow=narrow)
     for size in (3, 5):
         for stride in (1, 2):
             scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
@@ -1015,6 +1023,12 @@ def _longs(address, n):
 
 
 @_kernel()
+def _doubles(address, n):
+    """n float64 at an address."""
+    return carray(_as_pointer(address), n, np.float64)
+
+
+@_kernel()
 def _row(address, fields):
     """A row of a program, of the image table, or the job: its fields by name."""
     return carray(_as_pointer(address), 1, fields)[0]
@@ -1026,7 +1040,7 @@ def _row(address, fields):
 _IMAGE = _fields("pixels height width row_start row_weight row_taps col_start col_weight col_taps "
                  "map map_row map_row_share map_col map_col_share line")
 
-_RESIZE = _fields("operation out height width row_stride affine integer")
+_RESIZE = _fields("operation out height width row_stride affine integer scratch")
 
 
 @_kernel(_RESIZE)
@@ -1064,8 +1078,12 @@ def _resize(row, band, bands, ws, own, state, image, batch, state_stride):
         if p.integer:
             for i in range(w * 3):
                 line[i] = np.float32(np.int32(line[i] / np.float32(256) + np.float32(.5)))
-            _resize_integers(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine,
-                             to)
+            sums = own + 4 * p.scratch
+            _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine,
+                           sums)
+            x, pixel = _floats(sums, p.width * 3), _shorts(to, p.width * 3)
+            for i in range(p.width * 3):
+                pixel[i] = np.int16(x[i] / np.float32(16384) + np.float32(.5)) - np.int16(510)
         else:
             _resize_pixels(line_at, image.col_start, image.col_weight, image.col_taps, p.width, p.affine, to)
 
@@ -1095,7 +1113,7 @@ def _expand_row(source, x, y, w, c_in, c_mid, weight, bias, act, patches, out):
 
 
 _MBCONV = _fields("operation source x h w c_in c_mid size stride act expand_w expand_b dw_w dw_b project_w "
-                  "project_b c_out residual out sums scratch chunk")
+                  "project_b c_out residual out sums scratch zeros chunk")
 
 
 @_kernel(_MBCONV, part="floats")
@@ -1113,11 +1131,9 @@ def _mbconv(row, band, bands, ws, own, state, image, batch, state_stride):
     left = across // 2
     line = (w + across) * c_mid
     slots = (chunk - 1) * stride + size
-    zeros = own + 4 * p.scratch
-    ring = zeros + 4 * line
+    ring = own + 4 * p.scratch
     depth = ring + 4 * slots * line
     patches = depth + 4 * chunk * w_out * c_mid
-    _floats(zeros, line)[:] = 0
     for i in range(slots):
         padded = _floats(ring + 4 * i * line, line)
         padded[:left * c_mid] = 0
@@ -1138,7 +1154,7 @@ def _mbconv(row, band, bands, ws, own, state, image, batch, state_stride):
         for r in range(count):
             for i in range(size):
                 above = (y + r) * stride - top + i
-                lines[i] = ring + 4 * (above % slots) * line if 0 <= above < h else zeros
+                lines[i] = ring + 4 * (above % slots) * line if 0 <= above < h else p.zeros
             to = target + 4 * r * w_out * c_mid
             total = ws + 4 * (sums + (y + r) * c_mid) if sums >= 0 else 0
             if size == 3 and stride == 1:
@@ -1283,13 +1299,13 @@ def _patches(image, row_words, w, out):
             line = image + 4 * (2 * y + i) * row_words
             for j in range(w):
                 a, to = _ints(line + 12 * j, 5), _ints(out + 4 * ((y * w + j) * _PATCH_WORDS + 5 * i), 5)
-                for k in range(5):
-                    to[k] = a[k]
+                a0, a1, a2, a3, a4 = a[0], a[1], a[2], a[3], a[4]  # before any is written: then at once
+                to[0], to[1], to[2], to[3], to[4] = a0, a1, a2, a3, a4
 
 
 _MBCONV_INTEGER = _fields("operation x row_words expand_k h w c_in c_mid size stride input_m expand_w "
                           "expand_b expand_m dw_w dw_b dw_m project_w project_b project_m c_out residual out "
-                          "scratch chunk")
+                          "scratch zeros chunk")
 
 
 @_kernel(_MBCONV_INTEGER, exact=True, part="integers")
@@ -1307,13 +1323,11 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
     block = 4 * _LANES * (w + across)  # bytes
     line = block * (c_mid // _LANES)
     slots, pairs = ((chunk - 1) * stride + size - 1) // 2 + 2, size // 2 + 1
-    zeros = own + 4 * p.scratch
-    ring = zeros + line
+    ring = own + 4 * p.scratch
     depth = ring + slots * line
     narrowed = depth + value * chunk * w_out * c_mid
     lines_at = narrowed + (2 * w * stride_in + 7) // 8 * 8
     lines = _longs(lines_at, pairs)
-    _ints(zeros, line // 4)[:] = 0
     for i in range(slots):
         for j in range(c_mid // _LANES):
             padded = _ints(ring + i * line + j * block, block // 4)
@@ -1343,7 +1357,7 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
             above = (y + r) * stride - top
             for i in range(pairs):
                 pair = (above >> 1) + i
-                lines[i] = ring + pair % slots * line if 0 <= pair < (h + 1) // 2 else zeros
+                lines[i] = ring + pair % slots * line if 0 <= pair < (h + 1) // 2 else p.zeros
             to, taps = depth + value * r * w_out * c_mid, p.dw_w + 4 * (above & 1) * pairs * size * c_mid
             if size == 3 and stride == 1:
                 _depthwise_pairs_31(lines_at, block, w_out, c_mid, taps, p.dw_b, p.dw_m, to)
@@ -1367,28 +1381,23 @@ def _pool_integer(row, band, bands, ws, own, state, image, batch, state_stride):
     """Sums over the cells of a stage's int16 map, times one factor, into its slice of the token matrix."""
     p = _row(row, _POOL_INTEGER)
     cell, stride, channels, across, scale = p.cell, p.stride, p.channels, p.across, _floats(p.scale, 1)[0]
+    width = across * cell * stride
+    columns, total = _ints(own + 4 * p.scratch, width), _doubles(own + 4 * (p.scratch + width), channels)
     for gy in range(band * p.down // bands, (band + 1) * p.down // bands):
+        columns[:] = 0
+        for y in range(gy * cell, (gy + 1) * cell):
+            line = _shorts(ws + 4 * p.x + 2 * y * width, width)
+            for i in range(width):
+                columns[i] += np.int32(line[i])
         for gx in range(across):
-            at = state + 4 * (p.out + (gy * across + gx) * p.columns)
-            total, to = _ints(at, channels), _floats(at, channels)
-            whole = _longs(own + 4 * p.scratch, channels)
+            to = _floats(state + 4 * (p.out + (gy * across + gx) * p.columns), channels)
             total[:] = 0
-            whole[:] = 0
-            for y in range(gy * cell, (gy + 1) * cell):
-                for column in range(gx * cell, (gx + 1) * cell):
-                    pixel = _shorts(ws + 4 * p.x + 2 * (y * across * cell + column) * stride, channels)
-                    for c in range(channels):
-                        total[c] += np.int32(pixel[c])
-                if cell > 256:  # more pixels than int32 has room for
-                    for c in range(channels):
-                        whole[c] += total[c]
-                        total[c] = 0
-            if cell > 256:
+            for i in range(gx * cell, (gx + 1) * cell):
+                column = _ints(own + 4 * (p.scratch + i * stride), channels)
                 for c in range(channels):
-                    to[c] = np.float32(whole[c]) * scale
-            else:
-                for c in range(channels):
-                    to[c] = np.float32(total[c]) * scale
+                    total[c] += np.float64(column[c])  # exact, and converts at once
+            for c in range(channels):
+                to[c] = np.float32(total[c]) * scale
 
 
 @_kernel()
@@ -1861,7 +1870,7 @@ class Engine:
         self._rows: list[tuple[str, Callable, dict[str, int]]] = []  # stage, operation, fields
         self._stage = "resize"
         self._constants: list[np.ndarray] = []  # whatever the program points to
-        self._workspace_floats = self._state_floats = self._scratch_floats = 0
+        self._workspace_floats = self._state_floats = self._scratch_floats = self._zero_floats = 0
         self._tables: dict[tuple, tuple] = {}  # taps of a size of image
         self._line = 0  # floats of an image's row between the passes of the resize
         self._memory = self._states = None
@@ -1893,11 +1902,15 @@ class Engine:
         self._state_floats += round_up(int(np.prod(shape)), 16)
         return offset
 
-    def emit(self, operation: Callable, scratch: int = 0, **fields: int) -> None:
-        """Append an operation. `scratch`: floats that each thread needs for itself while it runs."""
+    def emit(self, operation: Callable, scratch: int = 0, zeros: int = 0, **fields: int) -> None:
+        """Append an operation. `scratch`: floats that each thread needs for itself while it runs; `zeros`:
+        floats that it reads as zeros and never writes. Where they are, `finish` knows."""
         if scratch:
             self._scratch_floats = max(self._scratch_floats, round_up(scratch, 16))
-            fields["scratch"] = 0  # where that is, `finish` knows
+            fields["scratch"] = 0
+        if zeros:
+            self._zero_floats = max(self._zero_floats, zeros)
+            fields["zeros"] = 0
         wanted = set(operation.fields.names) - {"operation"}
         if set(fields) != wanted:
             raise TypeError(f"{operation.__name__}: missing or unknown fields {sorted(set(fields) ^ wanted)}")
@@ -1945,7 +1958,8 @@ class Engine:
                                   down=down, across=across, out=out + filled[k], columns=columns)
                     if integer:
                         scale = np.float32(backbone.scales[i]) / np.float32((h // down) ** 2)
-                        self.emit(_pool_integer, **fields, scale=self.constant([scale]), scratch=2 * channels)
+                        self.emit(_pool_integer, **fields, scale=self.constant([scale]),
+                                  scratch=w * fields["stride"] + 2 * channels)
                     else:
                         self.emit(_pool, **fields)
                     filled[k] += channels
@@ -2041,11 +2055,10 @@ class Engine:
         self._shape, self._taps, (height, width) = shape, taps, shape
         row_stride = (width + 1) * 3 if not integer else -(-(width + 1) * 3 // 2)
         out = self.workspace(height + 1, row_stride)
-        mean, std, step = np.asarray(mean), np.asarray(std), 1 / 16384
-        affine = [*1 / (255 * std), 0, *-mean / std, 0]
-        affine = [step, step, step, 0, -509.5, -509.5, -509.5, .5] if integer else affine  # a floor follows
+        mean, std = np.asarray(mean), np.asarray(std)
+        affine = [1, 1, 1, 0, 0, 0, 0, 0] if integer else [*1 / (255 * std), 0, *-mean / std, 0]
         self.emit(_resize, out=out, height=height, width=width, row_stride=row_stride,
-                  affine=self.constant(affine), integer=integer)
+                  affine=self.constant(affine), integer=integer, scratch=3 * width + 1)
         return out
 
     def mbconv_integer(self, x: int, h: int, w: int, block, stem_w=None, stem_b=None,
@@ -2071,15 +2084,15 @@ class Engine:
         chunk = min(h_out, max(1, 64 // w_out))
         line = (w + sum(same_padding(w, kernel, stride))) * mid_padded
         slots = ((chunk - 1) * stride + kernel - 1) // 2 + 2
-        scratch = ((1 + slots) * line + chunk * w_out * mid_padded // _GROUP + -(-w * stride_in // 2) + 4
-                   + 2 * pairs)
+        scratch = slots * line + chunk * w_out * mid_padded // _GROUP + -(-w * stride_in // 2) + 4 + 2 * pairs
         out = self.workspace(-(-h_out * w_out * out_padded // 2))
         self.emit(_mbconv_integer, x=x, row_words=row_words, expand_k=expand_k, h=h, w=w, c_in=c_in,
                   c_mid=mid_padded, size=kernel, stride=stride, input_m=self.constant(p.get("input_m", [0])),
                   **expand, dw_w=self.constant(_words(dw.reshape(2, pairs, 2, -1), 2), np.int32),
                   dw_b=self.padded_ints(p["dw_b"], mid_padded), dw_m=self.padded(p["dw_m"], mid_padded),
                   **self._layer("project", project_w, p["project_b"], p["project_m"], _GROUP, _LOWERED),
-                  c_out=out_padded, residual=bool(block.skip), out=out, chunk=chunk, scratch=scratch)
+                  c_out=out_padded, residual=bool(block.skip), out=out, chunk=chunk, scratch=scratch,
+                  zeros=line)
         return out, h_out, w_out
 
     def padded_ints(self, b: np.ndarray, m: int) -> int:
@@ -2117,7 +2130,7 @@ class Engine:
         project_b = self.padded(p["project_b"], out_padded)
         chunk = min(h_out, max(1, 64 // w_out))
         line = (w + sum(same_padding(w, size, stride))) * mid_padded
-        scratch = ((1 + (chunk - 1) * stride + size) * line + chunk * w_out * mid_padded + round_up(w * 27, 2)
+        scratch = (((chunk - 1) * stride + size) * line + chunk * w_out * mid_padded + round_up(w * 27, 2)
                    + 2 * size)
         squeeze = "se_reduce_w" in p
         out = self.workspace(h_out, w_out, out_padded)
@@ -2128,7 +2141,7 @@ class Engine:
                   dw_w=self.padded(p["dw_w"].reshape(size * size, mid), mid_padded),
                   dw_b=self.padded(p["dw_b"], mid_padded), project_w=project_w, project_b=project_b,
                   c_out=out_padded, residual=bool(block.skip), out=middle, sums=sums, chunk=chunk,
-                  scratch=scratch)
+                  scratch=scratch, zeros=line)
         if squeeze:
             squeezed = p["se_reduce_w"].shape[1]
             self.emit(_project, x=middle, h=h_out, w=w_out, c_mid=mid_padded, sums=sums, squeezed=squeezed,
@@ -2143,9 +2156,12 @@ class Engine:
     # -- running -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
+        zeros = self.constant(np.zeros(self._zero_floats))
         for _, _, fields in self._rows:
             if "scratch" in fields:
                 fields["scratch"] = self._workspace_floats
+            if "zeros" in fields:
+                fields["zeros"] = zeros
         self._allocate(16)
 
     def _allocate(self, line: int) -> None:

@@ -87,12 +87,21 @@ def test_log_prob_is_that_of_the_standard_normal():
     np.testing.assert_allclose(fp.gaussian_log_prob(x.T, axis=0), want, rtol=1e-12)
 
 
-@pytest.mark.parametrize("h, w, size", [(300, 200, 64), (64, 64, 64), (20, 31, 96), (1024, 700, 256)])
+@pytest.mark.parametrize("h, w, size", [(300, 200, 64), (64, 64, 64), (20, 31, 96), (1024, 700, 256),
+                                        (1, 40, 32)])
 def test_resize_is_pillows_bilinear(h, w, size):
     image = np.random.default_rng(0).integers(0, 256, (h, w, 3), np.uint8)
     want = np.asarray(Image.fromarray(image).resize((size, size), Image.BILINEAR), float)
     got = fp.resize_normalize(image, size, (0, 0, 0), (1, 1, 1)) * 255
     assert np.abs(got - want).max() <= 1.01  # Pillow rounds to bytes after each axis
+
+
+@pytest.mark.parametrize("n_in, n_out, shift, taps", [
+    (448, 448, 0, 1), (900, 448, 0, 5), (1024, 448, 0, 5), (200, 448, 0, 2), (1, 32, .3, 1), (448, 448, -2, 1)])
+def test_no_more_taps_than_are_used(n_in, n_out, shift, taps):
+    start, weight = fp.resize_taps(n_in, n_out, shift)
+    assert weight.shape == (n_out, taps) and (weight > 0).all(1).any()
+    assert (start >= 0).all() and (start + taps <= n_in).all() and np.allclose(weight.sum(1), 1)
 
 
 @pytest.mark.parametrize("kernel, stride, squeeze, expand, act, size", [
