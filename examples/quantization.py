@@ -94,7 +94,8 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.nd
         of = {"w": np.rint(w / scale), "b": np.rint(bias / scale), "m": scale / scale_out}
         if maps:
             pixels, count = [x.reshape(-1, x.shape[-1]) for x in maps], -(-PIXELS // len(maps))
-            of["w"] = rounded(w / scale, [x[rng.integers(len(x), size=count)] for x in pixels])
+            of["w"] = rounded(w / scale, [x if len(x) < count else x[rng.integers(len(x), size=count)]
+                                          for x in pixels])
         return {f"{name}_{part}": a.astype(np.float32) for part, a in of.items()}
 
     own = layer("stem", {"stem_w": b.stem_w, "stem_b": b.stem_b}, 1 / 510, expanded, 510)

@@ -61,10 +61,12 @@ def grained(tmp_path_factory):
 @pytest.mark.parametrize("count", [1, 2])
 def test_bad_images_among_the_good_are_named_and_set_aside(good, bad, count):
     clean = fit(good)
-    # of another backbone, whose ranges the bad ones decide too, all would differ a little
     mixed = fit([*good, *bad[1:count + 1]], backbone=clean.backbone)
     assert mixed.summary["set_aside"] == sorted(map(str, bad[1:count + 1])) and mixed.summary["images"] == 40
     assert mixed.threshold == clean.threshold  # as if they had never been there
+    own = fit([*good, *bad[1:count + 1]])  # where they help to decide the ranges
+    assert own.summary["set_aside"] == mixed.summary["set_aside"]
+    assert own.threshold.value == pytest.approx(clean.threshold.value, abs=.3)  # of spreads of good scores
     kept = fit([*good, *bad[1:count + 1]], keep_all=True, backbone=clean.backbone)
     assert kept.summary["set_aside"] == [] and kept.threshold.value != mixed.threshold.value
     assert count == 1 or kept.threshold.value > mixed.threshold.value  # of one, its good twin calibrates
@@ -88,7 +90,8 @@ def test_one_broken_bottle_among_forty_does_not_switch_detection_off():
     files = fp.find_images(BOTTLE)[:40]
     broken = BOTTLE / "test" / "broken_large" / "000.jpg"
     clean, mixed = (fit(images, size=128) for images in (files, [*files, broken]))
-    assert set(mixed.summary["set_aside"]) - set(clean.summary["set_aside"]) == {str(broken)}
+    aside = set(mixed.summary["set_aside"]) - set(clean.summary["set_aside"])
+    assert str(broken) in aside and len(aside) <= 2  # each has a backbone of its own: one may lie at the limit
     test = sorted(set((BOTTLE / "test").rglob("*.jpg")) - {broken, *(BOTTLE / "test" / "good").iterdir()})
     found = [sum(r.is_anomaly for r in prior.score_batch(test, with_map=False)) for prior in (clean, mixed)]
     assert found[1] >= .95 * found[0] and found[0] >= 58
