@@ -20,11 +20,13 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import operator
 import os
 import stat
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -1830,9 +1832,10 @@ class _Team:
                 post(sleeper, 1, 0)
 
 
-def _entry(function: Callable) -> Callable:
-    """A compiled function, called from Python; the interpreter's lock is free meanwhile."""
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * function.__code__.co_argcount)(function.address)
+def _entry(function: Callable, held: bool = False) -> Callable:
+    """A compiled function, called from Python; the interpreter's lock is free meanwhile, or held."""
+    kind = ctypes.PYFUNCTYPE if held else ctypes.CFUNCTYPE
+    return kind(None, *[ctypes.c_int64] * function.__code__.co_argcount)(function.address)
 
 
 def _words(values: np.ndarray, group: int) -> np.ndarray:
@@ -1865,7 +1868,9 @@ class Engine:
     def __init__(self, threads: int | None = None):
         load_kernels()
         self.threads = usual_threads(threads)
-        self._frame, self._team = _entry(_frame), None
+        self._frame, self._held, self._team = _entry(_frame), _entry(_frame, True), None
+        self._all_cores = self.threads >= available_threads()
+        self._usual, self._quickest = (), math.inf  # size of the last image alone; seconds it took at best
         self._programs: dict[tuple, tuple[np.ndarray, int, int]] = {}  # by stages
         self._rows: list[tuple[str, Callable, dict[str, int]]] = []  # stage, operation, fields
         self._stage = "resize"
@@ -2181,7 +2186,11 @@ class Engine:
                 places = states[:, x:x + n * columns].reshape(batch, n, columns)
                 places[:, :, :c] = rows
                 places[:, :, c:] = 0
-            self._run(self._program(), self._image_table(images, shifts, maps), states)
+            call = self._frame_call(images)
+            began = time.perf_counter()
+            self._run(self._program(), self._image_table(images, shifts, maps), states, call)
+            if self._usual:
+                self._quickest = min(self._quickest, time.perf_counter() - began)
             if self._score:
                 z, n, worst, zero, unit = self._score
                 worst_z = np.partition(states[:, z:z + n], -worst, -1)[:, -worst:]
@@ -2192,6 +2201,18 @@ class Engine:
         for m, mask in zip(maps, masks or ()):
             m *= mask
         return Frames(scores, maps, kept)
+
+    def _frame_call(self, images: Sequence) -> Callable:
+        """Whether a frame keeps the interpreter's lock: if it lasts no longer than two turns of a Python thread.
+
+        Beside a busy thread, one that gives it up is back a whole turn after it is done, and has shared its
+        cores meanwhile. Only where the frame has all cores: else other threads could score on theirs.
+        """
+        size = images[0].shape if len(images) == 1 and images[0] is not None else ()
+        if size != self._usual:
+            self._usual, self._quickest = size, math.inf
+        brief = self._quickest <= 2 * sys.getswitchinterval()
+        return self._held if brief and self._all_cores else self._frame
 
     def run_only(self, stages: Sequence[str], images: Sequence[np.ndarray], with_map: bool = True) -> None:
         """Only the operations of these stages, on whatever the others left: for timing."""
@@ -2254,7 +2275,8 @@ class Engine:
         self._tables[key] = entry  # most recently used last
         return entry
 
-    def _run(self, program: tuple[np.ndarray, int, int], table: np.ndarray, states: np.ndarray) -> None:
+    def _run(self, program: tuple[np.ndarray, int, int], table: np.ndarray, states: np.ndarray,
+             call: Callable | None = None) -> None:
         if self._team is None or self._team.process != os.getpid():  # a fork has no helpers
             self._team = _Team(self.threads)
         rows, first, last = program
@@ -2271,7 +2293,7 @@ class Engine:
         for name, value in values.items():
             job[name] = value
         # one call of C code: a KeyboardInterrupt comes before or after, never between
-        self._frame(job.ctypes.data, self._team.sleepers.ctypes.data, self.threads - 1)
+        (call or self._frame)(job.ctypes.data, self._team.sleepers.ctypes.data, self.threads - 1)
 
     def prepare(self, batch: int) -> np.ndarray:
         """The states of a batch, float32 (batch, floats an image)."""

@@ -3,6 +3,7 @@ import copy
 import inspect
 import multiprocessing
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -39,6 +40,32 @@ def test_a_frame_calls_nothing_but_the_interface(trained):
         trained._emit(Recorder(), from_pixels)
     assert called <= set(METHODS)
     assert called == set(METHODS) - {"run", "run_only"}
+
+
+def test_a_brief_frame_keeps_the_interpreters_lock(pictures, trained, monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    prior = trained._with(trained.settings, trained.calibrations, {})  # with an engine of its own
+    engine, calls = prior._engine(), []
+    free, kept = engine._frame, engine._held
+    engine._frame, engine._held = (lambda *a: calls.append("free") or free(*a),
+                                   lambda *a: calls.append("held") or kept(*a))
+
+    def run(image, batch=1):
+        calls.clear()
+        engine.run([image] * batch)
+        return calls[0]
+    image, turn = pictures[0], sys.getswitchinterval()
+    assert run(image) == "free" and 0 < engine._quickest < 60  # nothing is known of it yet
+    for seconds, want in ((1.9 * turn, "held"), (2.1 * turn, "free")):
+        engine._quickest = seconds
+        assert engine._frame_call([image]) is (engine._held if want == "held" else engine._frame)
+    engine._quickest = 0
+    assert run(image) == "held" and run(image, 2) == "free"
+    engine._quickest = 0
+    assert run(image) == "free"  # after a batch as after an image of another size
+    engine._quickest, engine._all_cores = 0, False  # other threads may score on the other cores
+    assert run(image) == "free"
+    assert cpu.Engine(1)._all_cores is False and cpu.Engine(2)._all_cores is True
 
 
 def test_emit_refuses_missing_and_unknown_fields_and_what_is_no_integer():
