@@ -570,12 +570,14 @@ def bench(progress: Callable, *, steps: Sequence[int], model: Path | None, backb
                     variant="as trained" if model else "untrained")
 
 
-def _median_ms(call: Callable[[], Any], seconds: float, least: int = 20) -> np.ndarray:
+def _median_ms(call: Callable[[], Any], seconds: float, least: int = 20, pause: float = 0) -> np.ndarray:
     """Milliseconds of every call within a time budget, after three calls that are not counted."""
     for _ in range(3):
         call()
     times, began = [], time.perf_counter()
     while len(times) < least or time.perf_counter() - began < seconds:
+        if pause:  # else not even sleep(0): it gives up the interpreter's lock
+            time.sleep(pause)
         t = time.perf_counter()
         call()
         times.append((time.perf_counter() - t) * 1e3)
@@ -752,11 +754,15 @@ def bench_process(prior) -> dict[str, float]:
 
 
 def bench_neighbours(prior, calls: int = 100, rounds: int = 3) -> dict[str, float]:
-    """Frames beside a busy Python thread of this process (p50) and a busy process (p95), by the quiet p50."""
+    """Frames 20 ms apart (p50), beside a busy Python thread of this process (p50) and a busy process (p95),
+    by the p50 of those that follow each other on a quiet machine."""
     image = _pixels(_first(prior).settings.shape)
 
-    def frames() -> np.ndarray:
-        return _median_ms(lambda: prior.score(image), 0, calls)
+    def frames(pause: float = 0) -> np.ndarray:
+        return _median_ms(lambda: prior.score(image), 0, calls, pause)
+
+    def apart() -> np.ndarray:
+        return frames(.02)
 
     def beside_thread() -> np.ndarray:
         done = threading.Event()
@@ -779,10 +785,11 @@ def bench_neighbours(prior, calls: int = 100, rounds: int = 3) -> dict[str, floa
         finally:
             other.kill()
             other.wait()
-    quiet, thread, process = np.array([[f() for f in (frames, beside_thread, beside_process)]
-                                       for _ in range(rounds)]).swapaxes(0, 1).reshape(3, -1)
+    quiet, spaced, thread, process = np.array([[f() for f in (frames, apart, beside_thread, beside_process)]
+                                              for _ in range(rounds)]).swapaxes(0, 1).reshape(4, -1)
     p50 = np.median(quiet)
-    return {"quiet_p50_ms": float(p50), "busy_thread_p50_ratio": float(np.median(thread) / p50),
+    return {"quiet_p50_ms": float(p50), "apart_p50_ratio": float(np.median(spaced) / p50),
+            "busy_thread_p50_ratio": float(np.median(thread) / p50),
             "busy_process_p95_ratio": float(np.percentile(process, 95) / p50)}
 
 

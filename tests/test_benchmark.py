@@ -361,7 +361,8 @@ def test_whole_processes_are_timed(small, tmp_path, monkeypatch):
 def test_frames_beside_other_work_are_timed(small):
     threads = threading.active_count()
     got = benchmark.bench_neighbours(small, calls=5, rounds=2)
-    assert got.keys() == {"quiet_p50_ms", "busy_thread_p50_ratio", "busy_process_p95_ratio"}
+    assert got.keys() == {"quiet_p50_ms", "apart_p50_ratio", "busy_thread_p50_ratio",
+                          "busy_process_p95_ratio"}
     assert all(0 < value < math.inf for value in got.values()) and threading.active_count() <= threads + 1
 
 

@@ -2,6 +2,7 @@
 import copy
 import inspect
 import multiprocessing
+import os
 import pickle
 import sys
 
@@ -66,6 +67,27 @@ def test_a_brief_frame_keeps_the_interpreters_lock(pictures, trained, monkeypatc
     engine._quickest, engine._all_cores = 0, False  # other threads may score on the other cores
     assert run(image) == "free"
     assert cpu.Engine(1)._all_cores is False and cpu.Engine(2)._all_cores is True
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity of threads")
+def test_helpers_keep_off_the_core_of_the_caller(pictures, trained, monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
+    engine = trained._with(trained.settings, trained.calibrations, {})._engine()
+    want = engine.run(pictures[:1]).scores[0]
+    team, ours = engine._team, os.sched_getaffinity(0)
+    for core in ours:  # wherever the caller is
+        team.find_core = lambda core=core: core
+        assert engine.run(pictures[:1]).scores[0] == want
+        assert len(team.helpers) == 2
+        for helper in team.helpers:
+            assert os.sched_getaffinity(helper.native_id) == (ours - {core} or ours)
+    assert os.sched_getaffinity(0) == ours
+
+    def refuse(*_):
+        raise PermissionError
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    team.find_core = lambda: -2
+    assert engine.run(pictures[:1]).scores[0] == want and team.find_core is None
 
 
 def test_emit_refuses_missing_and_unknown_fields_and_what_is_no_integer():
