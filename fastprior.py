@@ -217,7 +217,7 @@ def gaussian_log_prob(x: np.ndarray, axis: int = -1) -> np.ndarray:
 
 NONE, RELU6, SILU = 0, 1, 2  # activation codes, shared with the kernels
 _BAND_BYTES = 1 << 20  # of the expanded image, see `mbconv`
-_INPUTS, _EXPANDED, _SUMS = (-1023, 1023), (0, 2047), (-32767, 32767)  # limits in integers, see `Backbone`
+_EXPANDED, _SUMS = (0, 2047), (-32767, 32767)  # limits in integers, see `Backbone`
 
 
 def activate(x: np.ndarray, act: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -383,6 +383,11 @@ def requantize(total: np.ndarray, m: np.ndarray, low: int = 0, high: int = 255) 
     return np.clip(total, low, high, out=total)
 
 
+def narrow(x: np.ndarray, input_m: np.ndarray) -> np.ndarray:
+    """What an expansion takes of x in integers; input_m (2,): a multiplier, and the largest value."""
+    return requantize(x.copy(), input_m[0], -input_m[1], input_m[1])
+
+
 def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
     """An image (H, W, C) in bands that fit the cache: input rows, and rows of zeros above and below them."""
     height, (top, _) = shape[0], _same_padding(shape[0], kernel, stride)
@@ -410,7 +415,7 @@ def mbconv(x: np.ndarray, block: "InvertedResidual") -> np.ndarray:
         return requantize(y, p[f"{layer}_m"], *limits) if integer else y
 
     def band(rows: slice, beyond: tuple[int, int]) -> np.ndarray:
-        y = requantize(x[rows].copy(), p["input_m"], *_INPUTS) if "input_m" in p else x[rows]
+        y = narrow(x[rows], p["input_m"]) if "input_m" in p else x[rows]
         if "expand_w" in p:
             y = done(linear(y, p["expand_w"], p["expand_b"], act), "expand", *_EXPANDED)
         y = done(depthwise(y, p["dw_w"], p["dw_b"], block.stride, act, beyond), "dw")
@@ -580,8 +585,9 @@ class Backbone:
     depthwise layers, which need them), biases, and `_m`, a real multiplier an output channel. A layer is
     `requantize(x @ w + b, m)`: sums stay below 2^24, so float32 adds them exactly in any order. Depthwise
     layers take 0..2047 and give 0..255; a block gives -32767..32767, where residuals are added and features
-    read, in units of `scales` (one a block), and `input_m` (1,) leads to the -1023..1023 that an
-    expansion takes. Zero stays zero, so padding is exact. For the image see `resize_integers`.
+    read, in units of `scales` (one a block), and `input_m` leads to the -1023..1023 or, of many channels,
+    -127..127 that an expansion takes (`narrow`). Zero stays zero, so padding is exact. For the image see
+    `resize_integers`.
     """
     name: str
     mean: tuple[float, float, float]
@@ -678,7 +684,7 @@ def _written_as(name: str, integer: bool) -> type:
 
 _BLOCK_SHAPES = dict(dw_w="kkm", dw_b="m", project_w="mo", project_b="o", expand_w="im", expand_b="m",
                      se_reduce_w="mr", se_reduce_b="r", se_expand_w="rm", se_expand_b="m")
-_MULTIPLIER_SHAPES = dict(dw_m="m", project_m="o", expand_m="m", input_m="1")
+_MULTIPLIER_SHAPES = dict(dw_m="m", project_m="o", expand_m="m", input_m="2")
 
 
 def _check_backbone(b: Backbone) -> None:
@@ -714,8 +720,9 @@ def _check_integers(b: Backbone) -> None:
         if ("expand_w" in own) != expands or ("input_m" in own) != expands or "se_reduce_w" in own:
             wrong.append(f"block {i}: expansion, input or squeeze-excitation")
             continue
-        layers += [("expand", own, 1023)] * expands + [("dw", own, 2047), ("project", own, 255)]
-        wrong += ["input_m"] * (expands and not 0 <= own["input_m"][0] < 128)
+        m, most = own.get("input_m", (0, 127))
+        layers += [("expand", own, most)] * expands + [("dw", own, 2047), ("project", own, 255)]
+        wrong += ["input_m"] * (not 0 <= m < 128 or most not in (127, 1023))
     for name, own, most in layers:
         w, bias, m = (own[f"{name}_{part}"].astype(np.float64) for part in "wbm")
         total = (np.abs(w).reshape(-1, len(bias)).sum(0) * most + np.abs(bias)).max()
@@ -1691,7 +1698,7 @@ def _check_arrays(given: dict, shapes: dict[str, str], **sizes: int) -> dict[str
     """Sizes by letter (one a dimension); ModelError if one differs or values are absurd."""
     if given.keys() != shapes.keys():
         raise ModelError(f"missing or unknown arrays: {sorted(given.keys() ^ shapes.keys())!r:.200}")
-    sizes |= {"1": 1, "3": 3}
+    sizes |= {"2": 2, "3": 3}
     for name, letters in shapes.items():
         a = given[name]
         fits = a.size and a.ndim == len(letters)
@@ -2407,7 +2414,7 @@ def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 15  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 16  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 10
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)

@@ -195,7 +195,8 @@ def backbone_outputs(g: Graph, x: str, net) -> list[tuple[str, int]]:
     for i, block in enumerate(net.blocks):
         p, y, stride = block.arrays, x, stride * block.stride
         if "input_m" in p:
-            y = requantize(g, y, f"block{i}_input", p["input_m"], *fp._INPUTS)
+            m, most = p["input_m"][:1], int(p["input_m"][1])
+            y = requantize(g, y, f"block{i}_input", m, -most, most)
         if "expand_w" in p:
             y = done(pointwise(y, i, "expand"), f"block{i}_expand", p.get("expand_m"))
         w = p["dw_w"].transpose(2, 0, 1)[:, None]

@@ -20,6 +20,7 @@ if "fp" not in globals():
 
 RANGE_IMAGES = 24
 PIXELS = 6144  # of their maps, by which a product is rounded
+MANY = 64  # channels from which on an expansion's inputs have 8 bits instead of 11: their errors average out
 
 
 def quantize_on(b: fp.Backbone, images: Sequence, settings: fp.Settings, roi=None,
@@ -105,9 +106,11 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.nd
     for i, block in enumerate(b.blocks):
         own, inputs = {}, maps
         if i > 0:
-            own["input_m"] = np.array([sums[i - 1] / out[i - 1]], np.float32)
-            inputs = [fp.requantize(x.copy(), own["input_m"], *fp._INPUTS) for x in maps]
-            own |= layer("expand", block.arrays, out[i - 1], expanded, 1023, inputs)
+            most = 127 if block.channels[0] >= MANY else 1023
+            unit = out[i - 1] * 1023 / most
+            own["input_m"] = np.array([sums[i - 1] / unit, most], np.float32)
+            inputs = [fp.narrow(x, own["input_m"]) for x in maps]
+            own |= layer("expand", block.arrays, unit, expanded, most, inputs)
         own |= layer("dw", block.arrays, expanded, depth, 2047)
 
         def inner(x: np.ndarray) -> np.ndarray:

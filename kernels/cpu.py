@@ -803,19 +803,29 @@ def _define_intrinsics(lanes: int) -> None:
             return types.void(*[types.int64] * 8), codegen
         return row
 
-    @intrinsic
-    def narrow(typing, x, n, multiplier, out):
-        """n i16 times a multiplier -> as many, -1023..1023."""
-        def codegen(context, b, signature, args):
-            x, n, multiplier, out = args
-            scale = splat(b, b.load(at_byte(b, multiplier, f32)))
-            with cgutils.for_range(b, b.udiv(n, const(lanes)), intp=i64) as loop:
-                first = b.mul(loop.index, const(lanes))
-                v = b.sext(b.load(at_byte(b, plus(b, x, (first, 2)), short_vec), align=2), int_vec)
-                y = b.trunc(clipped(b, rounded(b, v, scale), -1023, 1023), short_vec)
-                b.store(y, at_byte(b, plus(b, out, (first, 2)), short_vec), align=2)
-            return context.get_dummy_value()
-        return types.void(*[types.int64] * 4), codegen
+    def make_narrow(in_bytes: bool):
+        kind = ir.VectorType(i8, lanes) if in_bytes else short_vec
+
+        @intrinsic
+        def narrow(typing, x, n, input_m, out):
+            """n i16 times a multiplier -> as many i16 or, in bytes, what `dot` takes of such with a sign."""
+            def codegen(context, b, signature, args):
+                x, n, input_m, out = args
+                scale, most = (splat(b, load(b, input_m, const(i), f32)) for i in (0, 1))
+                most = b.fptosi(most, int_vec)
+                least = b.neg(most)
+                with cgutils.for_range(b, b.udiv(n, const(lanes)), intp=i64) as loop:
+                    first = b.mul(loop.index, const(lanes))
+                    v = b.sext(b.load(at_byte(b, plus(b, x, (first, 2)), short_vec), align=2), int_vec)
+                    y = rounded(b, v, scale)
+                    y = b.select(b.icmp_signed("<", y, least), least, y)
+                    y = b.trunc(b.select(b.icmp_signed(">", y, most), most, y), kind)
+                    if in_bytes:
+                        y = b.add(y, ir.Constant(kind, [128 + _LOWERED] * lanes))
+                    b.store(y, at_byte(b, plus(b, out, (first, 1 if in_bytes else 2)), kind), align=1)
+                return context.get_dummy_value()
+            return types.void(*[types.int64] * 4), codegen
+        return narrow
 
     four = ir.VectorType(f32, 4)
 
@@ -938,10 +948,11 @@ def _define_intrinsics(lanes: int) -> None:
     for n_vecs in (1, 2, 3):
         scope[f"_tile_{n_vecs}"] = make_tile(rows, n_vecs)
         scope[f"_tile_{n_vecs}_row"] = make_tile(1, n_vecs)
-        scope[f"_pairs_{n_vecs}"], scope[f"_sums_{n_vecs}"] = (
-            make_product(n_vecs, paired, f) for paired, f in ((True, dot_pairs), (False, dot)))
+        scope[f"_pairs_{n_vecs}"], scope[f"_words_{n_vecs}"], scope[f"_sums_{n_vecs}"] = (
+            make_product(n_vecs, paired, f) for paired, f in ((True, dot_pairs), (True, dot), (False, dot)))
     scope.update(_qtile_rows=make_qtile(rows // 2), _qtile_row=make_qtile(1), _dots=dots,
-                 _resize_pixels=resize_pixels, _narrow=narrow)
+                 _resize_pixels=resize_pixels,
+                 _narrow=make_narrow(False), _narrow_bytes=make_narrow(True))
     for size in (3, 5):
         for stride in (1, 2):
             scope[f"_depthwise_{size}{stride}"] = make_depthwise(size, stride)
@@ -1249,8 +1260,11 @@ def _pool(row, band, bands, ws, own, state, image, batch, state_stride):
 # the expanded map, so that the depthwise part reads two taps at once; for projections, `_GROUP` channels.
 
 @_kernel(exact=True)
-def _product_pairs(a, a_hi, lda, m, k, w, bias, multiplier, out, block, n):
-    """Two rows of m pixels -> words (n / _LANES, m, _LANES), the second row in the upper halves."""
+def _product_pairs(a, a_hi, lda, m, k, w, bias, multiplier, out, block, n, in_bytes):
+    """Two rows of m pixels -> words (n / _LANES, m, _LANES), the second row in the upper halves.
+
+    A word of a holds two i16 or, in_bytes, the `_GROUP` values of 8 bits that `dot` takes.
+    """
     j, last = 0, m - 1
     while j < n:
         wide = min((n - j) // _LANES, _WIDE)
@@ -1260,7 +1274,13 @@ def _product_pairs(a, a_hi, lda, m, k, w, bias, multiplier, out, block, n):
         while i < m:
             i = max(min(i, m - _TILE // 2), 0)
             x, x_hi, y = a + i * lda, a_hi + i * lda, to + 4 * _LANES * i
-            if wide == 1:
+            if in_bytes and wide == 1:
+                _words_1(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
+            elif in_bytes and wide == 2:
+                _words_2(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
+            elif in_bytes:
+                _words_3(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
+            elif wide == 1:
                 _pairs_1(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
             elif wide == 2:
                 _pairs_2(x, x_hi, lda, last, k, panel, at_bias, at_scale, 0, y, block)
@@ -1307,9 +1327,9 @@ def _patches(image, row_words, w, out):
                 to[0], to[1], to[2], to[3], to[4] = a0, a1, a2, a3, a4
 
 
-_MBCONV_INTEGER = _fields("operation x row_words expand_k h w c_in c_mid size stride input_m expand_w "
-                          "expand_b expand_m dw_w dw_b dw_m project_w project_b project_m c_out residual out "
-                          "scratch zeros chunk")
+_MBCONV_INTEGER = _fields("operation x row_words expand_k in_bytes h w c_in c_mid size stride input_m "
+                          "expand_w expand_b expand_m dw_w dw_b dw_m project_w project_b project_m c_out "
+                          "residual out scratch zeros chunk")
 
 
 @_kernel(_MBCONV_INTEGER, exact=True, part="integers")
@@ -1322,8 +1342,8 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
     top = max((h_out - 1) * stride + size - h, 0) // 2
     across = max((w_out - 1) * stride + size - w, 0)
     left = across // 2
-    stem, c_in = p.row_words > 0, (p.c_in + _LANES - 1) // _LANES * _LANES
-    stride_in = 4 * _PATCH_WORDS if stem else 2 * c_in
+    stem, c_in, in_bytes = p.row_words > 0, (p.c_in + _LANES - 1) // _LANES * _LANES, p.in_bytes > 0
+    stride_in = 4 * _PATCH_WORDS if stem else c_in if in_bytes else 2 * c_in
     block = 4 * _LANES * (w + across)  # bytes
     line = block * (c_mid // _LANES)
     slots, pairs = ((chunk - 1) * stride + size - 1) // 2 + 2, size // 2 + 1
@@ -1347,10 +1367,12 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
             to, whole = ring + ready % slots * line + 4 * left * _LANES, 2 * ready + 1 < h
             if stem:
                 _patches(x + 16 * ready * p.row_words, p.row_words, w, narrowed)
+            elif in_bytes:
+                _narrow_bytes(x + 4 * ready * w * c_in, (2 if whole else 1) * w * c_in, p.input_m, narrowed)
             else:
                 _narrow(x + 4 * ready * w * c_in, (2 if whole else 1) * w * c_in, p.input_m, narrowed)
             _product_pairs(narrowed, narrowed + w * stride_in if whole else narrowed, stride_in, w,
-                           p.expand_k, p.expand_w, p.expand_b, p.expand_m, to, block, c_mid)
+                           p.expand_k, p.expand_w, p.expand_b, p.expand_m, to, block, c_mid, in_bytes)
             if not whole:
                 for j in range(c_mid // _LANES):
                     words = _ints(to + j * block, w * _LANES)
@@ -2093,7 +2115,7 @@ class Engine:
         p, stride, (c_in, mid, c_out) = block.arrays, block.stride, block.channels
         mid_padded, out_padded = round_up(mid, _LANES), round_up(c_out, _LANES)
         kernel = len(p["dw_w"])
-        pairs = kernel // 2 + 1
+        pairs, in_bytes = kernel // 2 + 1, False
         dw = np.zeros((2, 2 * pairs, kernel, mid_padded))  # for an even and an odd first row
         for odd in (0, 1):
             dw[odd, odd:odd + kernel, :, :mid] = p["dw_w"]
@@ -2103,8 +2125,10 @@ class Engine:
             expand = self._layer("expand", runs.reshape(30, mid), stem_b, stem_m, 2)
             row_words, expand_k, stride_in = -(-(2 * w + 1) * 3 // 2), _PATCH_WORDS, 4 * _PATCH_WORDS
         else:
-            expand = self._layer("expand", p["expand_w"], p["expand_b"], p["expand_m"], 2)
-            row_words, expand_k, stride_in = 0, -(-c_in // 2), 2 * round_up(c_in, _LANES)
+            in_bytes = _GROUP == 4 and bool(p["input_m"][1] <= 127)
+            group, above = (_GROUP, 128 + _LOWERED) if in_bytes else (2, 0)
+            expand = self._layer("expand", p["expand_w"], p["expand_b"], p["expand_m"], group, above)
+            row_words, expand_k, stride_in = 0, -(-c_in // group), 4 // group * round_up(c_in, _LANES)
         project_w = padded_to(p["project_w"], mid_padded, c_out)
         h_out, w_out = -(-h // stride), -(-w // stride)
         chunk = min(h_out, max(1, 64 // w_out))
@@ -2112,8 +2136,9 @@ class Engine:
         slots = ((chunk - 1) * stride + kernel - 1) // 2 + 2
         scratch = slots * line + chunk * w_out * mid_padded // _GROUP + -(-w * stride_in // 2) + 4 + 2 * pairs
         out = self.workspace(-(-h_out * w_out * out_padded // 2))
-        self.emit(_mbconv_integer, x=x, row_words=row_words, expand_k=expand_k, h=h, w=w, c_in=c_in,
-                  c_mid=mid_padded, size=kernel, stride=stride, input_m=self.constant(p.get("input_m", [0])),
+        self.emit(_mbconv_integer, x=x, row_words=row_words, expand_k=expand_k, in_bytes=in_bytes, h=h, w=w,
+                  c_in=c_in, c_mid=mid_padded, size=kernel, stride=stride,
+                  input_m=self.constant(p.get("input_m", [0, 0])),
                   **expand, dw_w=self.constant(_words(dw.reshape(2, pairs, 2, -1), 2), np.int32),
                   dw_b=self.padded_ints(p["dw_b"], mid_padded), dw_m=self.padded(p["dw_m"], mid_padded),
                   **self._layer("project", project_w, p["project_b"], p["project_m"], _GROUP, _LOWERED),

@@ -10,8 +10,8 @@
 // gate (M / period, K) float32 or null: row i of a is scaled by gate row i / period first; not if TRANSPOSED
 // residual, out (B, M, N) real; residual may be null
 // N, lda and K are multiples of 8 (TRANSPOSED: M and lda are).
-// INTEGER=1 (EXPAND): a int16, requantized to -1023..1023 by `gate` (1,) first, out int16; INTEGER=2 (PROJECT): a u8,
-//   residual and out int16. Bias holds integers, `ending` multipliers (N,); neither WIDE nor TRANSPOSED.
+// INTEGER=1 (EXPAND): a int16, requantized by `gate` first, (2,): multiplier and limit, out int16;
+// INTEGER=2 (PROJECT): a u8, residual and out int16. Bias holds integers, `ending` multipliers (N,); neither WIDE nor TRANSPOSED.
 // Launch: block 32 * WARPS, grid (ceil(tiles * split / WARPS), 1, B), tiles = ceil(M/TILE) * ceil(N/32); TILE 32 or 16
 //   and WARPS 4 or 8, a module for each. `split` warps share a tile, and divide WARPS: each takes every split-th 16 of K.
 //   An element is summed in an order that only `split` sets, so that a score does not depend on its batch.
@@ -121,8 +121,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
                 halves_from_bytes(halves, two[0] | two[1] << 8, 0);
                 left[0][i][r] = halves[0];
 #elif INTEGER == EXPAND
-                left[0][i][r] = pair_of(half_from_float(requantize(two[0], gate[0], -1023.f, 1023.f)),
-                                        half_from_float(requantize(two[1], gate[0], -1023.f, 1023.f)));
+                left[0][i][r] = pair_of(half_from_float(requantize(two[0], gate[0], -gate[1], gate[1])),
+                                        half_from_float(requantize(two[1], gate[0], -gate[1], gate[1])));
 #elif HALF
                 left[0][i][r] = pair_of(two[0].bits, two[1].bits);
 #else

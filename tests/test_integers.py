@@ -125,8 +125,9 @@ def network(seed, blocks, fill=None):
     for i, (mid, out, kernel, stride) in enumerate(blocks):
         p = {}
         if i:
-            p = {"input_m": np.array([1023 / 20000], np.float32)}
-            p |= layer(rng, "expand", (channels, mid), 1023, 127, 2047, fill)
+            inputs = (1023, 127)[(i + seed) % 2]
+            p = {"input_m": np.array([inputs / 20000, inputs], np.float32)}
+            p |= layer(rng, "expand", (channels, mid), inputs, 127, 2047, fill)
         p |= layer(rng, "dw", (kernel, kernel, mid), 2047, 32767, 255, fill)
         p |= layer(rng, "project", (mid, out), 255, 127, 20000, fill)
         made.append(fp.InvertedResidual(p, stride, fp.RELU6, stride == 1 and channels == out and i > 0))
@@ -266,8 +267,9 @@ def test_reference_equals_a_computation_in_int64():
         for i, block in enumerate(net.blocks):
             p, x = block.arrays, y
             if i:
-                a = np.round((x * p["input_m"].astype(np.float64)).astype(np.float32).astype(np.float64))
-                y = np.clip(a, -1023, 1023).astype(np.int64) @ whole(p["expand_w"]) + whole(p["expand_b"])
+                m, most = p["input_m"].astype(np.float64)
+                a = np.round((x * m).astype(np.float32).astype(np.float64))
+                y = np.clip(a, -most, most).astype(np.int64) @ whole(p["expand_w"]) + whole(p["expand_b"])
                 y = requantized(y, p["expand_m"], 0, 2047)
             w = whole(p["dw_w"])
             pads = [same(n, len(w), block.stride) for n in y.shape[:2]]
@@ -327,6 +329,8 @@ def test_sums_beyond_float32_are_refused():
             ("scales", np.inf, "scales")):
         with pytest.raises(fp.ModelError, match=message):
             decoded(header, arrays | {name: np.full_like(arrays[name], value)})
+    with pytest.raises(fp.ModelError, match="input_m"):  # a limit that no kernel knows
+        decoded(header, arrays | {"block3_input_m": np.float32([.05, 500])})
     for change in ({"act": fp.SILU}, {"mean": (.4,) * 3}):
         with pytest.raises(fp.ModelError):
             decoded(header | change, arrays)
