@@ -1342,7 +1342,8 @@ def _mbconv_integer(row, band, bands, ws, own, state, image, batch, state_stride
     top = max((h_out - 1) * stride + size - h, 0) // 2
     across = max((w_out - 1) * stride + size - w, 0)
     left = across // 2
-    stem, c_in, in_bytes = p.row_words > 0, (p.c_in + _LANES - 1) // _LANES * _LANES, p.in_bytes > 0
+    stem, c_in = p.row_words > 0, (p.c_in + _LANES - 1) // _LANES * _LANES
+    in_bytes = _GROUP == 4 and p.in_bytes > 0
     stride_in = 4 * _PATCH_WORDS if stem else c_in if in_bytes else 2 * c_in
     block = 4 * _LANES * (w + across)  # bytes
     line = block * (c_mid // _LANES)
