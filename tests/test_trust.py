@@ -66,7 +66,8 @@ def test_bad_images_among_the_good_are_named_and_set_aside(good, bad, count):
     assert mixed.threshold == clean.threshold  # as if they had never been there
     own = fit([*good, *bad[1:count + 1]])  # where they help to decide the ranges
     assert own.summary["set_aside"] == mixed.summary["set_aside"]
-    assert own.threshold.value == pytest.approx(clean.threshold.value, abs=.3)  # of spreads of good scores
+    # in spreads of good scores; had other good images decided, it would be 3.0 to 3.5 instead of 3.3
+    assert own.threshold.value == pytest.approx(clean.threshold.value, abs=.6)
     kept = fit([*good, *bad[1:count + 1]], keep_all=True, backbone=clean.backbone)
     assert kept.summary["set_aside"] == [] and kept.threshold.value != mixed.threshold.value
     assert count == 1 or kept.threshold.value > mixed.threshold.value  # of one, its good twin calibrates
