@@ -250,17 +250,15 @@ def resize_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, 
     begin = np.floor(centre - support + 0.5).astype(np.int64)
     where = begin[:, None] + np.arange(taps)
     weight = np.maximum(0, 1 - np.abs(where + 0.5 - centre[:, None]) / support)
-    start = np.clip(begin, 0, max(n_in - taps, 0))
     if not shift:  # Pillow drops what lies outside; with a shift it goes to the edge sample
         weight[(where < 0) | (where >= n_in)] = 0
-    folded = np.zeros_like(weight)
-    np.add.at(folded, (np.arange(n_out)[:, None], np.clip(where, 0, n_in - 1) - start[:, None]), weight)
-    first, last = ((folded > 0)[:, ::step].argmax(1) for step in (1, -1))
-    taps = int((taps - first - last).max())  # no more than the widest row has
-    begin = np.minimum(start + first, n_in - taps)
-    columns = (begin - start)[:, None] + np.arange(taps)
-    folded = np.take_along_axis(np.pad(folded, ((0, 0), (0, taps))), columns, 1)
-    return begin, folded / folded.sum(1, keepdims=True)
+    where = np.clip(where, 0, n_in - 1)
+    first, last = np.where(weight > 0, where, n_in).min(1), np.where(weight > 0, where, -1).max(1)
+    taps = int((last - first).max()) + 1  # no more than the widest row has
+    start = np.minimum(first, n_in - taps)
+    folded = np.zeros((n_out, taps))
+    np.add.at(folded, (np.arange(n_out)[:, None], np.clip(where - start[:, None], 0, taps - 1)), weight)
+    return start, folded / folded.sum(1, keepdims=True)
 
 
 def fixed_point_taps(n_in: int, n_out: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -383,11 +381,6 @@ def requantize(total: np.ndarray, m: np.ndarray, low: int = 0, high: int = 255) 
     return np.clip(total, low, high, out=total)
 
 
-def narrow(x: np.ndarray, input_m: np.ndarray) -> np.ndarray:
-    """What an expansion takes of x in integers; input_m (2,): a multiplier, and the largest value."""
-    return requantize(x.copy(), input_m[0], -input_m[1], input_m[1])
-
-
 def _bands(shape: tuple[int, int, int], kernel: int, stride: int) -> list[tuple[slice, tuple[int, int]]]:
     """An image (H, W, C) in bands that fit the cache: input rows, and rows of zeros above and below them."""
     height, (top, _) = shape[0], _same_padding(shape[0], kernel, stride)
@@ -415,7 +408,8 @@ def mbconv(x: np.ndarray, block: "InvertedResidual") -> np.ndarray:
         return requantize(y, p[f"{layer}_m"], *limits) if integer else y
 
     def band(rows: slice, beyond: tuple[int, int]) -> np.ndarray:
-        y = narrow(x[rows], p["input_m"]) if "input_m" in p else x[rows]
+        m, most = p.get("input_m", (1, 0))
+        y = requantize(x[rows].copy(), m, -most, most) if most else x[rows]
         if "expand_w" in p:
             y = done(linear(y, p["expand_w"], p["expand_b"], act), "expand", *_EXPANDED)
         y = done(depthwise(y, p["dw_w"], p["dw_b"], block.stride, act, beyond), "dw")
@@ -585,9 +579,8 @@ class Backbone:
     depthwise layers, which need them), biases, and `_m`, a real multiplier an output channel. A layer is
     `requantize(x @ w + b, m)`: sums stay below 2^24, so float32 adds them exactly in any order. Depthwise
     layers take 0..2047 and give 0..255; a block gives -32767..32767, where residuals are added and features
-    read, in units of `scales` (one a block), and `input_m` leads to the -1023..1023 or, of many channels,
-    -127..127 that an expansion takes (`narrow`). Zero stays zero, so padding is exact. For the image see
-    `resize_integers`.
+    read, in units of `scales` (one a block). `input_m` (2,), multiplier and limit, makes of them what an
+    expansion takes: +-1023, of many channels +-127. Zero stays zero: padding is exact. See `resize_integers`.
     """
     name: str
     mean: tuple[float, float, float]
@@ -2288,8 +2281,7 @@ class Prior:
             views = (_reference_tokens(image, self.backbone, self.settings) if tokens is None
                      else [view[i] for view in tokens])
             x_T = self.latent(views[0][self.inside])
-            rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["gain"]
-                        + self.calibration["offset"])
+            rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["gain"] + self.calibration["offset"])
             if with_map:
                 weight, offset = self._map_weights()
                 cells = _spread(self.inside, weight * rows[-1] + offset).reshape(self.grid)
@@ -2743,14 +2735,13 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     known = kept.read(known, kept.about(config, backbone, roi)) if known else None
     training.check_memory(len(images) + (len(known.keys) if known else 0), config, backbone)
     backbone, own = _room("quantization").quantize_on(backbone, images, config, roi, progress)
-    about = kept.about(config, backbone, roi)
     extracted = _room("extraction").extract_features(images, config, backbone, threads, progress, known=known,
                                                      roi=roi)
     extracted = extracted._replace(ranged=known.ranged if known else own or ranged)
     images = [*(known.names if known else ()), *images]
     if features:
         extracted = extracted._replace(names=_names(images, range(len(images)), False))
-        kept.write(extracted, features, about)
+        kept.write(extracted, features, kept.about(config, backbone, roi))
     unreadable = locked + extracted.unreadable
     if 2 * len(unreadable) > len(images):
         raise ImageError(f"{len(unreadable)} of {len(images) + len(locked)} images cannot be read, "

@@ -109,7 +109,7 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.nd
             most = 127 if block.channels[0] >= MANY else 1023
             unit = out[i - 1] * 1023 / most
             own["input_m"] = np.array([sums[i - 1] / unit, most], np.float32)
-            inputs = [fp.narrow(x, own["input_m"]) for x in maps]
+            inputs = [fp.requantize(x.copy(), own["input_m"][0], -most, most) for x in maps]
             own |= layer("expand", block.arrays, unit, expanded, most, inputs)
         own |= layer("dw", block.arrays, expanded, depth, 2047)
 
