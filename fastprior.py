@@ -2406,7 +2406,7 @@ def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 16  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 17  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 10
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2734,21 +2734,25 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     kept = _room("kept")
     known = kept.read(known, kept.about(config, backbone, roi)) if known else None
     training.check_memory(len(images) + (len(known.keys) if known else 0), config, backbone)
-    backbone, own = _room("quantization").quantize_on(backbone, images, config, roi, progress)
-    extracted = _room("extraction").extract_features(images, config, backbone, threads, progress, known=known,
-                                                     roi=roi)
-    extracted = extracted._replace(ranged=known.ranged if known else own or ranged)
-    images = [*(known.names if known else ()), *images]
+    given, network, far = [*(known.names if known else ()), *images], backbone, set()
+    while True:
+        backbone, own = _room("quantization").quantize_on(network, images, config, roi, progress, far)
+        extracted = _room("extraction").extract_features(images, config, backbone, threads, progress,
+                                                         known=known, roi=roi)
+        unreadable = locked + extracted.unreadable
+        if 2 * len(unreadable) > len(given):
+            raise ImageError(f"{len(unreadable)} of {len(given) + len(locked)} images cannot be read, "
+                             f"the first: {unreadable[0]}")
+        extracted = extracted._replace(ranged=known.ranged if known else own or ranged, unreadable=unreadable)
+        whitened = _whiten_features(extracted, config, keep_all, progress, threads)
+        if not (again := {*own} - {*whitened.summary["trained_on"]}):
+            break
+        far |= again
+        _log.info("once more: images by which the network was rounded are set aside, %d", len(again))
     if features:
-        extracted = extracted._replace(names=_names(images, range(len(images)), False))
+        extracted = extracted._replace(names=_names(given, range(len(given)), False))
         kept.write(extracted, features, kept.about(config, backbone, roi))
-    unreadable = locked + extracted.unreadable
-    if 2 * len(unreadable) > len(images):
-        raise ImageError(f"{len(unreadable)} of {len(images) + len(locked)} images cannot be read, "
-                         f"the first: {unreadable[0]}")
-    whitened = _whiten_features(extracted._replace(unreadable=unreadable), config, keep_all, progress,
-                                threads)
-    whitened.summary["set_aside"] = _names(images, whitened.summary["set_aside"])
+    whitened.summary["set_aside"] = _names(given, whitened.summary["set_aside"])
     prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress, denoiser)
     prior.summary |= {"seconds": round(time.perf_counter() - began, 1), "found": found,
                       "not_read": len(unreadable), "proportions": proportions}

@@ -10,7 +10,7 @@ import dataclasses
 import heapq
 import sys
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 
@@ -19,16 +19,18 @@ if "fp" not in globals():
     import fastprior as fp
 
 RANGE_IMAGES = 24
-PIXELS = 6144  # of their maps, by which a product is rounded
-MANY = 64  # channels from which on an expansion's inputs have 8 bits instead of 11: their errors average out
+PIXELS = 1024  # of each image's maps, by which a product is rounded
+# channels from which on an expansion's inputs have 8 bits instead of 11: errors of many average out, as do
+# those of the pixels of places of more than 16
+MANY, MANY_FINE = 24, 64
 
 
 def quantize_on(b: fp.Backbone, images: Sequence, settings: fp.Settings, roi=None,
-                progress=lambda *_: None) -> tuple[fp.Backbone, list[str]]:
+                progress=lambda *_: None, without=()) -> tuple[fp.Backbone, list[str]]:
     """The backbone in integers for good images (paths or arrays), and the keys of those that decided ranges.
 
-    These are RANGE_IMAGES of the different images, those of the lowest keys: chance by the pixels, whatever
-    the order. A backbone that is in integers already, or that cannot be (`fits`), is returned as it is.
+    These are RANGE_IMAGES of the different images, those of the lowest keys but for `without`: chance by the
+    pixels, whatever the order. A backbone in integers, or one that cannot be (`fits`), is returned as it is.
     """
     if not fits(b):
         return b, []
@@ -36,7 +38,8 @@ def quantize_on(b: fp.Backbone, images: Sequence, settings: fp.Settings, roi=Non
     for i, source in enumerate(images):
         with contextlib.suppress(fp.ImageError, fp.ShapeError):  # said when its features are to be used
             image = fp.load_image(source, settings.bits, roi)
-            chosen[fp.image_key(image)] = image
+            if (key := fp.image_key(image)) not in without:
+                chosen[key] = image
             if len(chosen) > RANGE_IMAGES:
                 del chosen[max(chosen)]
         progress("reading", i + 1, len(images))
@@ -47,7 +50,8 @@ def quantize_on(b: fp.Backbone, images: Sequence, settings: fp.Settings, roi=Non
         ranges.append(output_ranges(b, b.pixels(image, settings.shape)))
         progress("ranges", len(ranges), len(images))
     pixels = [fp.resize_integers(image, settings.shape) for image in images]
-    return quantize_backbone(b, np.max(ranges, 0), pixels, progress), sorted(chosen)
+    many = MANY if settings.cell > 16 else MANY_FINE
+    return quantize_backbone(b, np.max(ranges, 0), pixels, many, progress), sorted(chosen)
 
 
 def fits(b: fp.Backbone) -> bool:
@@ -67,13 +71,13 @@ def output_ranges(b: fp.Backbone, x: np.ndarray) -> np.ndarray:
 
 
 def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.ndarray] = (),
-                      progress=lambda *_: None) -> fp.Backbone:
+                      many: int = MANY, progress=lambda *_: None) -> fp.Backbone:
     """`b` in integers for outputs of blocks as large as `ranges` (blocks,); residual sums may be twice that.
 
     A product's weights have a scale an output channel, activations one a tensor (that of ReLU6 ends at 6).
     In stem and depthwise layers a scale is as fine as sums below 2^24 allow: with weights of 8 bits they move
     features by a whole deviation (over good images). images: what `resize_integers` made of some, by
-    which products are rounded, see `rounded`; without them each weight is rounded by itself.
+    which products are rounded, see `followed` and `rounded`; without them each weight is rounded by itself.
     """
     fraction, exponent = np.frexp(np.maximum(ranges, 1e-6))
     out = np.ldexp(np.ceil(fraction * 64) / 64, exponent) / 1023  # up: the last bits depend on the machine
@@ -85,58 +89,90 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.nd
 
     rng = np.random.default_rng(0)
 
-    def layer(name: str, p: dict, scale_in: float, scale_out: float, most: int, maps=None) -> dict:
-        """most: the largest input; maps: those of a product, whose weights have 8 bits. Else they have 16."""
+    def layer(name: str, p: dict, scale_in: float, scale_out: float, most: int, inputs=None) -> dict:
+        """most: the largest input; inputs: `pairs` of a product, with weights of 8 bits, others have 16."""
         w, bias = p[f"{name}_w"].astype(np.float64) * scale_in, p[f"{name}_b"].astype(np.float64)
+        if inputs:
+            h, w = followed(w, inputs, scale_in)
         each = np.abs(w).reshape(-1, len(bias))
-        scale = np.maximum(each.max(0) / (32767 if maps is None else 127),
+        scale = np.maximum(each.max(0) / (32767 if inputs is None else 127),
                            (each.sum(0) * most + np.abs(bias)) / (.99 * 2 ** 24))
         scale = np.maximum(scale, 1e-12)
-        of = {"w": np.rint(w / scale), "b": np.rint(bias / scale), "m": scale / scale_out}
-        if maps:
-            pixels, count = [x.reshape(-1, x.shape[-1]) for x in maps], -(-PIXELS // len(maps))
-            of["w"] = rounded(w / scale, [x if len(x) < count else x[rng.integers(len(x), size=count)]
-                                          for x in pixels])
+        of = {"w": rounded(w / scale, h) if inputs else np.rint(w / scale), "b": np.rint(bias / scale),
+              "m": scale / scale_out}
         return {f"{name}_{part}": a.astype(np.float32) for part, a in of.items()}
+
+    def pairs(maps: Sequence, change: Callable, exact: Callable) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each image what a product takes at some pixels, (n, K): in integers, and as it is in floats."""
+        made = []
+        for x, y in maps:
+            x, y = (a.reshape(-1, a.shape[-1]) for a in (change(x.astype(np.float32)), exact(y)))
+            at = slice(None) if len(x) <= PIXELS else rng.integers(len(x), size=PIXELS)
+            made.append((x[at], y[at]))
+        return made
 
     own = layer("stem", {"stem_w": b.stem_w, "stem_b": b.stem_b}, 1 / 510, expanded, 510)
     made, blocks = dataclasses.replace(b, **own, scales=sums.astype(np.float32)), []
-    maps = [fp.requantize(fp.stem(x, made.stem_w, made.stem_b, fp.NONE), made.stem_m, *fp._EXPANDED)
-            for x in images]
+    maps = []  # of each image in integers, of 16 bits as long as they wait, and in floats
+    for x in images:
+        y = fp.requantize(fp.stem(x, made.stem_w, made.stem_b, fp.NONE), made.stem_m, *fp._EXPANDED)
+        maps.append((y.astype(np.int16), fp.stem(x / 510, b.stem_w, b.stem_b, b.act)))
     for i, block in enumerate(b.blocks):
-        own, inputs = {}, maps
-        if i > 0:
-            most = 127 if block.channels[0] >= MANY else 1023
-            unit = out[i - 1] * 1023 / most
-            own["input_m"] = np.array([sums[i - 1] / unit, most], np.float32)
-            inputs = [fp.requantize(x.copy(), own["input_m"][0], -most, most) for x in maps]
-            own |= layer("expand", block.arrays, unit, expanded, most, inputs)
-        own |= layer("dw", block.arrays, expanded, depth, 2047)
+        own, p = {}, block.arrays
+
+        def narrowed(x: np.ndarray) -> np.ndarray:
+            return fp.requantize(x, own["input_m"][0], -most, most)
 
         def inner(x: np.ndarray) -> np.ndarray:
-            if "expand_w" in own:
-                x = fp.linear(x, own["expand_w"], own["expand_b"])
+            if i > 0:
+                x = fp.linear(narrowed(x), own["expand_w"], own["expand_b"])
                 x = fp.requantize(x, own["expand_m"], *fp._EXPANDED)
             x = fp.depthwise(x, own["dw_w"], own["dw_b"], block.stride, fp.NONE)
-            return fp.requantize(x, own["dw_m"]).astype(np.uint8)
-        own |= layer("project", block.arrays, depth, sums[i], 255, [inner(x) for x in inputs])
+            return fp.requantize(x, own["dw_m"])
+
+        def exact(x: np.ndarray) -> np.ndarray:
+            x = fp.linear(x, p["expand_w"], p["expand_b"], b.act) if i > 0 else x
+            return fp.depthwise(x, p["dw_w"], p["dw_b"], block.stride, b.act)
+        if i > 0:
+            most = 127 if block.channels[0] >= many else 1023
+            unit = out[i - 1] * 1023 / most
+            own["input_m"] = np.array([sums[i - 1] / unit, most], np.float32)
+            own |= layer("expand", p, unit, expanded, most, pairs(maps, narrowed, lambda x: x))
+        own |= layer("dw", p, expanded, depth, 2047)
+        own |= layer("project", p, depth, sums[i], 255, pairs(maps, inner, exact))
         blocks.append(dataclasses.replace(block, arrays=own))
-        maps = [fp.mbconv(x, blocks[-1]) for x in maps]
+        for at, (x, y) in enumerate(maps):  # one by one: large ones are let go
+            maps[at] = fp.mbconv(x.astype(np.float32), blocks[-1]).astype(np.int16), fp.mbconv(y, block)
         progress("rounding", i + 1, len(b.blocks))
     made = dataclasses.replace(made, blocks=tuple(blocks))
     fp._check_backbone(made)
     return made
 
 
-def rounded(w: np.ndarray, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """w (K, M) to integers within +-127, so that x @ w moves little for rows x of inputs (n, K), integers.
+def followed(w: np.ndarray, inputs: Sequence[tuple[np.ndarray, np.ndarray]],
+             unit: float) -> tuple[np.ndarray, np.ndarray]:
+    """What `rounded` needs to know of the inputs, (K, K), and w (K, M) with what comes before in mind.
+
+    inputs: pairs of (n, K), x in integers and what they stand for in floats, of which x * unit misses what
+    was rounded before. What of it x tells, by least squares, the weights make up for, as far as there are
+    more pixels than weights: it moves features by a fifth less. Li et al. 2025 (GPTAQ, arXiv:2504.02692).
+    """
+    from scipy import linalg
+    h, missed, n = 0., 0., sum(len(x) for x, _ in inputs)
+    for x, y in inputs:
+        x = x.astype(np.float64)
+        h, missed = h + x.T @ x, missed + x.T @ (y / unit - x)  # the first of integers, exact
+    h[np.diag_indices(len(h))] += .01 * h.diagonal().mean() + 1e-6
+    return h, w + n / (n + 4 * len(w)) * linalg.solve(h, missed @ w, assume_a="pos")
+
+
+def rounded(w: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """w (K, M) to integers within +-127, so that x @ w moves little for inputs whose x.T @ x is h.
 
     Input by input: what rounding leaves goes to the inputs that are still to come, as far as they vary with
     this one (Frantar et al. 2022, arXiv:2210.17323). It moves features by a third less.
     """
     from scipy import linalg
-    h = sum(x.T @ x for x in (x.astype(np.float64) for x in inputs))  # of integers, exact
-    h[np.diag_indices(len(h))] += .01 * h.diagonal().mean() + 1e-6
     u = linalg.cholesky(linalg.inv(h))
     w, out = w.copy(), np.empty_like(w)
     for k in range(len(w)):

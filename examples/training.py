@@ -165,11 +165,14 @@ def training_memory(images: int, settings: fp.Settings, backbone: fp.Backbone) -
 
     Features four times (two bytes; themselves, those that are used, whitened, in work), fine features, and
     5 numbers of 4 bytes for each place and pair of channels: sums, a covariance in float64, two whiteners.
+    Before that, for a backbone in integers, maps of some images in 6 bytes, those of the stem being largest.
     """
     n, c = math.prod(settings.grid), sum(backbone.channels)
-    extraction = fp._room("extraction")
+    extraction, quantization = fp._room("extraction"), fp._room("quantization")
     fine = min(images, extraction.MOST_FINE) * math.prod(settings.fine) * backbone.fine_channels
-    return 8 * images * (extraction.copies_of(images, settings) + 1) * n * c + 2 * fine + 20 * n * c * c
+    maps = 6 * min(images, quantization.RANGE_IMAGES) * math.prod(settings.shape) // 4 * len(backbone.stem_b)
+    return max(8 * images * (extraction.copies_of(images, settings) + 1) * n * c + 2 * fine + 20 * n * c * c,
+               maps * quantization.fits(backbone))
 
 
 def memory_left() -> float:

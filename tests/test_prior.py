@@ -255,7 +255,7 @@ def test_too_few_images(pictures, washers, tmp_path):
         fp.fit(paths, iterations=0, size=64)
     with pytest.raises(fp.ImageError, match="no such"):
         fp.fit(tmp_path / "none")
-    made = fp.fit([paths[0], *fp.find_images(washers)], iterations=0, size=64, copies=0)
+    made = fp.fit([paths[0], *fp.find_images(washers)], iterations=0, size=64, copies=0, keep_all=True)
     assert len(made.summary["unreadable"]) == 1 and made.summary["images"] == 24
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import fastprior as fp
+import make_demo
 from conftest import ROOT
 from damaged_models import tiny_backbone, tiny_prior
 
@@ -79,6 +80,64 @@ def test_taps_in_fixed_point_sum_to_one(n_in, n_out, shift):
     np.testing.assert_array_equal(weight.sum(1), 4096)
     np.testing.assert_array_equal(weight, np.rint(weight))
     assert weight.min() >= 0 and np.abs(weight - 4096 * exact).max() <= 1
+
+
+# -- rounding ------------------------------------------------------------------------------------
+
+def mixed(rng, n, k):
+    """Integers (n, k) that vary together, as channels do."""
+    few = rng.standard_normal((n, 6)) @ rng.standard_normal((6, k)) + .3 * rng.standard_normal((n, k))
+    return np.clip(np.rint(18 * few), -127, 127)
+
+
+def test_rounding_moves_products_less_than_each_weight_by_itself():
+    rng = np.random.default_rng(0)
+    w, x = np.clip(40 * rng.standard_normal((24, 8)), -127, 127), mixed(rng, 4100, 24)
+    seen, new = x[:4000], x[4000:]
+    out = quantization.rounded(w, seen.T @ seen)
+    assert np.array_equal(out, np.rint(out)) and np.abs(out).max() <= 127 and np.abs(out - w).max() < 8
+    assert np.std(new @ (out - w)) < .6 * np.std(new @ (np.rint(w) - w))
+
+
+@pytest.mark.parametrize("n", [96, 5000])
+def test_weights_make_up_for_what_was_rounded_before(n):
+    rng = np.random.default_rng(2)
+    x, w, change = mixed(rng, n, 24), rng.standard_normal((24, 8)), .02 * rng.standard_normal((24, 24))
+    unit, halves = .125, (slice(n // 2), slice(n // 2, None))
+    y = unit * (x + x @ change)  # what x misses, x tells
+    h, w2 = quantization.followed(w, [(x[rows].astype(np.float32), y[rows]) for rows in halves], unit)
+    np.testing.assert_allclose(h - np.diag(np.full(24, h[0, 0] - x[:, 0] @ x[:, 0])), x.T @ x, rtol=1e-9)
+    exact = w + n / (n + 96) * np.linalg.solve(h, x.T @ x @ change @ w)
+    np.testing.assert_allclose(w2, exact, rtol=1e-6, atol=1e-9)
+    assert np.std(x @ w2 - y @ w / unit) < (.6 if n == 96 else .2) * np.std(x @ w - y @ w / unit)
+
+
+def test_images_bring_features_nearer_to_those_of_floats():
+    """Of lite0 on demo images that decided nothing, in standard deviations of good images."""
+    pictures = [make_demo.draw_part(np.random.default_rng([3, i]), 128) for i in range(18)]
+    settings, b = fp.Settings(size=128), fp.load_backbone("lite0")
+
+    def of(net):
+        return np.stack([net.features(net.pixels(i, settings.shape), *net.views(settings))[0]
+                         for i in pictures[-6:]])
+
+    def error(net):
+        moved = of(net) - exact
+        return np.sqrt(np.mean(((moved - moved.mean(0)) / spread) ** 2))
+    exact = of(b)
+    spread = exact.std(0) + .1 * exact.std()
+    made, _ = quantization.quantize_on(b, pictures[:-6], settings)
+    ranges = np.max([quantization.output_ranges(b, b.pixels(i, settings.shape)) for i in pictures[:-6]], 0)
+    assert error(made) < .75 * error(quantization.quantize_backbone(b, ranges))
+
+
+@pytest.mark.parametrize("cell, first", [(16, 64), (32, 24)])
+def test_expansions_of_many_channels_have_eight_bits(cell, first):
+    """The more pixels a place averages, the more do."""
+    settings = fp.Settings(size=64, cell=cell)
+    made, _ = quantization.quantize_on(fp.load_backbone("lite0"), noise(1, 1), settings)
+    for block in made.blocks[1:]:
+        assert block.arrays["input_m"][1] == (127 if block.channels[0] >= first else 1023)
 
 
 # -- files ---------------------------------------------------------------------------------------

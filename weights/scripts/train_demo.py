@@ -3,6 +3,7 @@
 
     python weights/scripts/train_demo.py
 """
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,9 +13,17 @@ here = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(here.parent))
 import fastprior as fp  # noqa: E402
 
+
+def said(what: str, done: int, of: int) -> None:
+    if done == of:
+        fp._room("console").say(what)
+
+
 with tempfile.TemporaryDirectory() as folder:
+    os.chdir(folder)  # a model names what it was trained on
     draw = here.parent / "examples" / "make_demo.py"
-    subprocess.run([sys.executable, draw, folder, "--good", "200"], check=True)
-    prior = fp.fit(folder, size=256, cell=32, progress=lambda what, done, of: done == of and fp._room("console").say(what))
+    subprocess.run([sys.executable, draw, "washers", "--good", "200"], check=True)
+    prior = fp.fit("washers", size=256, cell=32, progress=said)
+    os.chdir(here)
 prior.save(here / "demo.npz")
 print(f"\n{here / 'demo.npz'}", prior.summary)
