@@ -1588,7 +1588,7 @@ def _read_npz(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
             if (of_64 == b"PK\6\7" or magic != b"PK\5\6" or comment or start + size + 22 != length
                     or size > _MAX_HEADER or length > _MAX_BYTES):
                 raise ValueError("a zip of another kind, or cut short")
-            arrays, archive = {}, zipfile.ZipFile(f)
+            arrays, number, archive = {}, None, zipfile.ZipFile(f)
             for e in sorted(archive.infolist(), key=lambda e: e.filename != "header.npy"):
                 name, length, stored = e.filename.removesuffix(".npy"), length - e.file_size, e.compress_size
                 if e.compress_type or e.flag_bits or e.file_size != stored or length < 0 or name in arrays:
@@ -2128,7 +2128,8 @@ class Prior:
         told = {"calibrated_on": int(kept.sum()), "held_out_aside": len(aside), "set_aside_today": aside,
                 "near_duplicates_today": len(e.keys) - count, "unreadable": unreadable[:20],
                 "traits": curation.known_traits(lone.of(kept).looks)}
-        return self._with(dataclasses.replace(self.settings, **settings), calibrations, self.summary | told)
+        made = self._with(dataclasses.replace(self.settings, **settings), calibrations, self.summary | told)
+        return curation.doubted(self, made)
 
     def update(self, images, known: str | os.PathLike, **options) -> "Prior":
         """This model trained on `images` too, without its old ones: `update` of examples/kept.py."""
@@ -2548,7 +2549,7 @@ def _read_scores(raw: np.ndarray, nll: np.ndarray, details: np.ndarray, settings
             "peaks": np.sort([m.max() for m in maps]) + moments[2]}
 
 
-_MOST_ASIDE = .1  # of the images may be set aside
+_MOST_ASIDE = .1  # of the images may be set aside; twice that, where they stand far apart: see `outliers`
 
 
 def _to_unit_variance(x0: np.ndarray, whitener: np.ndarray, fresh: np.ndarray) -> None:
@@ -2618,7 +2619,7 @@ def _whiten_features(e, config: Settings, keep_all: bool = False, progress: Prog
             progress("whitening", k + 1, folds)
         nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[part.clean]])
         unlike, far = curation.outliers(nll, config.worst) if not keep_all else np.zeros((2, len(nll)), bool)
-        if not far.any() or aside.sum() + far.sum() > _MOST_ASIDE * count:
+        if not far.any() or aside.any() and aside.sum() + far.sum() > 2 * _MOST_ASIDE * count:
             break
         aside[np.flatnonzero(used)[far]] = True
     mean, whitener = gaussians.without(None, config)

@@ -148,6 +148,18 @@ def size_of(text: str, name: str = "size") -> int | tuple[int, int]:
         raise fp.ShapeError(f"--{name}: expected pixels a side, or WIDTHxHEIGHT, got {text!r:.60}") from e
 
 
+def only_one(fpr: float | None, threshold: float | None) -> None:
+    if fpr is not None and threshold is not None:
+        raise fp.FastPriorError("--fpr and --threshold: both say where to judge; give one of them")
+
+
+def tell_promise(prior: fp.Prior) -> None:
+    say(promise(prior))
+    if prior.threshold.value > 20:
+        say("warning: good images rarely score above 10: there may be bad ones among them. Look at those "
+            "that score highest (fastprior score --map), and take the bad ones out")
+
+
 def tell_doubts(near_duplicates: int, aside: list[str]) -> None:
     if near_duplicates:
         say(f"{near_duplicates} images are near-duplicates of others (frames, crops, copies): the promise "
@@ -209,7 +221,7 @@ def tell_training(made) -> None:
             f"{s['iterations']} training steps{loss}; {s['seconds']:.0f} s")
         if prior.roi:
             say(f"looks at {looks_at(prior)}")
-        say(promise(prior))
+        tell_promise(prior)
 
 
 def load(path: str | os.PathLike, bits: int | None, told: set[str]) -> np.ndarray:
@@ -260,6 +272,7 @@ _MOST_TRAITS = 256  # images of a folder that tell its drift, some milliseconds 
 def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_folder: Path | None,
           as_json: bool, report: Path | None = None, **options) -> int:
     """A row an image; returns the exit code. What cannot be scored or written is said; the rest goes on."""
+    only_one(options.get("fpr"), options.get("threshold"))
     if model is None:
         model = fp.demo_model()
         say(f"no --model given: using the demo model, which knows the washers of examples/ ({model})")
@@ -342,13 +355,19 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
 
 def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: float | None,
               threshold: float | None, keep_all: bool, device: str, threads: int | None) -> None:
+    only_one(fpr, threshold)
     prior = fp.Prior.load(model, threads=threads, device=device)
     if isinstance(prior, fp.MultiPrior):
         raise fp.FastPriorError(f"{model}: holds {len(prior.priors)} products; calibrate takes a "
                                 "model of one")
+    found = fp._room("folders").find_good(good)
+    both = known_bad and {*map(os.path.realpath, found.images)} & {
+        *map(os.path.realpath, fp.find_images(known_bad, without="good"))}
+    if both:
+        raise fp.FastPriorError(f"{len(both)} images are good ones and in --known-bad too, as {min(both)}")
     changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
     with Bars() as bars:
-        prior = prior.calibrate(good, keep_all=keep_all, progress=bars, **changes)
+        prior = prior.calibrate(found, keep_all=keep_all, progress=bars, **changes)
         tried = prior.score_batch(fp.find_images(known_bad, without="good"), with_map=False,
                                   errors="return") if known_bad else []
     bad = [r.score for r in tried if isinstance(r, fp.Result)]
@@ -356,10 +375,11 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
     if known_bad and not bad:
         raise fp.ImageError(f"--known-bad: none of {len(tried)} images can be read, the first: {tried[0]}")
     prior.save(output)
+    say(found)
     for line in unreadable:
         say(f"left out: {line}")
     tell_doubts(prior.summary["near_duplicates_today"], prior.summary["set_aside_today"])
-    say(promise(prior))
+    tell_promise(prior)
     if known_bad:
         say(f"{len(bad)} bad images from {known_bad}; 'at most' with 95 % confidence, of the proposed one, "
             "which was chosen by looking at these, by a bound that holds for all thresholds at once")

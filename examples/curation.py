@@ -177,22 +177,33 @@ def outliers(nll: np.ndarray, worst: float, of: np.ndarray | None = None) -> tup
     image judged by the mean of its worst places. The tail of good images is taken as exponential beyond the
     median, its rate from the 90 % quantile; unlike is what lies beyond the level that one of so many, or of
     a hundred if they are fewer, is expected to exceed. By far: twice as far from the median as the farthest
-    of the rest.
+    of the rest. More than a tenth, up to a fifth, where these decide the 90 % quantile: three times as far
+    from the median as the farthest of the rest, and beyond that level by the upper quartile.
     """
-    unlike, far = np.zeros((2, len(nll if of is None else of)), bool)
-    if len(nll) < fp.MIN_HELD_OUT:
+    count = len(nll)
+    unlike, far = np.zeros((2, count if of is None else len(of)), bool)
+    if count < fp.MIN_HELD_OUT:
         return unlike, far
     low, middle, high = np.quantile(nll, [.25, .5, .75], 0)
     variance = ((high - low) / 1.349) ** 2
     deviation = np.sqrt(.5 * variance + .5 * variance.mean()) + 1e-12
     raw = fp.worst_mean((nll - middle) / deviation, worst)
-    centre, top = np.quantile(raw, [.5, .9])
+    centre, upper, top = np.quantile(raw, [.5, .75, .9])
     if of is not None:
         raw = fp.worst_mean((of - middle) / deviation, worst)
-    p = .5 * np.exp(-(raw - centre) * math.log(5) / max(top - centre, 1e-12))
-    most = np.argsort(p, kind="stable")[:int(fp._MOST_ASIDE * len(raw))]
-    unlike[most] = p[most] < 1 / max(len(nll), 100)
-    far[unlike] = raw[unlike] - centre > 2 * (raw[~unlike].max(initial=centre) - centre)
+    beyond = raw - centre
+    order = np.argsort(-beyond, kind="stable")
+    most, gross = int(fp._MOST_ASIDE * len(raw)), 0
+    if of is None:
+        level = math.log(max(count, 100) / 2) * (upper - centre) / math.log(2)
+        gross = max((k for k in range(most + 1, int(2 * fp._MOST_ASIDE * count) + 1)
+                     if beyond[order[k - 1]] > max(3 * beyond[order[k]], level)), default=0)
+    if gross:
+        unlike[order[:gross]] = far[order[:gross]] = True
+        return unlike, far
+    p = .5 * np.exp(-beyond * math.log(5) / max(top - centre, 1e-12))
+    unlike[order[:most]] = p[order[:most]] < 1 / max(count, 100)
+    far[unlike] = beyond[unlike] > 2 * beyond[~unlike].max(initial=0)
     return unlike, far
 
 
@@ -242,6 +253,23 @@ def moved(new: np.ndarray, known: list) -> str:
              "blurred": focus < 0, "sharper, or noisier": focus > 0,
              "lower": down > 0, "higher": down < 0, "further right": across > 0, "further left": across < 0}
     return ", ".join(word for word, so in words.items() if so)
+
+
+def doubted(old: fp.Prior, new: fp.Prior) -> fp.Prior:
+    """`new`, calibrated on good images, after a warning if `old`, the model before, doubts them.
+
+    By their median score, in its unit. Images that trained score below nearly all that did not, and so do
+    copies of them, whose pixels are others.
+    """
+    zero, unit = old.calibration["moments"][:2]
+    median, threshold = (new.calibration["moments"][0] - zero) / unit, old.threshold.value
+    if median < np.quantile(old.calibration["scores"], .05):
+        fp._log.warning("most of these images score lower than new ones do (median %.2f): if they are copies "
+                        "of images that trained, most new good images will be called anomalies", median)
+    elif median > threshold:
+        fp._log.warning("most of these images are anomalies to the model (median score %.2f, threshold "
+                        "%.2f): if they show another product, train a model of it", median, threshold)
+    return new
 
 
 def drift(scores: Sequence[float], calibration: np.ndarray, threshold: float,

@@ -397,7 +397,7 @@ def export(model: Path, output: Path, product: str | None, **changes) -> None:
     """`model` (.npz) to `output` (.onnx), atomically. FastPriorError where that cannot be."""
     if output.suffix.lower() != ".onnx":
         raise fp.ShapeError(f"{output}: expected the name of a file to write that ends in .onnx")
-    fp._room("folders").check_output(output)
+    fp._room("folders").check_output(output, "ONNX file")
     made = fp.Prior.load(model, **changes)
     products = fp._products(made)
     if "" in products and product:

@@ -30,12 +30,15 @@ _MASK_OF = re.compile(r"[_-](mask|label|gt)$", re.IGNORECASE)
 _FOLDERS = {  # what a folder's name says of the images in it
     "mask": "groundtruth gt mask masks label labels annotation annotations segmentation segmentations",
     "bad": "bad ng ko nok notok notgood nogood nio abnormal anomaly anomalies anomalous defect defects "
-           "defective fail "
-           "failed fault faulty reject rejects rejected broken scrap",
+           "defective fail failed fault faulty reject rejects rejected broken scrap rework damage damaged "
+           "crack cracks cracked scratch scratches scratched dent dents dented contaminated contamination",
     "split": "test testing val valid validation",
     "good": "good ok okay normal pass passed nodefect nodefects defectfree anomalyfree io",
     "train": "train training",
     "wrapper": "data images image imgs img"}
+_BESIDE_GOOD = {  # good_parts, but not ok_to_be_checked
+    *"all data dataset image images img imgs only part parts photo photos picture pictures piece pieces "
+    "product products sample samples set".split()}
 
 
 def _kind(name: str) -> str:
@@ -44,6 +47,13 @@ def _kind(name: str) -> str:
     negated = {"no", "not", "non", "without"} & set(words)
     return next((kind for parts in (["".join(words)], [] if negated else words)
                  for kind, known in _FOLDERS.items() if set(parts) & set(known.split())), "")
+
+
+def _surely_good(name: str) -> bool:
+    """Whether a folder's name says so by every word."""
+    known = {*_FOLDERS["good"].split(), *_FOLDERS["train"].split(), *_BESIDE_GOOD}
+    words = re.findall("[a-z]+", name.lower())
+    return "".join(words) in known or known >= {*words}
 
 
 class Found:
@@ -176,7 +186,10 @@ def find_good(path: str | os.PathLike) -> Found:
         folders = {Path(e.path): _kind(e.name) for e in entries if os.path.isdir(e.path)}
         loose = any(is_image(e.name) and not _OUTPUT.search(e.name) for e in entries
                     if Path(e.path) not in folders)
-        chosen = [f for f, k in folders.items() if k in ("good", "train")]
+        sure = any(k == "good" and _surely_good(f.name) for f, k in folders.items())
+        contrast = not sure and "bad" in folders.values()  # good_bottles is clear beside bad_bottles
+        chosen = [f for f, k in folders.items()
+                  if k == "train" or k == "good" and (contrast or _surely_good(f.name))]
         others = [f for f, k in folders.items() if k != "mask"]
         if not chosen and not loose and len(others) == 1 and folders[others[0]] in ("", "wrapper"):
             chosen = others  # the only one there is
@@ -204,7 +217,10 @@ def find_good(path: str | os.PathLike) -> Found:
     if found.left_out["masks beside their images"]:
         raise fp.ImageError(f"{here}: masks lie beside images, so some of these are not good; name a folder "
                             "of good images")
-    found.source = f"{len(_some(found, here))} images from {here}"
+    inner = sorted({f.relative_to(here).parts[0] for f in found.images if f.parent != here})
+    below = ", ".join(f"{name}/" for name in inner[:6]) + ", ..." * (len(inner) > 6)
+    below = f" and its {below}" if below else ""
+    found.source = f"{len(_some(found, here))} images from {here}{below}"
     return found
 
 
@@ -236,13 +252,26 @@ def find_all(patterns: Iterable[str]) -> Found:
     return found
 
 
-def check_output(path: Path) -> None:
-    """Before the work, not after: can `path` be written?"""
+KINDS = {"model": b"PK\3\4", "ONNX file": b"\x08", "web page": b"<!doctype html", "file of JSON lines": b"{"}
+
+
+def check_kind(path: Path, kind: str) -> None:
+    """FastPriorError where a file is there already that begins as none of its kind: somebody's image, say."""
+    with contextlib.suppress(OSError), open(path, "rb") as f:  # said when it is to be written
+        head = f.read(64).lstrip()
+        if head and not head.lower().startswith(KINDS[kind].lower()):
+            raise fp.FastPriorError(f"{path}: is there and is no {kind}, so it is not replaced: give another "
+                                    "name, or delete it first")
+
+
+def check_output(path: Path, kind: str = "model") -> None:
+    """Before the work, not after: can `path` be written, and is what it replaces of its kind?"""
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise fp.FastPriorError(f"{path}: the folder {target.parent} does not exist")
     if target.exists() and not target.is_file():
         raise fp.FastPriorError(f"{path}: a folder or a device; expected a file to write")
+    check_kind(target, kind)
     trial = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
     try:
         trial.touch()

@@ -69,6 +69,13 @@ def update(prior: fp.Prior, images, known: str | os.PathLike, *, iterations: int
     factors = prior.settings.factors and fp.Settings.factors  # it may have less, for it had few images
     settings = dataclasses.asdict(prior.settings) | {"backbone": prior.backbone, "factors": factors,
                                                      "roi": prior.roi, "size": prior.settings.shape}
+    images = fp._room("folders").find_good(images) if isinstance(images, (str, os.PathLike)) else images
+    some = list(getattr(images, "images", images))[:32]
+    tried = [r for r in prior.score_batch(some, with_map=False, errors="return") if isinstance(r, fp.Result)]
+    odd = sum(r.is_anomaly for r in tried)
+    if 2 * odd > len(tried):
+        fp._log.warning("%d of the first %d new images are anomalies to the model: if they show another "
+                        "product, train a model of it", odd, len(tried))
     new = fp.fit(images, known=known, denoiser=kept, iterations=iterations, **settings | options)
     ratios = [*prior.summary.get("proportions", ()), *new.summary.get("proportions", ())]
     new.summary["proportions"] = [min(ratios), max(ratios)] if ratios else []

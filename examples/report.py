@@ -38,7 +38,7 @@ class Report:
     """
 
     def __init__(self, path: Path, prior: fp.Prior | fp.MultiPrior, model: Path):
-        fp._room("folders").check_output(path)
+        fp._room("folders").check_output(path, "web page")
         self.path, self.target = path, Path(os.path.realpath(path))  # a link stays a link
         self.temporary = self.target.with_name(f".{os.urandom(8).hex()}.tmp")
         self.trouble: OSError | None = None

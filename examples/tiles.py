@@ -168,7 +168,8 @@ def calibrate(prior: fp.Prior, images: Sequence, unreadable: list[str], keep_all
     if seen := len(set(keys) & set(prior.summary.get("trained_on", ()))):
         raise fp.ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
                             "images that the model has not seen")
-    first = fp._room("curation").first_of(group)
+    curation = fp._room("curation")
+    first = curation.first_of(group)
     lone = [places[i] for i in np.flatnonzero(first)]
     if len(lone) < fp.MIN_HELD_OUT:
         raise fp.ImageError(f"{len(lone)} readable, different good images (near-duplicates count once): at "
@@ -180,9 +181,9 @@ def calibrate(prior: fp.Prior, images: Sequence, unreadable: list[str], keep_all
     told = {"calibrated_on": int(kept.sum()), "held_out_aside": len(aside), "set_aside_today": aside,
             "near_duplicates_today": len(places) - len(lone), "unreadable": unreadable[:20],
             "windows": len(corners(*size, prior.settings.tile)),
-            "traits": fp._room("curation").known_traits(looks[first][kept])}
-    return prior._with(dataclasses.replace(prior.settings, **settings), {prior.settings.steps: made},
-                       prior.summary | told)
+            "traits": curation.known_traits(looks[first][kept])}
+    return curation.doubted(prior, prior._with(dataclasses.replace(prior.settings, **settings),
+                                               {prior.settings.steps: made}, prior.summary | told))
 
 
 def _cut(images: Sequence, count: int, settings: fp.Settings) -> Iterator[np.ndarray]:

@@ -438,6 +438,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path, self.seen, self.lines = path, {}, 0
         self.warned = False
+        fp._room("folders").check_kind(path, "file of JSON lines")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab+")
@@ -526,6 +527,7 @@ class Log:
     def __init__(self, path: Path, most: int):
         self.path, self.most = path, most
         try:
+            fp._room("folders").check_kind(path, "file of JSON lines")
             self._open()
         except OSError as e:
             raise fp.FastPriorError(f"{path}: the log cannot be written ({e.strerror or e})") from e

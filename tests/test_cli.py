@@ -99,6 +99,9 @@ def test_bad_input_is_one_line_and_code_two(model_file, washers, tmp_path):
     refused(run("score", "-m", tmp_path / "none.npz", good), "none.npz", "no such")
     refused(run("score", "-m", model_file, "--steps", 7, good), "calibrated for", "7")
     refused(run("score", "-m", model_file, "--fpr", 2, good), "fpr")
+    refused(run("score", "-m", model_file, "--fpr", .1, "--threshold", 2, good), "one of them")
+    refused(run("calibrate", good, "-m", model_file, "-o", tmp_path / "o.npz", "--known-bad", good),
+            "4 images are good ones and in --known-bad too")
     refused(run("train", tmp_path / "few", "-o", tmp_path / "o.npz", "--iterations", 0), "1 good images",
             "at least 5")
     refused(run("train", tmp_path / "nowhere", "-o", tmp_path / "o.npz"), "nowhere")

@@ -142,6 +142,13 @@ LAYOUTS = {  # files: those that are good
     "below good": (["good/monday/1.png", "good/tuesday/2.png", "good/defects/3.png", "bad/4.png"],
                    ["good/monday/1.png", "good/tuesday/2.png"]),
     "named good": (["good/"], None),
+    "good of a kind": (["good_bottles/1.png", "bad_bottles/2.png"], ["good_bottles/1.png"]),
+    "good and old ones": (["good/1.png", "good_old/2.png", "bad/3.png"], ["good/1.png"]),
+    "defects below good": (["good/1.png", "good/crack/2.png", "good/rework/3.png"], ["good/1.png"]),
+    "to be checked": (["ok_to_be_checked/1.png", "x/2.png"], None),
+    "by mistake": (["passed_by_mistake/1.png", "others/2.png"], None),
+    "a board": (["io_board/1.png", "sensor/2.png"], None),
+    "a normal map": (["normal_map/1.png", "rgb/2.png"], None),
     "one folder": (["2024/06/1.png", "2024/06/2.png"], ["2024/06/1.png", "2024/06/2.png"]),
     "images with others below": (["1.png", "old/2.png", "bad/3.png"], ["1.png"]),
     "train alone": (["train/1.png", "test/2.png", "val/3.png"], ["train/1.png"]),
@@ -280,6 +287,36 @@ def test_the_model_file_is_tried_before_training(washers, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link.npz"]
     with pytest.raises(fp.FastPriorError, match="device"):
         folders.check_output(fp.Path(os.devnull))
+
+
+def test_a_file_of_another_kind_is_never_replaced(model_file, washers, tmp_path):
+    good, image, model = washers / "train" / "good", tmp_path / "image.png", tmp_path / "m.npz"
+    page, log, text = tmp_path / "page.html", tmp_path / "log.jsonl", tmp_path / "notes.txt"
+    PICTURE.save(image)
+    model.write_bytes(model_file.read_bytes())
+    text.write_text("of somebody\n")
+
+    def run(*args):
+        before = {p: p.read_bytes() for p in (image, model, text)}
+        done = subprocess.run([sys.executable, ROOT / "fastprior.py", *map(str, args)], capture_output=True,
+                              text=True, env=os.environ | {"XDG_STATE_HOME": str(tmp_path)})
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is not replaced" in done.stderr
+        assert not done.stdout and before == {p: p.read_bytes() for p in (image, model, text)}
+    run("score", image, "-m", model, "--report", model)
+    run("score", image, "-m", model, "--report", image)
+    run("train", good, "--iterations", 0, "-o", image)
+    run("calibrate", good, "-m", model, "-o", text)
+    run("watch", tmp_path, "-m", model, "--log", model)
+    run("watch", tmp_path, "-m", model, "--journal", image)
+    for path, kind, begin in ((model, "model", b""), (page, "web page", b"<!DOCTYPE html>\n<"), (log, (
+            "file of JSON lines"), b'{"path": "a"}\n'), (tmp_path / "new", "model", b""), (log, (
+            "file of JSON lines"), b"")):
+        if path != model and path.name != "new":
+            path.write_bytes(begin)
+        folders.check_output(path, kind)
+    onnx = tmp_path / "m.onnx"
+    onnx.write_bytes(b"\x08\x08\x12\x09fastprior")
+    folders.check_output(onnx, "ONNX file")
 
 
 def test_the_overlay_of_a_large_image_is_made_in_strips():

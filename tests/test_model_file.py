@@ -101,7 +101,7 @@ def test_files_that_are_none_of_ours(tiny, tmp_path):
         bad.write_bytes(content)
         refused(bad, "not a fastprior model")
     np.savez(bad, a=np.zeros(3))
-    refused(bad, "not a fastprior model")
+    refused(bad, "the header is not as fastprior writes it")
     np.savez(bad, header=np.array([{"evil": 1}], object), allow_pickle=True)
     refused(bad, "not a plain array")
     refused(tmp_path / "none.npz", "no such model")

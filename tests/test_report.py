@@ -74,7 +74,7 @@ def test_page_holds_every_row_and_names_as_text_only(images, model_file, trained
 def test_an_unwritable_or_interrupted_page_leaves_what_was_there(images, model_file, tmp_path, capsys,
                                                                  monkeypatch):
     page = tmp_path / "report.html"
-    page.write_text("yesterday's")
+    page.write_text("<!doctype html>yesterday's")
     with pytest.raises(fp.FastPriorError, match="does not exist"):
         score(images, model_file, tmp_path / "no" / "report.html", capsys)
     capsys.readouterr()
@@ -93,7 +93,7 @@ def test_an_unwritable_or_interrupted_page_leaves_what_was_there(images, model_f
         m.setattr(report.Report, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score(images, model_file, page, capsys)
-    assert page.read_text() == "yesterday's" and sorted(os.listdir(tmp_path)) == ["images", "report.html"]
+    assert page.read_text() == "<!doctype html>yesterday's" and sorted(os.listdir(tmp_path)) == ["images", "report.html"]
 
 
 def test_memory_does_not_grow_with_images(trained, pictures, tmp_path):

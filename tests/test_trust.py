@@ -92,7 +92,7 @@ def test_one_broken_bottle_among_forty_does_not_switch_detection_off():
     broken = BOTTLE / "test" / "broken_large" / "000.jpg"
     clean, mixed = (fit(images, size=128) for images in (files, [*files, broken]))
     aside = set(mixed.summary["set_aside"]) - set(clean.summary["set_aside"])
-    assert str(broken) in aside and len(aside) <= 2  # each has a backbone of its own: one may lie at the limit
+    assert str(broken) in aside and len(aside) <= 2  # each has its own backbone: one may lie at the limit
     test = sorted(set((BOTTLE / "test").rglob("*.jpg")) - {broken, *(BOTTLE / "test" / "good").iterdir()})
     found = [sum(r.is_anomaly for r in prior.score_batch(test, with_map=False)) for prior in (clean, mixed)]
     assert found[1] >= .95 * found[0] and found[0] >= 58
@@ -117,6 +117,34 @@ def test_bad_images_that_score_like_the_best_good_ones_do_not_raise_the_threshol
         named, wrong = named + unlike[100:].sum(), wrong + unlike[:100].sum()
     good, rest, every = np.mean(highest, 0)
     assert every > 1.3 * good and rest < 1.1 * good and named > 60 and wrong < .01 * 4000
+
+
+@pytest.mark.parametrize("count, among", [(3, 20), (6, 34)])
+def test_more_than_a_tenth_that_stands_far_apart(good, count, among):
+    """They would decide what is ordinary: 3 among 20 made a threshold of 90, and nothing was found."""
+    rng, gross = np.random.default_rng(0), []
+    for p in good[-count:]:
+        gross.append(np.asarray(Image.open(p).convert("RGB")).copy())
+        y, x = rng.integers(2, 24, 2)
+        gross[-1][y:y + 36, x:x + 36] = rng.integers(0, 256, (36, 36, 3))
+    clean, mixed = fit(good[:among]), fit([*good[:among], *gross])
+    names = {f"image {among + i}" for i in range(count)}
+    assert names <= {*mixed.summary["set_aside"]} and mixed.threshold == clean.threshold
+    today = fit(good[20:]).calibrate([*good[:20], *gross[:3]])
+    assert {*today.summary["set_aside_today"]} >= {"image 20", "image 21", "image 22"}
+    assert today.threshold.value < 10
+
+
+def test_a_fifth_that_stands_apart_and_not_more():
+    rng = np.random.default_rng(0)
+    nll = rng.chisquare(20, (40, 16))
+    for count in (2, 5, 8):
+        own = nll.copy()
+        own[:count] += rng.uniform(300, 500, (count, 1))
+        unlike, far = curation.outliers(own, .1)
+        assert (unlike == (np.arange(40) < count)).all() and (far == unlike).all()
+    heavy = rng.standard_t(3, (300, 40, 16)) ** 2  # tails as heavy as these are no gap
+    assert np.mean([curation.outliers(own, .1)[0].sum() > 4 for own in heavy]) < .01
 
 
 def test_at_most_a_tenth_is_set_aside(good, bad):
@@ -184,6 +212,22 @@ def test_near_duplicates_share_a_fold_and_count_once(grained, tmp_path, how, cou
         assert set(owner[group == group[owner == i]]) == {i, *range(20 + i * count, 20 + (i + 1) * count)}
     fold = fp._whiten_features(e, fp.Settings(size=128), keep_all=True).fold
     assert all(len(set(fold[np.isin(e.owner, np.flatnonzero(group == g))])) == 1 for g in set(group))
+
+
+def test_calibration_doubts_copies_of_what_trained_and_other_products(good, tmp_path, caplog):
+    new, model = discs(tmp_path / "new", 20, seed=5, grain=4), fit(good)
+
+    def told(images):
+        caplog.clear()
+        model.calibrate(images)
+        return " ".join(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert told(new) == ""
+    rng = np.random.default_rng(0)
+    copies = [np.asarray(Image.open(p).convert("RGB")).astype(int) + rng.integers(-1, 2, (64, 64, 3))
+              for p in good]
+    assert "copies of images that trained" in told([a.clip(0, 255).astype(np.uint8) for a in copies])
+    others = [255 - np.asarray(Image.open(p).convert("RGB")) for p in new]
+    assert "another product" in told(others)
 
 
 def test_different_images_are_no_near_duplicates(good, grained):

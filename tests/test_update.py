@@ -60,6 +60,15 @@ def test_the_backbone_stays_and_what_decided_it(grown, parts, washers):
     assert not np.array_equal(anew.backbone.scales, new.backbone.scales)
 
 
+def test_new_images_of_another_product_are_doubted(grown, parts, caplog):
+    folder, first, _, _ = grown
+    new = [fp.load_image(p) for p in parts[1]]
+    for images, doubts in ((new, 0), ([255 - a for a in new], 1)):
+        caplog.clear()
+        first.update(images, folder / "first.npz")
+        assert sum("another product" in r.getMessage() for r in caplog.records) == doubts
+
+
 def test_old_images_among_the_new_count_once(grown, parts):
     folder, _, new, _ = grown
     again = new.update(parts[0][:3], folder / "all.npz")
