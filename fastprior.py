@@ -2700,7 +2700,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         0: no denoiser and no torch, the density is that of the joint Gaussian (places and shared factors).
     minutes : at most this long in the denoiser's training.
     keep_all : images that are unlike the others calibrate too. Else they are set aside (at most a tenth),
-        and named in `summary["set_aside"]`; those that are so by far do not train either.
+        and named in `summary["set_aside"]`; those that are so by far do not train either, nor decide how the
+        backbone is rounded.
     roi : mask (H, W) of the images' size, not 0 inside, or a file (examples/region.py): `RegionOfInterest`.
     features : file to keep the images' features in, for `Prior.update`.
     known, denoiser, ranged : what `Prior.update` hands in: a file of features, whose images take part too,

@@ -211,6 +211,10 @@ def tell_training(made) -> None:
         if s["repeated"]:
             say(f"{s['repeated']} images repeat the pixels of others: they count once")
         tell_doubts(s["near_duplicates"], s["set_aside"])
+        low, high = s["proportions"] or (1, 1)
+        if high > 1.1 * low and not prior.settings.tile:
+            say(f"warning: images of different proportions (width / height {low:.2f} to {high:.2f}) are "
+                "squashed to one: --tiles cuts windows instead")
         depth = f", {prior.settings.bits} bits" if prior.settings.bits else ""
         loss = f", held-out loss {s['loss_start']} -> {s['loss']}" if "loss" in s else ""
         size = f", resized to {fp._size_text(prior.settings.shape)}" if prior.grid[0] != prior.grid[1] else ""

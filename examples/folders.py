@@ -31,7 +31,7 @@ _FOLDERS = {  # what a folder's name says of the images in it
     "mask": "groundtruth gt mask masks label labels annotation annotations segmentation segmentations",
     "bad": "bad ng ko nok notok notgood nogood nio abnormal anomaly anomalies anomalous defect defects "
            "defective fail failed fault faulty reject rejects rejected broken scrap rework damage damaged "
-           "crack cracks cracked scratch scratches scratched dent dents dented contaminated contamination",
+           "crack cracks cracked scratches scratched dent dents dented contaminated contamination",
     "split": "test testing val valid validation",
     "good": "good ok okay normal pass passed nodefect nodefects defectfree anomalyfree io",
     "train": "train training",
@@ -187,11 +187,11 @@ def find_good(path: str | os.PathLike) -> Found:
         loose = any(is_image(e.name) and not _OUTPUT.search(e.name) for e in entries
                     if Path(e.path) not in folders)
         sure = any(k == "good" and _surely_good(f.name) for f, k in folders.items())
-        contrast = not sure and "bad" in folders.values()  # good_bottles is clear beside bad_bottles
+        contrast = not sure and {"bad", "split"} & {*folders.values()}  # good_bottles, beside bad_bottles
         chosen = [f for f, k in folders.items()
                   if k == "train" or k == "good" and (contrast or _surely_good(f.name))]
         others = [f for f, k in folders.items() if k != "mask"]
-        if not chosen and not loose and len(others) == 1 and folders[others[0]] in ("", "wrapper"):
+        if not chosen and not loose and len(others) == 1 and folders[others[0]] in ("", "wrapper", "good"):
             chosen = others  # the only one there is
         unclear = (len(chosen) > 1 or chosen and loose
                    or kind != "good" and loose and "mask" in folders.values())
@@ -257,6 +257,8 @@ KINDS = {"model": b"PK\3\4", "ONNX file": b"\x08", "web page": b"<!doctype html"
 
 def check_kind(path: Path, kind: str) -> None:
     """FastPriorError where a file is there already that begins as none of its kind: somebody's image, say."""
+    if not os.path.isfile(path):
+        return
     with contextlib.suppress(OSError), open(path, "rb") as f:  # said when it is to be written
         head = f.read(64).lstrip()
         if head and not head.lower().startswith(KINDS[kind].lower()):

@@ -142,6 +142,8 @@ LAYOUTS = {  # files: those that are good
     "below good": (["good/monday/1.png", "good/tuesday/2.png", "good/defects/3.png", "bad/4.png"],
                    ["good/monday/1.png", "good/tuesday/2.png"]),
     "named good": (["good/"], None),
+    "good of a kind, alone": (["good_bottles/1.png"], ["good_bottles/1.png"]),
+    "good of a kind beside a test": (["good_bottles/1.png", "test/2.png"], ["good_bottles/1.png"]),
     "good of a kind": (["good_bottles/1.png", "bad_bottles/2.png"], ["good_bottles/1.png"]),
     "good and old ones": (["good/1.png", "good_old/2.png", "bad/3.png"], ["good/1.png"]),
     "defects below good": (["good/1.png", "good/crack/2.png", "good/rework/3.png"], ["good/1.png"]),

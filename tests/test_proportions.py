@@ -122,11 +122,14 @@ def test_a_region_of_such_images():
     assert made.score(spoilt).score == made.score(parts(1, 1)[0]).score
 
 
-def test_more_images_keep_the_model_s_proportions(prior, tmp_path):
+def test_more_images_keep_the_model_s_proportions(prior, tmp_path, capsys):
     made = fp.fit(parts(0, 16), size=128, copies=1, iterations=0, features=tmp_path / "f.npz")
     more = made.update(parts(6, 8, (90, 90)), tmp_path / "f.npz")
     assert more.settings.size == made.settings.size and more.summary["images"] == 24
     assert more.summary["proportions"] == [1, 2.5]
+    for model, said in ((made, False), (more, True)):
+        fp._room("console").tell_training(model)
+        assert ("proportions (width / height 1.00 to 2.50) are squashed" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("name", ["t.tif", "p.png", "j.jpg", "w.webp"])
