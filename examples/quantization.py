@@ -159,13 +159,11 @@ def followed(w: np.ndarray, inputs: Sequence[tuple[np.ndarray, np.ndarray]],
     """
     from scipy import linalg
     h, missed, n = 0., 0., sum(len(x) for x, _ in inputs)
-    some = max(1, 2 * PIXELS * len(inputs) // n)  # images at once: of small ones many
-    for i in range(0, len(inputs), some):
-        x, y = map(np.concatenate, zip(*inputs[i:i + some]))
+    for x, y in inputs:
         x = x.astype(np.float64)
         h, missed = h + x.T @ x, missed + x.T @ (y / unit - x)  # the first of integers, exact
     h[np.diag_indices(len(h))] += .01 * h.diagonal().mean() + 1e-6
-    return h, w + n / (n + 4 * len(w)) * linalg.cho_solve(linalg.cho_factor(h), missed @ w)
+    return h, w + n / (n + 4 * len(w)) * linalg.solve(h, missed @ w, assume_a="pos")
 
 
 def rounded(w: np.ndarray, h: np.ndarray) -> np.ndarray:
