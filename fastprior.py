@@ -2101,8 +2101,7 @@ class Prior:
         e = extract(images, two, self.backbone, self.threads, progress, np.float32, roi=self.roi)
         unreadable += e.unreadable
         if seen := len(set(e.keys) & set(self.summary.get("trained_on", ()))):
-            raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs good "
-                             "images that the model has not seen")
+            raise ImageError(f"{seen} of {len(images)} images were trained on: calibrate needs unseen ones")
         curation = _room("curation")
         lone = e.of(curation.first_of(curation.near_duplicates(e)))
         count, tokens = len(lone.keys), _spread(self.inside, lone.features[lone.clean], 1)
@@ -2700,8 +2699,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         0: no denoiser and no torch, the density is that of the joint Gaussian (places and shared factors).
     minutes : at most this long in the denoiser's training.
     keep_all : images that are unlike the others calibrate too. Else they are set aside (at most a tenth),
-        and named in `summary["set_aside"]`; those that are so by far do not train either, nor decide how the
-        backbone is rounded.
+        and named in `summary["set_aside"]`; those that are so by far take no part in anything.
     roi : mask (H, W) of the images' size, not 0 inside, or a file (examples/region.py): `RegionOfInterest`.
     features : file to keep the images' features in, for `Prior.update`.
     known, denoiser, ranged : what `Prior.update` hands in: a file of features, whose images take part too,
@@ -2724,8 +2722,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     if denoiser is None and (iterations is None or iterations > 0):
         training.import_torch()  # fail before the work, not after
     if len(images) < MIN_IMAGES and not known:
-        raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 or "
-                         "more are better")
+        raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 are better")
     backbone = load_backbone(config.backbone)
     config, proportions = _room("curation").settle(images, config)
     config = dataclasses.replace(config, backbone=backbone.name)
@@ -2736,8 +2733,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     kept = _room("kept")
     known = kept.read(known, kept.about(config, backbone, roi)) if known else None
     training.check_memory(len(images) + (len(known.keys) if known else 0), config, backbone)
-    given, network, far = [*(known.names if known else ()), *images], backbone, set()
-    while True:
+    given, network, far, again = [*(known.names if known else ()), *images], backbone, set(), True
+    while again:  # until no image that is set aside by far has decided how the network is rounded
         backbone, own = _room("quantization").quantize_on(network, images, config, roi, progress, far)
         extracted = _room("extraction").extract_features(images, config, backbone, threads, progress,
                                                          known=known, roi=roi)
@@ -2747,10 +2744,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
                              f"the first: {unreadable[0]}")
         extracted = extracted._replace(ranged=known.ranged if known else own or ranged, unreadable=unreadable)
         whitened = _whiten_features(extracted, config, keep_all, progress, threads)
-        if not (again := {*own} - {*whitened.summary["trained_on"]}):
-            break
-        far |= again
-        _log.info("once more: images by which the network was rounded are set aside, %d", len(again))
+        far |= (again := {*own} - {*whitened.summary["trained_on"]})
     if features:
         extracted = extracted._replace(names=_names(given, range(len(given)), False))
         kept.write(extracted, features, kept.about(config, backbone, roi))

@@ -91,6 +91,8 @@ def build_app() -> "typer.Typer":
         """
         check_output(output)
         features = console.features_file(output) if keep_features else None
+        if features:
+            check_output(features)
         if multi and features:
             raise fp.ShapeError("--keep-features: of one product; leave out --multi")
         if multi and tiles:
