@@ -93,12 +93,12 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.nd
         """most: the largest input; inputs: `pairs` of a product, with weights of 8 bits, others have 16."""
         w, bias = p[f"{name}_w"].astype(np.float64) * scale_in, p[f"{name}_b"].astype(np.float64)
         if inputs:
-            h, w = followed(w, inputs, scale_in)
+            u, w = followed(w, inputs, scale_in)
         each = np.abs(w).reshape(-1, len(bias))
         scale = np.maximum(each.max(0) / (32767 if inputs is None else 127),
                            (each.sum(0) * most + np.abs(bias)) / (.99 * 2 ** 24))
         scale = np.maximum(scale, 1e-12)
-        of = {"w": rounded(w / scale, h) if inputs else np.rint(w / scale), "b": np.rint(bias / scale),
+        of = {"w": rounded(w / scale, u) if inputs else np.rint(w / scale), "b": np.rint(bias / scale),
               "m": scale / scale_out}
         return {f"{name}_{part}": a.astype(np.float32) for part, a in of.items()}
 
@@ -151,7 +151,7 @@ def quantize_backbone(b: fp.Backbone, ranges: np.ndarray, images: Sequence[np.nd
 
 def followed(w: np.ndarray, inputs: Sequence[tuple[np.ndarray, np.ndarray]],
              unit: float) -> tuple[np.ndarray, np.ndarray]:
-    """What `rounded` needs to know of the inputs, (K, K), and w (K, M) with what comes before in mind.
+    """What `rounded` needs to know of the inputs, u (K, K), and w (K, M) with what comes before in mind.
 
     inputs: pairs of (n, K), x in integers and what they stand for in floats, of which x * unit misses what
     was rounded before. What of it x tells, by least squares, the weights make up for, as far as there are
@@ -159,21 +159,23 @@ def followed(w: np.ndarray, inputs: Sequence[tuple[np.ndarray, np.ndarray]],
     """
     from scipy import linalg
     h, missed, n = 0., 0., sum(len(x) for x, _ in inputs)
-    for x, y in inputs:
+    some = max(1, 2 * PIXELS * len(inputs) // n)  # images at once: of small ones many
+    for i in range(0, len(inputs), some):
+        x, y = map(np.concatenate, zip(*inputs[i:i + some]))
         x = x.astype(np.float64)
         h, missed = h + x.T @ x, missed + x.T @ (y / unit - x)  # the first of integers, exact
     h[np.diag_indices(len(h))] += .01 * h.diagonal().mean() + 1e-6
-    return h, w + n / (n + 4 * len(w)) * linalg.solve(h, missed @ w, assume_a="pos")
+    # inv(h) = u.T @ u, of the Cholesky factor of h from its end
+    u = linalg.solve_triangular(linalg.cholesky(h[::-1, ::-1], lower=True)[::-1, ::-1], np.eye(len(h)))
+    return u, w + n / (n + 4 * len(w)) * (u.T @ (u @ (missed @ w)))
 
 
-def rounded(w: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """w (K, M) to integers within +-127, so that x @ w moves little for inputs whose x.T @ x is h.
+def rounded(w: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """w (K, M) to integers within +-127, so that x @ w moves little for inputs with inv(x.T @ x) = u.T @ u.
 
-    Input by input: what rounding leaves goes to the inputs that are still to come, as far as they vary with
-    this one (Frantar et al. 2022, arXiv:2210.17323). It moves features by a third less.
+    u: (K, K), upper triangle. Input by input: what rounding leaves goes to inputs that are still to come, as
+    far as they vary with this one (Frantar et al. 2022, arXiv:2210.17323). It moves features by a third less.
     """
-    from scipy import linalg
-    u = linalg.cholesky(linalg.inv(h))
     w, out = w.copy(), np.empty_like(w)
     for k in range(len(w)):
         out[k] = np.clip(np.rint(w[k]), -127, 127)

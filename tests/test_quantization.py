@@ -94,7 +94,7 @@ def test_rounding_moves_products_less_than_each_weight_by_itself():
     rng = np.random.default_rng(0)
     w, x = np.clip(40 * rng.standard_normal((24, 8)), -127, 127), mixed(rng, 4100, 24)
     seen, new = x[:4000], x[4000:]
-    out = quantization.rounded(w, seen.T @ seen)
+    out = quantization.rounded(w, np.linalg.cholesky(np.linalg.inv(seen.T @ seen)).T)
     assert np.array_equal(out, np.rint(out)) and np.abs(out).max() <= 127 and np.abs(out - w).max() < 8
     assert np.std(new @ (out - w)) < .6 * np.std(new @ (np.rint(w) - w))
 
@@ -105,7 +105,9 @@ def test_weights_make_up_for_what_was_rounded_before(n):
     x, w, change = mixed(rng, n, 24), rng.standard_normal((24, 8)), .02 * rng.standard_normal((24, 24))
     unit, halves = .125, (slice(n // 2), slice(n // 2, None))
     y = unit * (x + x @ change)  # what x misses, x tells
-    h, w2 = quantization.followed(w, [(x[rows].astype(np.float32), y[rows]) for rows in halves], unit)
+    u, w2 = quantization.followed(w, [(x[rows].astype(np.float32), y[rows]) for rows in halves], unit)
+    assert np.array_equal(u, np.triu(u))
+    h = np.linalg.inv(u.T @ u)
     np.testing.assert_allclose(h - np.diag(np.full(24, h[0, 0] - x[:, 0] @ x[:, 0])), x.T @ x, rtol=1e-9)
     exact = w + n / (n + 96) * np.linalg.solve(h, x.T @ x @ change @ w)
     np.testing.assert_allclose(w2, exact, rtol=1e-6, atol=1e-9)
