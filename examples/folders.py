@@ -271,10 +271,25 @@ def check_output(path: Path, kind: str = "model") -> None:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise fp.FastPriorError(f"{path}: the folder {target.parent} does not exist")
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not target.is_file():  # which does not raise for a long name
         raise fp.FastPriorError(f"{path}: a folder or a device; expected a file to write")
     check_kind(target, kind)
-    trial = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+    _try_to_write(target)
+
+
+def check_folder(path: Path) -> None:
+    """Before the work: can `path` be a folder of outputs? It is made where it is missing."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as e:
+        raise fp.FastPriorError(f"{path}: a file; expected a folder to write into") from e
+    except OSError as e:
+        raise fp.FastPriorError(f"{path}: the folder cannot be made ({e.strerror})") from e
+    _try_to_write(path / "trial")
+
+
+def _try_to_write(path: Path) -> None:
+    trial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         trial.touch()
         trial.unlink()

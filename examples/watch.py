@@ -86,6 +86,8 @@ class Watch:
                 os.path.realpath(source)):
             raise fp.FastPriorError(f"{keep}: lies in the folder that is watched, so what is kept would be "
                                     "scored; choose a folder outside")
+        if self.keep is not None:
+            fp._room("folders").check_folder(self.keep)
         if isinstance(source, int):
             self.source = Camera(source)
         elif is_folder:

@@ -266,8 +266,7 @@ def test_what_cannot_be_written_is_that_images_error(model_file, washers, tmp_pa
     assert len(done.stdout.splitlines()) == 3 and "File name too long" in done.stderr
     assert "1 of 3" in done.stderr.splitlines()[-1]
     assert sorted(p.name for p in maps.iterdir()) == ["a.png.map.png", "c.png.map.png"]
-    (tmp_path / "file").write_text("")
-    done = score("-m", model_file, folder / "a.png", "--json", "--mask", tmp_path / "file", expect=[2])
+    done = score("-m", model_file, folder / ("b" * 245 + ".png"), "--json", "--mask", maps, expect=[2])
     row, = map(json.loads, done.stdout.splitlines())
     assert row["verdict"] == "anomaly" and "cannot be written" in row["error"]
     assert len(done.stderr.splitlines()) == 1
@@ -277,11 +276,22 @@ def test_what_cannot_be_written_is_that_images_error(model_file, washers, tmp_pa
     assert (maps / "a.png.map.png").read_text() == "of somebody else" and len(list(maps.iterdir())) == 3
 
 
+@pytest.mark.parametrize("option", ["--map", "--mask"])
+def test_a_folder_of_outputs_is_tried_before_the_work(option, model_file, washers, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, words in {"file": "a file; expected a folder", "file/maps": "cannot be made",
+                          "n" * 300: "cannot be"}.items():
+        done = score("-m", model_file, washers / "test", option, tmp_path / folder, expect=[2])
+        assert not done.stdout and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    folders.check_folder(tmp_path / "new" / "maps")
+    assert not list((tmp_path / "new" / "maps").iterdir())
+
+
 def test_the_model_file_is_tried_before_training(washers, tmp_path):
     (tmp_path / "folder").mkdir()
     os.symlink(tmp_path / "real.npz", tmp_path / "link.npz")
     for output, words in {"folder": "a folder or a device", "no/m.npz": "does not exist",
-                          "m" * 250 + ".npz": "cannot be written"}.items():
+                          "m" * 250 + ".npz": "cannot be written", "m" * 300: "cannot be written"}.items():
         with pytest.raises(fp.FastPriorError, match=words):
             folders.check_output(tmp_path / output)
     for output in ("m.npz", "link.npz"):

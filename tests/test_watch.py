@@ -428,6 +428,7 @@ def test_control_c_loses_no_row(places, files, model_file):
 def test_what_cannot_be_watched_is_said(places, trained, monkeypatch, model_file, files):
     refused = [((places / "none",), {}, "no such folder or video"),
                ((places / "in",), {"keep": places / "in" / "ng"}, "lies in the folder that is watched"),
+               ((places / "in",), {"keep": files[0]}, "expected a folder to write into"),
                ((files[0],), {"journal": places / "j"}, "a journal is for a folder"),
                ((places / "in",), {"log": places / "no" / "log"}, "log cannot be written"),
                ((places / "in",), {"journal": files[0] / "j"}, "journal cannot be written")]
