@@ -354,9 +354,12 @@ def fit_many(root: str | os.PathLike, *, progress=fp._quiet, **options) -> "fp.M
     backbone = fp.load_backbone(options.pop("backbone", fp.Settings.backbone))
     roi = options.get("roi")
     roi = None if roi is None else fp._room("region").region_of(roi, files, settings)
-    backbone, ranged = fp._room("quantization").quantize_on(backbone, files, settings, roi, progress)
-    options |= {"backbone": backbone, "ranged": ranged, "bits": settings.bits, "size": settings.shape,
-                "cell": settings.cell}
-    return fp.MultiPrior({product: fp.fit(own, progress=lambda what, done, of, name=product:
-                                    progress(f"{name}: {what}", done, of), **options)
-                       for product, own in found.items()})
+    options |= {"bits": settings.bits, "size": settings.shape, "cell": settings.cell}
+    far, again = set(), True
+    while again:  # until no image that is set aside by far has decided the rounding, as in `fit`
+        made, ranged = fp._room("quantization").quantize_on(backbone, files, settings, roi, progress, far)
+        priors = {product: fp.fit(own, backbone=made, ranged=ranged, **options, progress=lambda
+                                  what, done, of, name=product: progress(f"{name}: {what}", done, of))
+                  for product, own in found.items()}
+        far |= (again := {*ranged}.difference(*(p.summary["trained_on"] for p in priors.values())))
+    return fp.MultiPrior(priors)

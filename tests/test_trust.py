@@ -58,6 +58,21 @@ def grained(tmp_path_factory):
 
 # -- contamination -------------------------------------------------------------------------------
 
+def test_a_bad_image_of_one_product_does_not_decide_the_rounding_of_all(good, bad, tmp_path):
+    made = []
+    for name, extra in {"mixed": bad[1:2], "clean": []}.items():
+        for product, files in {"a": [*good[:20], *extra], "b": good[20:]}.items():
+            (tmp_path / name / product).mkdir(parents=True)
+            for p in files:
+                shutil.copy(p, tmp_path / name / product)
+        made.append(fp.fit_many(tmp_path / name, iterations=0, size=64, copies=1))
+    mixed, clean = made
+    assert mixed.priors["a"].summary["set_aside"] == [str(tmp_path / "mixed" / "a" / bad[1].name)]
+    whole, without = (m.backbone.to_arrays() for m in made)  # the bad one's key is low, see below
+    assert all(np.array_equal(whole[k], without[k]) for k in without)
+    assert mixed.priors["a"].threshold == clean.priors["a"].threshold
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_bad_images_among_the_good_are_named_and_set_aside(good, bad, count):
     clean = fit(good)
