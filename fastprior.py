@@ -1797,7 +1797,7 @@ class Settings:
     last: int = 500  # t at which the density is read
     variant: str = "whitened"
     shrink: float = .1  # of each covariance toward the average over positions
-    floor: float = .01  # of the average variance, added to every variance
+    floor: float = .03  # of the average variance, added to every variance
     factors: int = 64  # directions in which places vary together (at most half as many as images)
     copies: int = 4  # jittered copies of a training image
     worst: float = .03  # share of the grid whose mean is the image's score
