@@ -2250,7 +2250,7 @@ class Engine:
         return Frames(scores, maps, kept)
 
     def _frame_call(self, images: Sequence) -> Callable:
-        """Whether a frame keeps the interpreter's lock: if it lasts no longer than two turns of a Python thread.
+        """Whether a frame keeps the interpreter's lock: if it lasts at most two turns of a Python thread.
 
         Beside a busy thread, one that gives it up is back a whole turn after it is done, and has shared its
         cores meanwhile. Only where the frame has all cores: else other threads could score on theirs.

@@ -97,7 +97,8 @@ def test_resize_is_pillows_bilinear(h, w, size):
 
 
 @pytest.mark.parametrize("n_in, n_out, shift, taps", [
-    (448, 448, 0, 1), (900, 448, 0, 5), (1024, 448, 0, 5), (200, 448, 0, 2), (1, 32, .3, 1), (448, 448, -2, 1)])
+    (448, 448, 0, 1), (900, 448, 0, 5), (1024, 448, 0, 5), (200, 448, 0, 2), (1, 32, .3, 1),
+    (448, 448, -2, 1)])
 def test_no_more_taps_than_are_used(n_in, n_out, shift, taps):
     start, weight = fp.resize_taps(n_in, n_out, shift)
     assert weight.shape == (n_out, taps) and (weight > 0).all(1).any()
