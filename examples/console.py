@@ -296,9 +296,9 @@ def score(paths: list[str], model: Path | None, map_folder: Path | None, mask_fo
         refuse(f"{path or repr(path)}: {text}", {"path": path})
     if not found.images:
         return 2
+    prior = fp.Prior.load(model, **options)
     for folder in filter(None, (map_folder, mask_folder)):
         folders.check_folder(folder)
-    prior = fp.Prior.load(model, **options)
     known_images = {key for own in fp._products(prior).values() for key in own.summary.get("trained_on", ())}
     page = fp._room("report").Report(report, prior, model) if report else None
     with page or contextlib.nullcontext(), Bars() as bars:

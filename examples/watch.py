@@ -86,8 +86,6 @@ class Watch:
                 os.path.realpath(source)):
             raise fp.FastPriorError(f"{keep}: lies in the folder that is watched, so what is kept would be "
                                     "scored; choose a folder outside")
-        if self.keep is not None:
-            fp._room("folders").check_folder(self.keep)
         if isinstance(source, int):
             self.source = Camera(source)
         elif is_folder:
@@ -97,6 +95,8 @@ class Watch:
             self.source = Video(Path(source))
         with contextlib.ExitStack() as opened:
             opened.enter_context(contextlib.closing(self.source))
+            if self.keep is not None:
+                fp._room("folders").check_folder(self.keep)
             self.log = log and opened.enter_context(contextlib.closing(Log(Path(log), log_bytes)))
             height, width = prior.roi.mask.shape if prior.roi else prior.settings.shape
             prior.score(np.zeros((height, width, 3), np.uint8))  # compile, before frames are dropped for it

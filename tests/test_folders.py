@@ -283,6 +283,8 @@ def test_a_folder_of_outputs_is_tried_before_the_work(option, model_file, washer
                           "n" * 300: "cannot be"}.items():
         done = score("-m", model_file, washers / "test", option, tmp_path / folder, expect=[2])
         assert not done.stdout and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    score("-m", tmp_path / "none.npz", washers / "test", option, tmp_path / "new" / "maps", expect=[2])
+    assert not (tmp_path / "new").exists()  # nothing is left of what was not done
     folders.check_folder(tmp_path / "new" / "maps")
     assert not list((tmp_path / "new" / "maps").iterdir())
 
