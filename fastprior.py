@@ -435,6 +435,28 @@ def pool(x: np.ndarray, grid, scale: float | None = None) -> np.ndarray:
     return total.astype(np.float32) * (np.asarray(scale, np.float32) / np.float32(h // down * (w // across)))
 
 
+def coarse_cells(inside: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """int64 (M, 4): of each coarse place, 2 x 2 places, those that it is the mean of.
+
+    They count the places inside, of the bool (N,). A coarse place has at least one of them; another, outside,
+    gives way to its first one. Where a side of the grid is odd the last two coarse places overlap.
+    """
+    def pairs(n: int) -> np.ndarray:
+        first = np.minimum(np.arange(0, n, 2), max(n - 2, 0))
+        return np.stack([first, np.minimum(first + 1, n - 1)], 1)
+    down, across = map(pairs, grid)
+    cells = (down[:, None, :, None] * grid[1] + across[None, :, None, :]).reshape(-1, 4)
+    cells = cells[inside[cells].any(1)]
+    first = np.take_along_axis(cells, inside[cells].argmax(1)[:, None], 1)
+    return (np.cumsum(inside) - 1)[np.where(inside[cells], cells, first)]
+
+
+def coarsen(f: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Mean of the places of each of `cells` (M, 4): f (N, C) -> (M, C); in one order, so equal to the bit."""
+    a, b, c, d = (f[cells[:, i]] for i in range(4))
+    return ((a + b) + (c + d)) * f.dtype.type(.25)
+
+
 def whiten(f: np.ndarray, mean: np.ndarray, w: np.ndarray) -> np.ndarray:
     """x0_n = W_n (f_n - mean_n): f, mean (N, C); w (N, C, C) lower-triangular = L^-1, or (N, C) diagonal."""
     d = f - mean
@@ -774,6 +796,9 @@ class Engine(Protocol):
     def fine_density(self, x, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> Any:
         """`fine_density` of x (n, c columns), for images whose map is wanted."""
 
+    def coarsen(self, f, n: int, c: int, cells: np.ndarray) -> Any:
+        """`coarsen` of f (n, c columns)."""
+
     def whiten(self, f, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> Any:
         """`whiten`: w is (N, C), diagonal, or the tiles of `pack_lower`. What f holds is lost."""
 
@@ -795,15 +820,18 @@ class Engine(Protocol):
         """float32 of an image's own until the frame ends: what `keep` may hand out."""
 
     def rotate(self, h, d: int, w: np.ndarray, b: np.ndarray, x, n: int, c: int, coef, last: bool, z,
-               gain: np.ndarray, offset: np.ndarray) -> None:
-        """`rotate_density` in place; at the last step z (N,) = gain |x'|^2 / 2 + offset. d = 0: F = b."""
+               at: tuple[int, int], gain: np.ndarray, offset: np.ndarray) -> None:
+        """`rotate_density` in place; at the last step z = gain |x'|^2 / 2 + offset. d = 0: F = b.
+
+        at: first of the n numbers of z that are written, and how many z has.
+        """
 
     def score(self, z, n: int, worst: int, zero: float, unit: float) -> None:
         """(mean of the `worst` highest z - zero) / unit, z (n,)."""
 
-    def sharpen(self, z, weight: np.ndarray, offset: np.ndarray, f, down: np.ndarray,
+    def sharpen(self, z, n: int, weight: np.ndarray, offset: np.ndarray, f, down: np.ndarray,
                 across: np.ndarray) -> Any:
-        """`sharpen` of the cells weight * z + offset (N,) by f (F*F',), for images whose map is wanted."""
+        """`sharpen` by f (F*F',) of weight * z + offset, the first of z (n,), where a map is wanted."""
 
     def map(self, m, fine: tuple[int, int], taps: Callable) -> None:
         """`anomaly_map` of m (*fine) is an image's map; `taps` is `linear_taps`."""
@@ -967,14 +995,12 @@ def _num_mixers(p: dict) -> int:
 
 
 def _emit_inversion(e: Engine, x, n: int, c: int, denoiser: dict | None, timesteps, prediction: str,
-                    gain: np.ndarray, offset: np.ndarray):
-    """x0 (overwritten) -> z (n,), see `Prior.z`."""
-    z = e.state(n)
+                    gain: np.ndarray, offset: np.ndarray, z, at: tuple[int, int]) -> None:
+    """x0 (overwritten) -> n numbers of z, see `Prior.z` and `Engine.rotate`."""
     coefficients = rotation(timesteps, prediction)
     for i, (t, coef) in enumerate(zip(timesteps, coefficients)):
         h, d, w, b = _emit_denoiser(e, x, n, c, denoiser, int(t))
-        e.rotate(h, d, w, b, x, n, c, coef, i == len(coefficients) - 1, z, gain, offset)
-    return z
+        e.rotate(h, d, w, b, x, n, c, coef, i == len(coefficients) - 1, z, at, gain, offset)
 
 
 def _emit_denoiser(e: Engine, x, n: int, c: int, denoiser: dict | None, t: int):
@@ -1536,6 +1562,11 @@ def _inside(roi: RegionOfInterest | None, grid: tuple[int, int], share: float = 
     return pool(roi.at(*(16 * n for n in grid))[0][:, :, None].astype(float), grid).ravel() >= share
 
 
+def _cells(settings: "Settings", inside: np.ndarray) -> np.ndarray:
+    """`coarse_cells` of a model; (0, 4) of one without."""
+    return coarse_cells(inside, settings.grid)[:None if settings.coarse else 0]
+
+
 def _spread(inside: np.ndarray, a: np.ndarray, axis: int = 0, fill: float = 0) -> np.ndarray:
     """Values of the places inside -> of all places, along `axis`, with `fill` outside."""
     if inside.all():
@@ -1639,10 +1670,14 @@ def _write_npz(path: str | os.PathLike, header: dict, arrays: dict[str, np.ndarr
             temporary.unlink()
 
 
+_VIEW = "mean", "whitener", "factors"
+
+
 def _arrays_of(p: Prior) -> dict[str, np.ndarray]:
     """All but the backbone's, by their names in a file."""
     arrays = {"mean": p.mean, "whitener": p.whitener} | ({} if p.factors is None else {"factors": p.factors})
-    arrays |= {"fine/mean": p.fine[0], "fine/whitener": p.fine[1]}
+    for name, own in ("coarse", p.coarse), ("fine", p.fine):
+        arrays |= {f"{name}/{k}": a for k, a in zip(_VIEW, own or ()) if a is not None}
     arrays |= {f"denoiser/{k}": a for k, a in (p.denoiser or {}).items()}
     arrays |= {"roi/size": np.array(p.roi.mask.shape), "roi/bits": np.packbits(p.roi.mask)} if p.roi else {}
     return arrays | {f"calibration/{n}/{k}": a for n, own in p.calibrations.items() for k, a in own.items()}
@@ -1670,7 +1705,9 @@ def _unpack_model(header: dict, arrays: dict[str, np.ndarray], threads: int | No
     backbone, priors = Backbone.from_arrays(header["backbone"], group("backbone/", arrays)), {}
     for i, (name, part) in enumerate(header["products"] if header["kind"] == "priors" else [("", header)]):
         settings, own = Settings(**part["settings"]), group(f"{i}/", arrays) if name else arrays
-        if missing := {"mean", "whitener", "fine/mean", "fine/whitener"} - own.keys():
+        names = {"mean", "whitener", "fine/mean", "fine/whitener"}
+        names |= {"coarse/mean", "coarse/whitener"} if settings.coarse else set()
+        if missing := names - own.keys():
             raise ModelError(f"missing arrays: {', '.join(sorted(missing))} (train again)")
         steps = sorted({k.split("/")[1] for k in own if k.startswith("calibration/")})
         calibrations = {int(k): group(f"calibration/{k}/", own) for k in steps}
@@ -1679,7 +1716,8 @@ def _unpack_model(header: dict, arrays: dict[str, np.ndarray], threads: int | No
         roi = RegionOfInterest(np.unpackbits(own["roi/bits"])[:h * w].reshape(h, w)) if h else None
         priors[name] = Prior(settings, backbone, own["mean"], own["whitener"], denoiser, calibrations,
                              dict(part["summary"]), threads, factors=own.get("factors"),
-                             fine=(own["fine/mean"], own["fine/whitener"]), roi=roi)
+                             fine=(own["fine/mean"], own["fine/whitener"]), roi=roi,
+                             coarse=tuple(own.get(f"coarse/{k}") for k in _VIEW) if settings.coarse else None)
     again, known = _pack_model(priors)  # a model is taken as it would be written, and as nothing else
     again |= {"format": FORMAT, "fastprior": str(header["fastprior"])}
     if arrays.keys() != known.keys() or len({json.dumps(h, sort_keys=True) for h in (header, again)}) > 1:
@@ -1703,7 +1741,7 @@ def _check_arrays(given: dict, shapes: dict[str, str], **sizes: int) -> dict[str
     return sizes
 
 
-_CALIBRATION_SHAPES = dict(gain="n", offset="n", moments="3", scores="s", peaks="h")
+_CALIBRATION_SHAPES = dict(gain="z", offset="z", moments="3", scores="s", peaks="h")
 _DENOISER_SHAPES = dict(in_w="cd", pos="nd", time_w="tk", time_b="k", shift_w="kd", gain_w="kc",
                         norm_gain="d", norm_bias="d", out_w="dc", out_b="c")
 _MIXER_SHAPES = dict(token1="mn", token2="nm", w1="de", b1="e", w2="ed", b2="d",
@@ -1717,6 +1755,9 @@ def _check_model(p: Prior) -> None:
     shapes = {"mean": "nc", "whitener": "nbp" if p.whitener.dtype == QTILE else "nc"}
     shapes |= {"fine/mean": "fv", "fine/whitener": "vv"}
     shapes |= {"factors": "qgp"} if groups else {}
+    if settings.coarse:
+        shapes |= {"coarse/mean": "oc", "coarse/whitener": "obp"}
+        shapes |= {"coarse/factors": "rgp"} if groups else {}
     shapes |= {f"denoiser/{k}": v for k, v in _DENOISER_SHAPES.items() if p.denoiser}
     for i in range(mixers):
         own = {ord("m"): chr(65 + 2 * i), ord("e"): chr(66 + 2 * i)}  # capitals: hidden sizes, its own
@@ -1724,9 +1765,10 @@ def _check_model(p: Prior) -> None:
     shapes |= {f"calibration/{n}/{k}": v for n in p.calibrations for k, v in _CALIBRATION_SHAPES.items()}
     given = {k: a["scale"] if a.dtype == QTILE or k == "factors" else a for k, a in _arrays_of(p).items()
              if not k.startswith("roi/")}
+    o = len(p.cells)
     sizes = _check_arrays(given, shapes, n=n, c=c, t=2 * len(_FREQUENCIES), p=_PANEL, q=n * panels, g=groups,
-                          b=panels * (panels + 1) // 2, f=math.prod(settings.fine),
-                          v=p.backbone.fine_channels)
+                          o=o, r=o * panels, z=n + o, b=panels * (panels + 1) // 2,
+                          f=math.prod(settings.fine), v=p.backbone.fine_channels)
     for steps, own in p.calibrations.items():
         select_timesteps(steps, settings.first, settings.last)
         rising = all(len(own[k]) > 1 and (np.diff(own[k]) >= 0).all() for k in ("scores", "peaks"))
@@ -1760,9 +1802,13 @@ def _largest_number(p: Prior) -> float:
             x = 1e4 * max(map(most, net.features(picture, (1, net.stages), (1, net.fine))))
     v = p.backbone.fine_channels
     f = v * ((x + most(p.fine[0])) * most(p.fine[1]) * v) ** 2
-    x = (x + most(p.mean)) * most(p.whitener) * (c + _PANEL)
-    if p.factors is not None:
-        x *= 1 + p.settings.factors * n * (c + _PANEL) * most(p.factors) * most(p.factors)
+
+    def whitened(mean, whitener, factors) -> float:
+        y = (x + most(mean)) * most(whitener) * (c + _PANEL)
+        return y if factors is None else y * (
+            1 + p.settings.factors * len(mean) * (c + _PANEL) * most(factors) * most(factors))
+    coarse = whitened(*p.coarse) if p.coarse else 0.0
+    x = whitened(p.mean, p.whitener, p.factors)
     if p.denoiser:
         w = {k: most(a) * a.shape[0] ** (a.ndim - 1) for k, a in p.denoiser.items()}  # the gain of a sum
         time, d = w["time_w"] + w["time_b"], len(p.denoiser["out_w"])
@@ -1770,7 +1816,7 @@ def _largest_number(p: Prior) -> float:
         x += p.settings.steps * out * (1 + time * w["gain_w"])  # a rotation turns x and F
         q = max(max(a.shape) * max(most(a), 1) for a in p.denoiser.values())  # a mixer adds 6 q^3 at most
         h = x * w["in_w"] + w["pos"] + time * w["shift_w"] + 6 * _num_mixers(w) * q * q * q
-    z = c * x * x * max(1, most(own["gain"])) + most(own["offset"])
+    z = c * max(x, coarse) ** 2 * max(1, most(own["gain"])) + most(own["offset"])
     middle, spread, zero = map(float, own["moments"])
     span = max(float(own["peaks"][0]), 1.001 * zero) - zero  # of a map at any false-alarm rate, at least
     on_map = (z / float(own["gain"].min()) + zero) / span if span > 0 else math.inf
@@ -1792,6 +1838,7 @@ class Settings:
     # Pixels an image is resized to, (height, width); or a square's side: `fit` takes its images' proportions.
     size: int | tuple[int, int] = 448
     cell: int = 0  # side of a place, pixels of the resized image; 0: 32 from 384 x 384 pixels on, else 16
+    coarse: bool | None = None  # places of 2 x 2 too; None: where a place has more than 16 pixels a side
     steps: int = 2
     first: int = 50  # t at which the features are taken to lie
     last: int = 500  # t at which the density is read
@@ -1816,6 +1863,10 @@ class Settings:
             object.__setattr__(self, "size", tuple(self.size))
         if self.cell == 0 and len(self.shape) == 2 and all(type(n) is int for n in self.shape):
             object.__setattr__(self, "cell", 32 if math.prod(self.shape) >= 384 ** 2 else 16)
+        if self.coarse is None and type(self.cell) is int:
+            object.__setattr__(self, "coarse", self.cell > 16)
+        if self.variant == "plain":  # the paper's has none
+            object.__setattr__(self, "coarse", False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -1845,7 +1896,8 @@ class Settings:
                    "first": range(last), "last": range(1, last + 1), "factors": range(_MOST_FACTORS + 1),
                    "copies": range(65), "tile": range(4097),
                    "width": range(16, 1025, 16), "mixers": range(14), "seed": range(2 ** 63),
-                   "bits": _DEPTHS, "variant": ("whitened", "plain"), "calibration": ("cross", "holdout"),
+                   "bits": _DEPTHS, "coarse": (False, True), "variant": ("whitened", "plain"),
+                   "calibration": ("cross", "holdout"),
                    "shrink": [0, 1], "floor": [1e-9, 1], "worst": [1e-9, 1], "smooth": [0, 64],  # low, high
                    "fpr": [1e-9, 1 - 1e-9], "threshold": [-1e9, 1e9]}
         for name, of in allowed.items():
@@ -2010,6 +2062,7 @@ class Prior:
     threads, device, precision : see `load`
     factors : tiles of `pack_factors`, or None
     fine : mean (F*F', C') and whitener (C', C') of the fine view, which sharpens the map
+    coarse : mean (M, C), whitener and factors of the coarse places, `cells` (M, 4), where F = 0; or None
     roi : RegionOfInterest, or None. N counts the places inside it, those of `inside`, bool (G*G',)
     grid : (G, G'), places down and across
     """
@@ -2017,10 +2070,12 @@ class Prior:
     def __init__(self, settings: Settings, backbone: Backbone, mean: np.ndarray, whitener: np.ndarray,
                  denoiser: dict[str, np.ndarray] | None, calibrations: dict[int, dict[str, np.ndarray]],
                  summary: dict, threads: int | None = None, device: str = "cpu", precision: str = "float32",
-                 factors: np.ndarray | None = None, *, fine: tuple[np.ndarray, np.ndarray], roi=None):
+                 factors: np.ndarray | None = None, *, fine: tuple[np.ndarray, np.ndarray], roi=None,
+                 coarse: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None):
         settings.check()
         self.settings, self.backbone, self.denoiser, self.summary = settings, backbone, denoiser, summary
         self.mean, self.whitener, self.factors, self.fine = mean, whitener, factors, fine
+        self.coarse = coarse
         self.calibrations, self.threads, self.precision = calibrations, threads, precision
         if settings.steps not in calibrations:
             raise ShapeError(f"steps: this model is calibrated for {sorted(calibrations)}, "
@@ -2028,6 +2083,7 @@ class Prior:
         self.calibration = calibrations[settings.steps]
         self.grid, self.roi = settings.grid, roi
         self.inside = _inside(roi, self.grid)
+        self.cells = _cells(settings, self.inside)
         self._built: dict[bool, Engine] = {}  # from pixels, from tokens
         _check_model(self)
         self.threshold = conformal_threshold(self.calibration["scores"], settings.fpr, settings.threshold)
@@ -2082,7 +2138,8 @@ class Prior:
 
     def _with(self, settings: Settings, calibrations: dict[int, dict], summary: dict) -> "Prior":
         return Prior(settings, self.backbone, self.mean, self.whitener, self.denoiser, calibrations, summary,
-                     self.threads, self.device, self.precision, self.factors, fine=self.fine, roi=self.roi)
+                     self.threads, self.device, self.precision, self.factors, fine=self.fine, roi=self.roi,
+                     coarse=self.coarse)
 
     @_one_blas_thread
     def calibrate(self, images, *, keep_all: bool = False, progress: "Progress" = lambda *_: None,
@@ -2172,15 +2229,20 @@ class Prior:
         return results
 
     def z(self, images: Sequence[str | os.PathLike | np.ndarray]) -> np.ndarray:
-        """Standardised negative log-likelihood of each place (that is inside), float32 (B, N).
+        """Standardised negative log-likelihood of each place (inside), then coarse place, float32 (B, N + M).
 
         z_n = (|x_T,n|^2 / 2) * scale_n + location_n, in standard deviations of held-out good images.
         """
         rows = [self._z(self._frames(a, False)) for _, a in _load_chunks(self, images, 16, "raise", [])]
-        return np.concatenate([np.empty((0, len(self.mean)), np.float32), *rows])
+        return np.concatenate([np.empty((0, len(self.mean) + len(self.cells)), np.float32), *rows])
 
     def _z(self, frames) -> np.ndarray:
-        return frames.to_host(frames.outputs[0])[:, self.inside]
+        return frames.to_host(frames.outputs[0])[:, self._places]
+
+    @functools.cached_property
+    def _places(self) -> np.ndarray:
+        """bool: those inside, of the grid and then the coarse ones."""
+        return np.concatenate([self.inside, np.ones(len(self.cells), bool)])
 
     def _frames(self, pixels: list | None, with_map: bool, tokens=None):
         """A batch scored by the engine or the reference operations.
@@ -2215,19 +2277,29 @@ class Prior:
             views = e.given(n, c), e.given(*fine)
         (f, columns), (fine_f, fine_columns) = views
         density = e.fine_density(fine_f, fine[0], fine_columns, *self.fine)
+        m = len(self.cells)
+        if self.coarse:
+            y = e.coarsen(f, n, columns, np.flatnonzero(self.inside)[self.cells])
+            y = e.whiten(y, m, columns, *self.coarse[:2])
         x = e.whiten(f, n, columns, everywhere(self.mean), everywhere(self.whitener))
         if self.factors is not None:
             tiles = np.repeat(self.inside, -(-c // _PANEL))
             x = e.remove_factors(x, n, columns, _spread(tiles, self.factors))
+        if self.coarse and self.coarse[2] is not None:
+            y = e.remove_factors(y, m, columns, self.coarse[2])
         denoiser = self.denoiser and {k: everywhere(a, k.endswith("1")) if k == "pos" or "token" in k else a
                                       for k, a in self.denoiser.items()}
-        z = _emit_inversion(e, x, n, columns, denoiser, self.timesteps, self.prediction,
-                            everywhere(self.calibration["gain"]),  # outside, never among the worst
-                            everywhere(self.calibration["offset"], fill=-1e30))
-        e.score(z, n, _worst_count(self.settings.worst, len(self.mean)), *self.calibration["moments"][:2])
-        m = e.sharpen(z, *map(everywhere, self._map_weights()), density, *_enlargers(self.settings))
-        e.map(m, self.settings.fine, linear_taps)
-        e.keep(z, n)
+        z, gain, offset = e.state(n + m), self.calibration["gain"], self.calibration["offset"]
+        k = len(self.mean)
+        _emit_inversion(e, x, n, columns, denoiser, self.timesteps, self.prediction, everywhere(gain[:k]),
+                        everywhere(offset[:k], fill=-1e30), z, (0, n + m))  # outside, never among the worst
+        if self.coarse:
+            _emit_inversion(e, y, m, columns, None, self.timesteps, self.prediction, gain[k:], offset[k:], z,
+                            (n, n + m))
+        e.score(z, n + m, _worst_count(self.settings.worst, k + m), *self.calibration["moments"][:2])
+        out = e.sharpen(z, n + m, *map(everywhere, self._map_weights()), density, *_enlargers(self.settings))
+        e.map(out, self.settings.fine, linear_taps)
+        e.keep(z, n + m)
         e.finish()
 
     def _image_scores(self, z: np.ndarray) -> np.ndarray:
@@ -2238,7 +2310,7 @@ class Prior:
         """weight, offset (N,) that turn z back into nll, in the unit of the map (see `Result`)."""
         zero = self.calibration["moments"][2]
         one = max(conformal_threshold(self.calibration["peaks"], self.settings.fpr).value, zero * 1.001)
-        gain, offset = self.calibration["gain"], self.calibration["offset"]
+        gain, offset = (self.calibration[k][:len(self.mean)] for k in ("gain", "offset"))
         return 1 / (gain * (one - zero)), -(offset / gain + zero) / (one - zero)
 
     @functools.cached_property
@@ -2255,25 +2327,32 @@ class Prior:
         return total
 
     def log_likelihood(self, z: np.ndarray) -> np.ndarray:
-        """What `z` returns (B, N) -> log-density of the features (B,) in nats, less a constant."""
+        """What `z` returns (B, N + M) -> log-density of the features (B,) in nats, less a constant.
+
+        The coarse places say nothing that the others do not: they are means of them.
+        """
         nll = (z - self.calibration["offset"]) / self.calibration["gain"]
-        return self._log_determinant - nll.sum(-1, dtype=np.float64)
+        return self._log_determinant - nll[:, :len(self.mean)].sum(-1, dtype=np.float64)
 
     @functools.cached_property
-    def _preconditioning(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Whitener (N, C, C) or (N, C) and factors (K, N, C) as float32, for NumPy; made at first use."""
-        w, v, (n, c) = self.whitener, self.factors, self.mean.shape
-        return (unpack_lower(w, c) if w.dtype == QTILE else w,
-                None if v is None else unpack_factors(v, self.settings.factors, n, c))
+    def _preconditioning(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """mean (N, C), whitener (N, C, C) or (N, C) and factors (K, N, C) as float32, for NumPy, and those of
+        the coarse places. Made at first use."""
+        def unpacked(mean, w, v):
+            return (mean, unpack_lower(w, mean.shape[1]) if w.dtype == QTILE else w,
+                    None if v is None else unpack_factors(v, self.settings.factors, *mean.shape))
+        own = self.mean, self.whitener, self.factors
+        return [unpacked(*view) for view in (own, self.coarse) if view is not None]
 
     def latent(self, features: np.ndarray) -> np.ndarray:
-        """Reference: features (N, C) -> x_T (N, C), in the features' dtype."""
-        whitener, factors = self._preconditioning
-        x0 = whiten(features, self.mean, whitener)
-        if factors is not None:
-            x0 = remove_factors(x0, factors)
-        f = (lambda x, t: denoise(self.denoiser, x, t)) if self.denoiser else (lambda x, t: np.zeros_like(x))
-        return ddim_invert(x0, f, self.timesteps, self.prediction)
+        """Reference: features (N, C) -> x_T (N + M, C), in the features' dtype."""
+        views, parts = [(features, self.denoiser), (coarsen(features, self.cells), None)], []
+        for (x, p), (mean, whitener, factors) in zip(views, self._preconditioning):
+            x = whiten(x, mean, whitener)
+            x = x if factors is None else remove_factors(x, factors)
+            f = (lambda x, t, p=p: denoise(p, x, t)) if p else (lambda x, t: np.zeros_like(x))
+            parts.append(ddim_invert(x, f, self.timesteps, self.prediction))
+        return np.concatenate(parts)
 
     def _reference_frames(self, pixels: list | None, with_map: bool, tokens=None) -> Frames:
         rows, maps = [], []
@@ -2284,13 +2363,13 @@ class Prior:
             rows.append(0.5 * np.sum(x_T * x_T, -1) * self.calibration["gain"] + self.calibration["offset"])
             if with_map:
                 weight, offset = self._map_weights()
-                cells = _spread(self.inside, weight * rows[-1] + offset).reshape(self.grid)
+                cells = _spread(self.inside, weight * rows[-1][:len(weight)] + offset).reshape(self.grid)
                 f = fine_density(views[1], self.fine[0].astype(np.float32), self.fine[1])
                 m = sharpen(cells, f.reshape(self.settings.fine), *_enlargers(self.settings))
                 m = anomaly_map(m.astype(np.float32), *image.shape[:2])
                 maps.append(m * self.roi.at(*m.shape)[0] if self.roi else m)
         z = np.array(rows, np.float32)
-        outputs = [_spread(self.inside, z, 1, -1e30)]
+        outputs = [_spread(self._places, z, 1, -1e30)]
         return Frames(self._image_scores(z), maps or [None] * len(rows), outputs)
 
 
@@ -2406,7 +2485,7 @@ def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 17  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 18  # raised when the same images and settings give another model: caches are then stale
 _FOLDS = 10
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -2506,7 +2585,9 @@ def _nll_of(x0: np.ndarray, denoiser: dict | None, timesteps, prediction: str,
         return np.stack([0.5 * np.square(ddim_invert(x.astype(np.float32), f, timesteps, prediction)).sum(-1)
                          for x in x0])
     x, columns = e.given(n, c)
-    e.keep(_emit_inversion(e, x, n, columns, denoiser, timesteps, prediction, np.ones(n), np.zeros(n)), n)
+    z = e.state(n)
+    _emit_inversion(e, x, n, columns, denoiser, timesteps, prediction, np.ones(n), np.zeros(n), z, (0, n))
+    e.keep(z, n)
     e.finish()
     return np.concatenate([e.run(None, given=[x0[i:i + 16]], outputs=True).outputs[0]
                            for i in range(0, m, 16)])
@@ -2533,12 +2614,13 @@ def _calibrate(nll: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 def _read_scores(raw: np.ndarray, nll: np.ndarray, details: np.ndarray, settings: Settings,
                  roi=None) -> dict[str, np.ndarray]:
-    """raw (n,): worst means of good images; nll (n, N): moments, sorted scores and peaks of maps.
+    """raw (n,): worst means of good images; nll (n, N + M): moments, sorted scores and peaks of maps.
 
     details (m, F, F'), of the first m images: those whose maps are read. Zero and unit of the score are the
     median and the spread of the middle half, zero of the map a median too: one wild image hardly moves them.
     """
     inside = _inside(roi, settings.grid)
+    nll = nll[:, :np.count_nonzero(inside)]
     down, across = _enlargers(settings)
     low, middle, high = np.quantile(raw, [.25, .5, .75])
     moments = np.array([middle, max((high - low) / 1.349, 1e-6), np.median(nll.mean(1))])
@@ -2559,18 +2641,47 @@ def _to_unit_variance(x0: np.ndarray, whitener: np.ndarray, fresh: np.ndarray) -
 
 
 @dataclasses.dataclass
-class _Whitened:
-    """Good images in the coordinates of the Gaussians, from which any denoiser can be trained."""
+class _View:
+    """Places of good images in the coordinates of their Gaussians."""
     x0: np.ndarray  # (M, N, C) float16, a row an image or a jittered copy
-    fold: np.ndarray  # (M,)
-    clean: np.ndarray  # (M,) bool, the rows that are an image itself, one of each group of near-duplicates
     mean: np.ndarray  # (N, C)
     whitener: np.ndarray  # (N, C, C) or (N, C)
     fresh: np.ndarray  # (m, N, C) float16, images kept away from everything, one a group: "holdout"
+
+    def remove_factors(self, fold: np.ndarray, count: int, threads: int | None) -> np.ndarray | None:
+        """In place, to unit variance; returns them, `count`, or None."""
+        factors = None
+        _to_unit_variance(self.x0, self.whitener, self.fresh)
+        if count:
+            factors = fit_factors(self.x0, fold, count, threads)
+            for x in self.fresh:
+                x[...] = remove_factors(x.astype(np.float32), factors)
+            _to_unit_variance(self.x0, self.whitener, self.fresh)
+        return factors
+
+
+@dataclasses.dataclass
+class _Whitened:
+    """Good images in the coordinates of the Gaussians, from which any denoiser can be trained."""
+    view: _View
+    coarse: _View | None
+    fold: np.ndarray  # (M,)
+    clean: np.ndarray  # (M,) bool, the rows that are an image itself, one of each group of near-duplicates
     fine: tuple[np.ndarray, np.ndarray]  # see `_fit_fine`
     details: np.ndarray  # see `_details`: of the clean rows' images, or of the fresh ones if there are any
     summary: dict
     roi: RegionOfInterest | None
+
+
+def _cross_fit(features: np.ndarray, fold: np.ndarray, config: Settings, threads: int | None,
+               progress: Progress = _quiet) -> tuple[np.ndarray, Callable]:
+    """x0 of features (M, N, C), each fold (M,) by the Gaussians of the others; what gives those of all."""
+    gaussians = _Gaussians(features, fold, config.variant == "plain", threads)
+    x0, folds = np.empty(features.shape, np.float16), fold.max() + 1
+    for k in range(folds):
+        x0[fold == k] = _apply_whitener(features[fold == k], *gaussians.without(k, config), threads)
+        progress("whitening", k + 1, folds)
+    return x0, functools.cache(lambda: gaussians.without(None, config))
 
 
 @_one_blas_thread
@@ -2611,55 +2722,59 @@ def _whiten_features(e, config: Settings, keep_all: bool = False, progress: Prog
         part = e.of(used)
         _, kind = np.unique(group[used], return_inverse=True)
         rows = (np.random.default_rng(config.seed).permutation(kind.max() + 1) % _FOLDS)[kind][part.owner]
-        gaussians = _Gaussians(part.features, rows, config.variant == "plain", threads)
-        x0, folds = np.empty(part.features.shape, np.float16), rows.max() + 1
-        for k in range(folds):
-            x0[rows == k] = _apply_whitener(part.features[rows == k], *gaussians.without(k, config), threads)
-            progress("whitening", k + 1, folds)
+        x0, gaussian = _cross_fit(part.features, rows, config, threads, progress)
         nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[part.clean]])
         unlike, far = curation.outliers(nll, config.worst) if not keep_all else np.zeros((2, len(nll)), bool)
         if not far.any() or aside.any() and aside.sum() + far.sum() > 2 * _MOST_ASIDE * count:
             break
         aside[np.flatnonzero(used)[far]] = True
-    mean, whitener = gaussians.without(None, config)
     clean, held_out, fresh = part.clean, np.flatnonzero(away & lone), e.of(away & lone)
     trained_on, calibrates = e.of(~aside).keys, curation.first_of(kind) & ~unlike
     clean[clean] = calibrates
     fine = _fit_fine(part.fine, config, e.roi)
     details = _details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine, config,
                        e.roi)
-    fresh = _apply_whitener(fresh.features[fresh.clean], mean, whitener)
+    fresh = fresh.features[fresh.clean]
+    view, coarse = _View(x0, *gaussian(), _apply_whitener(fresh, *gaussian())), None
+    cells = _cells(config, _inside(e.roi, config.grid))
+    if len(cells):
+        def coarser(features: np.ndarray) -> np.ndarray:
+            out = np.empty((len(features), len(cells), features.shape[2]), np.float16)
+            for x, f in zip(out, features):
+                x[...] = coarsen(f.astype(np.float32), cells)
+            return out
+        x0, gaussian = _cross_fit(coarser(part.features), rows, config, threads)
+        coarse = _View(x0, *gaussian(), _apply_whitener(coarser(fresh), *gaussian()))
     if not holdout:
         aside[np.flatnonzero(used)[unlike]] = True
     elif not keep_all:  # each is judged by the training images, not by each other: see `outliers`
-        own = .5 * np.square(fresh, dtype=np.float32).sum(-1)
+        own = .5 * np.square(view.fresh, dtype=np.float32).sum(-1)
         unlike, _ = curation.outliers(nll[curation.first_of(kind)], config.worst, own)
-        aside[held_out[unlike]], fresh = True, fresh[~unlike]
+        aside[held_out[unlike]] = True
+        for v in filter(None, (view, coarse)):
+            v.fresh = v.fresh[~unlike]
         details = details[~unlike[:len(details)]]
-    summary = {"images": len(trained_on), "held_out": len(fresh) or int(clean.sum()),
+    summary = {"images": len(trained_on), "held_out": len(view.fresh) or int(clean.sum()),
                "held_out_aside": int(aside[away].sum() if holdout else aside.sum()),
                "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
                "near_duplicates": count - groups, "unreadable": e.unreadable[:20], "trained_on": trained_on,
                "traits": curation.known_traits(e.of(~aside).looks)}
-    return _Whitened(x0, rows, clean, mean, whitener, fresh, fine, details, summary, e.roi)
+    return _Whitened(view, coarse, rows, clean, fine, details, summary, e.roi)
 
 
 @_one_blas_thread
 def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations: int | None,
                   minutes: float | None = None, threads: int | None = None, progress: Progress = _quiet,
                   kept: dict[str, np.ndarray] | None = None) -> Prior:
-    """Factors, denoiser (trained, or `kept`) and calibration; works in w.x0, w.fresh and w.whitener."""
-    x0, fold, whitener, factors = w.x0, w.fold, w.whitener, None
-    factors_at_most = int(w.clean.sum()) // 2 if whitener.ndim == 3 else 0
-    config = dataclasses.replace(config, factors=min(config.factors, factors_at_most))
-    if whitener.ndim == 3:
-        _to_unit_variance(x0, whitener, w.fresh)
-        if config.factors:
-            factors = fit_factors(x0, fold, config.factors, threads)
-            for x in w.fresh:
-                x[...] = remove_factors(x.astype(np.float32), factors)
-            progress("factors", 1, 1)
-            _to_unit_variance(x0, whitener, w.fresh)
+    """Factors, denoiser (trained, or `kept`) and calibration; works in the views."""
+    view, fold, factors = w.view, w.fold, [None, None]
+    views = [view, w.coarse] if w.coarse else [view]
+    x0, preconditioned = view.x0, view.whitener.ndim == 3
+    config = dataclasses.replace(config, factors=min(config.factors,
+                                                     int(w.clean.sum()) // 2 if preconditioned else 0))
+    if preconditioned:
+        factors = [v.remove_factors(fold, config.factors, threads) for v in views]
+        progress("factors", 1, 1)
     prediction = "v" if config.variant == "whitened" else "eps"
     denoiser, trained = None, {"iterations": 0}
     held_out = fold < max(1, (fold.max() + 1) // 5)  # from the denoiser's training: about a fifth
@@ -2674,17 +2789,24 @@ def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations
     calibrations = {}
     for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
         grid = select_timesteps(steps, config.first, config.last)
-        nll = _nll_of(x0[w.clean], denoiser, grid, prediction, threads)
+
+        def nll_of(*parts: np.ndarray) -> np.ndarray:
+            return np.concatenate([_nll_of(x, f, grid, prediction, threads)
+                                   for x, f in zip(parts, (denoiser, None))], 1)
+        nll = nll_of(*(v.x0[w.clean] for v in views))
         own, z = _calibrate(nll)
-        if len(w.fresh):  # zero and unit of each place from all others: to these images it is all new
-            nll = _nll_of(w.fresh, denoiser, grid, prediction, threads)
+        if len(view.fresh):  # zero and unit of each place from all others: to these images it is all new
+            nll = nll_of(*(v.fresh for v in views))
             z = nll * own["gain"] + own["offset"]
         calibrations[steps] = own | _read_scores(worst_mean(z, config.worst), nll, w.details, config, w.roi)
         progress("calibration", len(calibrations), len({config.steps, *_CALIBRATED_STEPS}))
-    whitener = pack_lower(whitener) if whitener.ndim == 3 else whitener
-    factors = None if factors is None else pack_factors(factors)
-    return Prior(config, backbone, w.mean.astype(np.float32), whitener, denoiser, calibrations,
-                 w.summary | trained, threads, factors=factors, fine=w.fine, roi=w.roi)
+
+    def packed(v: _View, own: np.ndarray | None) -> tuple:
+        return (v.mean.astype(np.float32), pack_lower(v.whitener) if preconditioned else v.whitener,
+                None if own is None else pack_factors(own))
+    (mean, whitener, own), *coarse = map(packed, views, factors)
+    return Prior(config, backbone, mean, whitener, denoiser, calibrations, w.summary | trained, threads,
+                 factors=own, fine=w.fine, roi=w.roi, coarse=coarse[0] if coarse else None)
 
 
 def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,

@@ -8,6 +8,7 @@ is `fastprior bench` with the same options. fastprior loads this file by its pat
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
@@ -377,9 +378,7 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
         try:
             fp._read_npz(file)
         except fp.ModelError:
-            shared = whitened(count, own.variant)  # the fit works in these two
-            shared = dataclasses.replace(shared, x0=shared.x0.copy(), whitener=shared.whitener.copy(),
-                                         fresh=shared.fresh.copy())
+            shared = copy.deepcopy(whitened(count, own.variant))  # the fit works in it
             fp._fit_whitened(shared, own, backbone, most, None, threads, progress).save(file)
         yield (variant, count), file
 
@@ -642,14 +641,16 @@ def count_work(prior) -> tuple[dict[str, float], dict[str, float]]:
     n, d = math.prod(prior.grid), prior.denoiser or {}
     a_step = 2 * n * sum(a.size for k, a in d.items() if k.endswith(("in_w", "out_w", "_w1", "_w2")))
     a_step += 2 * d["in_w"].shape[1] * sum(a.size for k, a in d.items() if "_token" in k) if d else 0
-    factors = np.empty(0, fp.QTILE) if prior.factors is None else prior.factors
-    weights = prior.whitener["weight"] if prior.whitener.dtype == fp.QTILE else prior.whitener
-    products = weights.size + 2 * factors["weight"].size
+    products = preconditioning = 0
+    for _, whitener, factors in ((prior.mean, prior.whitener, prior.factors), *filter(None, [prior.coarse])):
+        factors = np.empty(0, fp.QTILE) if factors is None else factors
+        weights = whitener["weight"] if whitener.dtype == fp.QTILE else whitener
+        products += weights.size + 2 * factors["weight"].size
+        preconditioning += whitener.nbytes + 2 * factors.nbytes
     steps = prior.settings.steps
     return ({"features": flops, "inversion": 2.0 * products + steps * a_step},
             {"features": read,
-             "inversion": (prior.whitener.nbytes + 2.0 * factors.nbytes
-                           + steps * 4.0 * sum(a.size for a in d.values()))})
+             "inversion": preconditioning + steps * 4.0 * sum(a.size for a in d.values())})
 
 
 def measure_peaks(seconds: float = .5) -> dict[str, float]:
@@ -673,17 +674,21 @@ def untrained(backbone: str, size: int | tuple[int, int], threads: int | None = 
     n, c = math.prod(settings.grid), sum(net.channels)
     rng, panels = np.random.default_rng(0), -(-c // fp._PANEL)
     denoiser = fp._room("training").initial_denoiser(n, c, settings)
-    calibration = {"gain": np.ones(n, np.float32), "offset": np.zeros(n, np.float32),
+    m = len(fp._cells(settings, np.ones(n, bool)))
+    calibration = {"gain": np.ones(n + m, np.float32), "offset": np.zeros(n + m, np.float32),
                    "moments": np.array([0., 1., 0.]), "scores": np.arange(100.), "peaks": np.arange(1., 101.)}
     counts = panels * (panels + 1) // 2, panels * -(-settings.factors // fp._PANEL)
-    whitener, factors = (
-        fp.quantize(scale * rng.standard_normal((n, count, fp._PANEL, fp._PANEL), np.float32))
-        for scale, count in zip((.01, .001), counts))
-    return fp.Prior(settings, net, np.zeros((n, c), np.float32), whitener, denoiser,
-                 {k: calibration for k in range(1, 51)}, {}, threads, device, precision,
-                 factors=factors.reshape(n * panels, -1),
-                 fine=(np.zeros((math.prod(settings.fine), net.fine_channels), np.float16),
-                       np.eye(net.fine_channels, dtype=np.float32)))
+
+    def view(n: int) -> tuple[np.ndarray, ...]:
+        whitener, factors = (
+            fp.quantize(scale * rng.standard_normal((n, count, fp._PANEL, fp._PANEL), np.float32))
+            for scale, count in zip((.01, .001), counts))
+        return np.zeros((n, c), np.float32), whitener, factors.reshape(n * panels, -1)
+    mean, whitener, factors = view(n)
+    return fp.Prior(settings, net, mean, whitener, denoiser, {k: calibration for k in range(1, 51)}, {},
+                    threads, device, precision, factors=factors, coarse=view(m) if m else None,
+                    fine=(np.zeros((math.prod(settings.fine), net.fine_channels), np.float16),
+                          np.eye(net.fine_channels, dtype=np.float32)))
 
 
 def _speed_text(facts: dict, speed: dict) -> str:

@@ -243,20 +243,26 @@ def features(g: Graph, outputs: list[tuple[str, int]], net, shape: tuple[int, in
     return g("Reshape", g("Concat", *pooled, axis=1), g.integers(0, 0, math.prod(grid)))
 
 
-def whiten(g: Graph, f: str, mean: np.ndarray, w: np.ndarray) -> str:
+def coarsen(g: Graph, f: str, cells: np.ndarray) -> str:
+    """Means of the places of each of `cells` (m, 4): f (N, C, n) -> (N, C, m)."""
+    a, b, c, d = (g("Gather", f, g.constant(f"cells/{i}", cells[:, i], np.int64), axis=2) for i in range(4))
+    return g("Mul", g("Add", g("Add", a, b), g("Add", c, d)), g.constant("1/4", .25))
+
+
+def whiten(g: Graph, f: str, mean: np.ndarray, w: np.ndarray, view: str = "") -> str:
     """W_n (f_n - mean_n): f (N, C, n) -> (N, n, C); mean (n, C), w (n, C, C), or (n, C) diagonal."""
-    d = g("Sub", g("Transpose", f, perm=[2, 0, 1]), g.constant("mean", mean[:, None]))
+    d = g("Sub", g("Transpose", f, perm=[2, 0, 1]), g.constant(f"{view}mean", mean[:, None]))
     if w.ndim == 2:
-        x = g("Mul", d, g.constant("whitener", w[:, None]))
+        x = g("Mul", d, g.constant(f"{view}whitener", w[:, None]))
     else:
-        x = g("MatMul", d, g.constant("whitener", w.swapaxes(1, 2)))
+        x = g("MatMul", d, g.constant(f"{view}whitener", w.swapaxes(1, 2)))
     return g("Transpose", x, perm=[1, 0, 2])
 
 
-def remove_factors(g: Graph, x: str, v: np.ndarray) -> str:
+def remove_factors(g: Graph, x: str, v: np.ndarray, view: str = "") -> str:
     """x - V^T V x: x (N, n, C), v (K, n, C)."""
     k, n, c = v.shape
-    factors = g.constant("factors", v.reshape(k, n * c))
+    factors = g.constant(f"{view}factors", v.reshape(k, n * c))
     along = g("Gemm", g("Reshape", x, g.integers(0, n * c)), factors, transB=1)
     return g("Sub", x, g("Reshape", g("Gemm", along, factors), g.integers(0, n, c)))
 
@@ -349,21 +355,26 @@ def prior_model(prior, name: str, metadata: dict[str, str]) -> bytes:
     """`pixels`, uint8 (N, H, W, 3), N, H, W free -> `score` (N,) and `map` (N, H, W) as in `Result`."""
     s, net, calibration = prior.settings, prior.backbone, prior.calibration
     zero, unit = calibration["moments"][:2]
-    whitener, factors = prior._preconditioning
     g = Graph()
     mask = mask_at(g, prior.roi.mask, "pixels") if prior.roi else ""
     outputs = backbone_outputs(g, resize(g, "pixels", s.shape, net, mask), net)
     x, fine = (features(g, outputs, net, s.shape, *view) for view in net.views(s))
     if not prior.inside.all():
         x = g("Gather", x, g.constant("inside", np.flatnonzero(prior.inside), np.int64), axis=2)
-    x = whiten(g, x, prior.mean, whitener)
-    x = x if factors is None else remove_factors(g, x, factors)
-    x = ddim_invert(g, x, prior.denoiser, prior.timesteps, prior.prediction)
+    views, parts = [(x, "", prior.denoiser)], []
+    if prior.coarse:
+        views.append((coarsen(g, x, prior.cells), "coarse/", None))
+    for (x, view, denoiser), (mean, whitener, factors) in zip(views, prior._preconditioning):
+        x = whiten(g, x, mean, whitener, view)
+        x = x if factors is None else remove_factors(g, x, factors, view)
+        parts.append(ddim_invert(g, x, denoiser, prior.timesteps, prior.prediction))
+    x = g("Concat", *parts, axis=1)
     z = standardise(g, x, calibration["gain"], calibration["offset"])
-    worst = worst_mean(g, z, fp._worst_count(s.worst, len(prior.mean)))
+    worst = worst_mean(g, z, fp._worst_count(s.worst, len(calibration["gain"])))
     score = g("Div", g("Sub", worst, g.constant("score/zero", zero)), g.constant("score/unit", unit))
     weight, offset = prior._map_weights()
-    cells = g("Add", g("Mul", z, g.constant("map/weight", weight)), g.constant("map/offset", offset))
+    cells = g("Slice", z, g.integers(0), g.integers(len(weight)), g.integers(1))
+    cells = g("Add", g("Mul", cells, g.constant("map/weight", weight)), g.constant("map/offset", offset))
     cells = cells if prior.inside.all() else spread(g, cells, prior.inside)
     fine_map = sharpen(g, cells, fine_density(g, fine, *prior.fine), *fp._enlargers(s))
     m = anomaly_map(g, fine_map, "pixels")

@@ -168,6 +168,7 @@ def training_memory(images: int, settings: fp.Settings, backbone: fp.Backbone) -
     Before that, for a backbone in integers, maps of some images in 6 bytes, those of the stem being largest.
     """
     n, c = math.prod(settings.grid), sum(backbone.channels)
+    n += len(fp._cells(settings, np.ones(n, bool)))
     extraction, quantization = fp._room("extraction"), fp._room("quantization")
     fine = min(images, extraction.MOST_FINE) * math.prod(settings.fine) * backbone.fine_channels
     maps = 6 * min(images, quantization.RANGE_IMAGES) * math.prod(settings.shape) // 4 * len(backbone.stem_b)

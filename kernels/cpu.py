@@ -1441,6 +1441,25 @@ def _add_qtile(a, w, c, batch, state_stride):
             b += 1
 
 
+_COARSEN = _fields("operation f out n c cells")
+
+
+@_kernel(_COARSEN)
+def _coarsen(row, band, bands, ws, own, state, image, batch, state_stride):
+    """Mean of four places each, a band of coarse ones."""
+    p = _row(row, _COARSEN)
+    n, c, quarter = p.n, p.c, np.float32(.25)
+    cells = carray(_as_pointer(p.cells), 4 * n, np.int64)
+    for i in range(band * n // bands, (band + 1) * n // bands):
+        x0, x1 = (_floats(state + 4 * (p.f + cells[4 * i] * c), c),
+                  _floats(state + 4 * (p.f + cells[4 * i + 1] * c), c))
+        x2, x3 = (_floats(state + 4 * (p.f + cells[4 * i + 2] * c), c),
+                  _floats(state + 4 * (p.f + cells[4 * i + 3] * c), c))
+        to = _floats(state + 4 * (p.out + i * c), c)
+        for j in range(c):
+            to[j] = ((x0[j] + x1[j]) + (x2[j] + x3[j])) * quarter
+
+
 _WHITEN = _fields("operation f x n c mean w diagonal")
 
 
@@ -2026,6 +2045,11 @@ class Engine:
                   scratch=_TILE * (c + m))
         return f
 
+    def coarsen(self, f: int, n: int, c: int, cells: np.ndarray) -> int:
+        self._stage, out = "whitening", self.state(len(cells), c)
+        self.emit(_coarsen, f=f, out=out, n=len(cells), c=c, cells=self.constant(cells, np.int64))
+        return out
+
     def whiten(self, f: int, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> int:
         self._stage = "whitening"
         x, diagonal = self.state(n, c), w.dtype != QTILE
@@ -2068,16 +2092,16 @@ class Engine:
         return out
 
     def rotate(self, h: int, d: int, w: np.ndarray, b: np.ndarray, x: int, n: int, c: int, coef, last: bool,
-               z: int, gain: np.ndarray, offset: np.ndarray) -> None:
+               z: int, at: tuple[int, int], gain: np.ndarray, offset: np.ndarray) -> None:
         self._stage = "density"
         self.emit(_rotate, h=h, d=d, w=self.packed(padded_to(w, d, c))[0], bias=self.padded(b, c), x=x, n=n,
-                  c=c, coef=self.constant(coef), out=-1 if last else x, z=z, gain=self.constant(gain),
+                  c=c, coef=self.constant(coef), out=-1 if last else x, z=z + at[0], gain=self.constant(gain),
                   offset=self.constant(offset), scratch=c * _TILE)
 
     def score(self, z: int, n: int, worst: int, zero: float, unit: float) -> None:
         self._score = z, n, worst, zero, unit
 
-    def sharpen(self, z: int, weight: np.ndarray, offset: np.ndarray, f: int, down: np.ndarray,
+    def sharpen(self, z: int, n: int, weight: np.ndarray, offset: np.ndarray, f: int, down: np.ndarray,
                 across: np.ndarray) -> int:
         self._stage, (height, rows), (width, columns) = "map", down.shape, across.shape
         out = self.state(height, width)

@@ -319,6 +319,13 @@ class Engine:
                   "fine", ("pools",))
         return f
 
+    def coarsen(self, f: Buffer, n: int, c: int, cells: np.ndarray) -> Buffer:
+        self._stage, m = "whitening", len(cells)
+        out, cells = self.state(m, c), self.constant(cells, np.int32)
+        self.emit(lambda batch: Launch(self.kernel("coarsen"), (-(-m * c // 128), 1, batch), (128,),
+                                       (f, cells, out, n, m, c)), waits=("pools",))
+        return out
+
     def whiten(self, f: Buffer, n: int, c: int, mean: np.ndarray, w: np.ndarray) -> Buffer:
         self._stage = "whitening"
         x, mean = self.buffer(n, c), self.constant(padded_to(mean, n, c))
@@ -369,27 +376,27 @@ class Engine:
         return out
 
     def rotate(self, h, d: int, w: np.ndarray, b: np.ndarray, x: Buffer, n: int, c: int, coef, last: bool,
-               z: Buffer, gain: np.ndarray, offset: np.ndarray) -> None:
+               z: Buffer, at: tuple[int, int], gain: np.ndarray, offset: np.ndarray) -> None:
         f = self.linear(h, n, d, padded_to(w, d, c), padded_to(b, c))[0] if d else None
         self._stage = "density"
         gain, offset = self.constant(gain), self.constant(offset)
         keep, turn = map(float, coef)
         x_out, z = (None, z) if last else (x, None)
         self.emit(lambda batch: Launch(self.kernel("rotate_density"), (-(-n * batch // 4), 1, 1), (128,),
-                                       (x, f, keep, turn, x_out, gain, offset, z, n * batch, n, c)))
+                                       (x, f, keep, turn, x_out, gain, offset, z, *at, n * batch, n, c)))
 
     def score(self, z: Buffer, n: int, worst: int, zero: float, unit: float) -> None:
         self._stage, self._scored, zero, per_unit = "map", True, float(zero), float(1 / unit)
         self.emit(lambda batch: Launch(self.kernel("worst_mean"), (1, 1, batch), (256,),
                                        (z, self.table, n, worst, zero, per_unit)), "score")
 
-    def sharpen(self, z: Buffer, weight: np.ndarray, offset: np.ndarray, f: Buffer, down: np.ndarray,
+    def sharpen(self, z: Buffer, n: int, weight: np.ndarray, offset: np.ndarray, f: Buffer, down: np.ndarray,
                 across: np.ndarray) -> Buffer:
         self._stage, sizes = "map", (*down.shape, *across.shape)
         weight, offset, down, across = map(self.constant, (weight, offset, down, across))
         out = self.state(sizes[0], sizes[2])
         self.emit(lambda batch: Launch(self.kernel("sharpen"), (sizes[0], 1, batch), (64,),
-                                       (z, weight, offset, f, down, across, out, self.table, *sizes)),
+                                       (z, weight, offset, f, down, across, out, self.table, *sizes, n)),
                   waits=("fine",))
         return out
 
@@ -737,7 +744,7 @@ def bench_cuda(engine: Engine, images: Sequence[int] = (1, 16, 64, 256), frames:
         f.fill(0)
         ones = engine.constant(np.ones(n))
         rotate = engine.bind(Launch(engine.kernel("rotate_density"), (-(-rows // 4), 1, 1), (128,),
-                                     (x, f, .8, .6, None, ones, ones, z, rows, n, c)), 1)
+                                     (x, f, .8, .6, None, ones, ones, z, 0, n, rows, n, c)), 1)
         moved = x.nbytes + f.nbytes + z.nbytes
         copy = cupy.empty(x.nbytes, np.uint8)
         for name, work, size in (

@@ -3,12 +3,14 @@
 //
 // x (rows, C) real, rows = B * N; f (rows, C) real, or null for F = 0; C a multiple of VECTOR.
 // out (rows, C) real, may be x, or null: the last step, x' never leaves the registers.
-// z (rows,) float32 or null: gain_n |x'|^2 / 2 + offset_n, n = row % N; gain, offset (N,) float32.
+// z (B, ldz) float32 or null: gain_n |x'|^2 / 2 + offset_n, n = row % N, from an image's number `first` on.
+// gain, offset (N,) float32.
 // Launch: grid (ceil(rows / (blockDim.x / 32))), block a multiple of 32; a warp a row.
 #include "common.cuh"
 
-extern "C" __global__ void rotate_density(const real* x, const real* f, float a, float b, real* out, const float* gain,
-                                          const float* offset, float* z, int rows, int n, int c) {
+extern "C" __global__ void rotate_density(const real* x, const real* f, float a, float b, real* out,
+                                          const float* gain, const float* offset, float* z, int first,
+                                          int ldz, int rows, int n, int c) {
     allow_next_launch();
     const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     await_launch();
@@ -27,5 +29,6 @@ extern "C" __global__ void rotate_density(const real* x, const real* f, float a,
         if (out) store_chunk(out + start + i, value);
     }
     square = warp_sum(square);
-    if (z && lane == 0) z[row] = .5f * square * gain[row % n] + offset[row % n];
+    if (!z || lane > 0) return;
+    z[(long long)(row / n) * ldz + first + row % n] = .5f * square * gain[row % n] + offset[row % n];
 }

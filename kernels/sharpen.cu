@@ -1,7 +1,7 @@
 // sharpen: the cells weight * z + offset enlarged to the fine grid, times sqrt(f / its maximum over 5 x 5 places).
 // Reference: sharpen, down and across from map_operator, weight and offset from Prior._map_weights.
 //
-// z (B, rows, columns), weight, offset (rows, columns), f (B, height, width), down (height, rows), across (width,
+// z (B, ldz), of which the first are those of (rows, columns), weight, offset (rows, columns), f (B, height, width), down (height, rows), across (width,
 // columns), out (B, height, width) float32, columns <= MOST_COLUMNS; of images whose map is wanted.
 // Launch: grid (height, 1, B), any block; a block has a row of the fine grid.
 #include "common.cuh"
@@ -13,13 +13,13 @@ __device__ __forceinline__ float larger(float a, float b) { return a > b || a !=
 
 extern "C" __global__ void sharpen(const float* z, const float* weight, const float* offset, const float* f,
                                    const float* down, const float* across, float* out, const Image* images,
-                                   int height, int rows, int width, int columns) {
+                                   int height, int rows, int width, int columns, int ldz) {
     allow_next_launch();
     __shared__ float mixed[MOST_COLUMNS];
     await_launch();
     if (!images[blockIdx.z].map) return;
     const int y = blockIdx.x;
-    z += (long long)blockIdx.z * rows * columns;
+    z += (long long)blockIdx.z * ldz;
     f += (long long)blockIdx.z * height * width;
     out += (long long)blockIdx.z * height * width;
     for (int j = threadIdx.x; j < columns; j += blockDim.x) {

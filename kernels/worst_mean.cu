@@ -1,11 +1,11 @@
 // worst_mean: the image's score, the standardised mean of the `count` highest positions.
 // Reference: worst_mean, then (raw - zero) / unit.
 //
-// z (B, N) float32, N <= 4096; images[b].score = (mean - zero) * per_unit. A NaN ranks first and so comes out.
+// z (B, N) float32, N <= 5120; images[b].score = (mean - zero) * per_unit. A NaN ranks first and so comes out.
 // Launch: grid (1, 1, B), block a power of two up to 256, which sets the order of the sum.
 #include "common.cuh"
 
-#define MOST_POSITIONS 4096
+#define MOST_POSITIONS 5120
 #define MOST_THREADS 256
 
 extern "C" __global__ void worst_mean(const float* z, const Image* images, int n, int count, float zero, float per_unit) {

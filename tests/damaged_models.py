@@ -54,7 +54,7 @@ def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whit
     rng = np.random.default_rng(seed)
     backbone = backbone or tiny_backbone(rng, act, squeeze)
     settings = fp.Settings(backbone="tiny", size=size, factors=3 * (variant == "whitened"), width=16,
-                           variant=variant)
+                           variant=variant, coarse=True)
     n, c = int(fp._inside(roi, settings.grid).sum()), sum(backbone.channels)
     whitener = 1 + rng.random((n, c)).astype("f4")
     if variant == "whitened":
@@ -62,14 +62,16 @@ def tiny_prior(seed=0, act=fp.RELU6, squeeze=False, denoiser=True, variant="whit
     weights = fp._room("training").initial_denoiser(n, c, settings) if denoiser else None
     if denoiser:
         weights["out_w"] += .05
-    calibrations = {steps: {"offset": rng.standard_normal(n).astype("f4"),
-                            "gain": (.1 + rng.random(n)).astype("f4"),
+    coarse = coarse_of(rng, backbone, settings, roi)
+    k = n + (len(coarse[0]) if coarse else 0)
+    calibrations = {steps: {"offset": rng.standard_normal(k).astype("f4"),
+                            "gain": (.1 + rng.random(k)).astype("f4"),
                             "moments": np.array([.5, 1.5, 20.]), "scores": np.sort(rng.standard_normal(12)),
                             "peaks": np.sort(30 + rng.random(12))} for steps in (1, 2, 3)}
     factors = fp.pack_factors(.05 * rng.standard_normal((3, n, c))) if settings.factors else None
     return fp.Prior(settings, backbone, rng.random((n, c)).astype("f4"), whitener, weights, calibrations,
                     {"images": 12, "unreadable": ["a.png: no"], "loss": .5}, 1, factors=factors,
-                    fine=fine_of(rng, backbone, settings), roi=roi)
+                    fine=fine_of(rng, backbone, settings), roi=roi, coarse=coarse)
 
 
 def half():
@@ -77,6 +79,17 @@ def half():
     mask = np.zeros((40, 56), bool)
     mask[3:, :33], mask[10:18, 12:20] = True, False
     return fp.RegionOfInterest(mask)
+
+
+def coarse_of(rng, backbone, settings, roi=None):
+    """Mean, whitener and factors of the coarse places, random; None for the plain variant."""
+    if not settings.coarse:
+        return None
+    shape = len(fp.coarse_cells(fp._inside(roi, settings.grid), settings.grid)), sum(backbone.channels)
+    factors = .3 / np.sqrt(np.prod(shape)) * rng.standard_normal((settings.factors, *shape))
+    return (rng.random(shape).astype("f4"),
+            fp.pack_lower(np.tril(.1 * rng.standard_normal((*shape, shape[1]))) + np.eye(shape[1])),
+            fp.pack_factors(factors) if settings.factors else None)
 
 
 def fine_of(rng, backbone, settings):

@@ -5,6 +5,7 @@ planted errors (wrong index, wrong stride, missing barrier) that the very same c
 """
 import faulthandler
 import itertools
+import math
 import os
 
 import numpy as np
@@ -351,6 +352,16 @@ def layer_norm(b, block=64, rows=7, d=272):
     b.check(out, fp.layer_norm(x64, gain64, bias64))
 
 
+def coarsen(b, block=64, n=6, m=3, c=32):
+    x, x64 = b.random(3, n, c, dtype=F)
+    cells = np.random.default_rng(0).integers(0, n, (m, 4))
+    out = b.empty(3, m, c, dtype=F)
+    b.launch("coarsen", (-(-m * c // block), 1, 3), (block,), x, b.cuda.asarray(cells.astype(I)), out,
+             *map(I, (n, m, c)))
+    b.check(out, np.stack([fp.coarsen(i, cells) for i in x64]))
+    np.testing.assert_array_equal(out.get(), np.stack([fp.coarsen(i, cells) for i in x.get()]))
+
+
 def rotate_density(b, block=64, c=288):
     n, batch, coef = 3, 3, (.8, .6)
     (x, x64), (f, f64) = b.random(batch * n, c), b.random(batch * n, c)
@@ -358,12 +369,19 @@ def rotate_density(b, block=64, c=288):
     offset, offset64 = b.random(n, dtype=F)
     grid = (-(-batch * n // (block // 32)),)
     y, nll = fp.rotate_density(f64, np.eye(c), 0.0, x64, coef)
-    rest, counts = (gain, offset), (I(batch * n), I(n), I(c))
-    z = b.empty(batch * n, dtype=F)
+    first, ldz = 2, 7
+    rest, counts = (gain, offset), (I(first), I(ldz), I(batch * n), I(n), I(c))
+    z = b.empty(batch, ldz, dtype=F)
+    z.fill(3)
+
+    def check(want):
+        whole = np.full((batch, ldz), 3.)
+        whole[:, first:first + n] = want.reshape(batch, n)
+        b.check(z, whole)
     b.launch("rotate_density", grid, (block,), x, f, F(.8), F(.6), NULL, *rest, z, *counts)
-    b.check(z, nll * np.tile(gain64, batch) + np.tile(offset64, batch))
+    check(nll * np.tile(gain64, batch) + np.tile(offset64, batch))
     b.launch("rotate_density", grid, (block,), x, NULL, F(.8), F(.6), NULL, *rest, z, *counts)
-    b.check(z, .32 * (x64 ** 2).sum(-1) * np.tile(gain64, batch) + np.tile(offset64, batch))
+    check(.32 * (x64 ** 2).sum(-1) * np.tile(gain64, batch) + np.tile(offset64, batch))
     b.launch("rotate_density", grid, (block,), x, f, F(.8), F(.6), x, *rest, NULL, *counts)
     b.check(x, y)
 
@@ -399,7 +417,7 @@ def fine_density(b, block=64, n=19, c=64):
 
 
 def sharpen(b, block=32, grid=(3, 2), fine=(12, 20)):
-    z, z64 = b.random(3, *grid, dtype=F)
+    z, z64 = b.random(3, math.prod(grid) + 2, dtype=F)  # two more than are looked at
     (weight, weight64), (offset, offset64) = b.random(*grid, dtype=F), b.random(*grid, dtype=F)
     f64 = b.random(3, *fine, dtype=F)[1] ** 2
     f64[0, :3] = 0  # beside its own maximum, and far from any
@@ -410,8 +428,9 @@ def sharpen(b, block=32, grid=(3, 2), fine=(12, 20)):
     out.fill(3)
     f, *enlargers = (b.cuda.asarray(a.astype(F)) for a in (f64, down, across))
     b.launch("sharpen", (fine[0], 1, 3), (block,), z, weight, offset, f, *enlargers, out,
-             maps_wanted(b, True, False, True), *map(I, (*down.shape, *across.shape)))
-    want = np.stack([fp.sharpen(weight64 * i + offset64, own, down, across) for i, own in zip(z64, f64)])
+             maps_wanted(b, True, False, True), *map(I, (*down.shape, *across.shape, z.shape[1])))
+    want = np.stack([fp.sharpen(weight64 * i[:-2].reshape(grid) + offset64, own, down, across)
+                     for i, own in zip(z64, f64)])
     want[1] = 3
     got = out.get()
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
@@ -461,6 +480,7 @@ OPERATIONS = {
     "remove_factors": (remove_factors, [{}, {"block": 256, "k": 64, "second": 192}, {"n": 1, "k": 8},
                                         {"block": 32, "second": 512}]),
     "layer_norm": (layer_norm, [{}, {"block": 32, "d": 16}, {"block": 128, "rows": 1}]),
+    "coarsen": (coarsen, [{}, {"block": 128, "m": 1, "n": 1}]),
     "rotate_density": (rotate_density, [{}, {"block": 128}, {"c": 32, "block": 32}]),
     "worst_mean": (worst_mean, [{}, {"block": 256}, {"n": 1, "count": 1}, {"count": 100}]),
     "fine_density": (fine_density, [{}, {"block": 32}, {"n": 3, "c": 96, "block": 96},
@@ -623,7 +643,10 @@ MUTANTS = [
     ("remove_factors", "other = 8; other < 32", "other = 8; other < 16"),
     ("layer_norm", "if (row >= rows) return;", "if (row > rows) return;"),
     ("layer_norm", "lane > 0; lane /= 2", "lane > 1; lane /= 2"),
-    ("rotate_density", "gain[row % n]", "gain[row / n]"),
+    ("coarsen", "x += (long long)blockIdx.z * n * c + i % c;", "x += i % c;"),
+    ("coarsen", "cells + i / c * 4", "cells + i / c"), ("coarsen", "x[cell[3] * c]", "x[cell[1] * c]"),
+    ("rotate_density", "* ldz + first", "* n + first"), ("rotate_density", "ldz + first +", "ldz +"),
+    ("rotate_density", ".5f * square * gain[row % n]", ".5f * square * gain[row / n]"),
     ("rotate_density", "a * get(value.at[v]) + b", "b * get(value.at[v]) + a"),
     ("worst_mean", "        __syncthreads();\n        if (threadIdx.x < half)",
      "        if (threadIdx.x < half)"),

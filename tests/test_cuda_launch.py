@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastprior as fp
-from damaged_models import fine_of, half, tiny_backbone, tiny_prior
+from damaged_models import coarse_of, fine_of, half, tiny_backbone, tiny_prior
 from emulated_cuda import DeviceArray, FakeCupy, LaunchError, gxx
 
 engines = fp._engines("cuda")
@@ -60,7 +60,7 @@ def model(backbone="small", size=64, steps=2, variant="whitened", denoiser=True,
     rng = np.random.default_rng(seed)
     backbone = small_backbone(rng) if backbone == "small" else fp.load_backbone(backbone)
     settings = fp.Settings(backbone=backbone.name, size=size, steps=steps, variant=variant, width=48,
-                           worst=.1, factors=0 if variant == "plain" else 10)
+                           worst=.1, factors=0 if variant == "plain" else 10, coarse=True)
     n, c = int(np.prod(settings.grid)), sum(backbone.channels)
     mean = rng.standard_normal((n, c)).astype(np.float32)
     if variant == "plain":
@@ -76,17 +76,18 @@ def model(backbone="small", size=64, steps=2, variant="whitened", denoiser=True,
         weights["out_w"] = (rng.standard_normal(weights["out_w"].shape) / 20).astype(np.float32)
         weights["out_b"] = (rng.standard_normal(c) / 20).astype(np.float32)
         weights["gain_w"] = (rng.standard_normal(weights["gain_w"].shape) / 20).astype(np.float32)
-    fine = fine_of(rng, backbone, settings)
-    flat = {"gain": np.ones(n, np.float32), "offset": np.zeros(n, np.float32),
+    fine, coarse = fine_of(rng, backbone, settings), coarse_of(rng, backbone, settings)
+    k = n + (len(coarse[0]) if coarse else 0)
+    flat = {"gain": np.ones(k, np.float32), "offset": np.zeros(k, np.float32),
             "moments": np.array([0, 1, 0.0]), "scores": np.sort(rng.standard_normal(50)),
             "peaks": np.linspace(90, 100, 50)}
 
     def make(calibration, **where):
         return fp.Prior(settings, backbone, mean, whitener, weights, {steps: calibration}, {},
-                        factors=factors, fine=fine, **where)
+                        factors=factors, fine=fine, coarse=coarse, **where)
     raw = make(flat).z(images(seed=9))
-    unit = np.float32(1 / raw.std())
-    calibration = flat | {"gain": np.full(n, unit), "offset": -raw.mean(0) * unit}
+    unit = np.float32(1 / raw[:, :n].std())
+    calibration = flat | {"gain": np.full(k, unit), "offset": -raw.mean(0) * unit}
     return make(calibration, **where), make(calibration)
 
 
@@ -257,8 +258,9 @@ def test_a_frame_is_launched_as_the_kernels_expect(cuda):
     step = ["product", "layer_norm", "product", "product", "layer_norm", "product", "product", "layer_norm",
             "product", "rotate_density"]
     assert names == [
-        "resize_normalize", "stem", *sum(blocks, []), "fine_density", "whiten", "project_factors",
-        "sum_factors", "remove_factors", *step, *step, "worst_mean", "sharpen", "anomaly_map"]
+        "resize_normalize", "stem", *sum(blocks, []), "fine_density", "coarsen", "whiten",
+        "whiten", *["project_factors", "sum_factors", "remove_factors"] * 2, *step, *step,
+        *["rotate_density"] * 2, "worst_mean", "sharpen", "anomaly_map"]
     rotations = [args for name, _, _, args in cuda.launches if name == "rotate_density"][:2]
     assert (rotations[0][4] != 0, rotations[1][4] != 0) == (True, False)  # at the last step x' goes nowhere
     assert (rotations[0][7] != 0, rotations[1][7] != 0) == (False, True)  # and z only there
@@ -336,14 +338,14 @@ def test_several_products_on_the_gpu_are_those_of_the_cpu(cuda, precision):
         """Two that differ by little: each takes some of the images."""
         shifted = fp.Prior(prior.settings, prior.backbone, prior.mean + np.float32(.03), prior.whitener,
                            prior.denoiser, prior.calibrations, {}, factors=prior.factors, fine=prior.fine,
-                           **where)
+                           coarse=prior.coarse, **where)
         return fp.MultiPrior({"one": prior, "two": shifted})
     gpu, cpu = model(device="cuda", precision=precision)
     gpu, cpu = products(gpu, device="cuda", precision=precision), products(cpu)
     batch = [image // (4 if k % 2 else 1) for k, image in enumerate(
         images(sizes=((96, 96), (41, 33), (90, 80), (60, 61))))]
     want = cpu.score_batch(batch)
-    z = np.array([prior.z(batch).mean(-1) for prior in cpu.priors.values()])
+    z = np.array([p.z(batch)[:, :len(p.mean)].mean(-1) for p in cpu.priors.values()])  # what decides
     assert set(z.argmin(0)) == {0, 1} and np.abs(z[0] - z[1]).min() > .0015, "choose another shift"
     mixed = [cuda.asarray(i) if k % 2 else i for k, i in enumerate(batch)]
     for given in (batch, mixed, [cuda.asarray(i) for i in batch]):
@@ -362,7 +364,7 @@ def test_only_some_stages_run_again(cuda):
     cuda.launches.clear()
     gpu._engine().run_only(["map", "density"], images()[:1])
     assert [name for name, *_ in cuda.launches] == [
-        "fine_density", *["rotate_density"] * 2, "worst_mean", "sharpen", "anomaly_map"]
+        "fine_density", *["rotate_density"] * 4, "worst_mean", "sharpen", "anomaly_map"]
     assert gpu.score(images()[0]).score == want.score
 
 

@@ -20,6 +20,7 @@ def fine_map(prior, image):
     coarse, fine = fp._reference_tokens(image, prior.backbone, prior.settings)
     z = .5 * np.square(prior.latent(coarse)).sum(-1) * prior.calibration["gain"] + prior.calibration["offset"]
     weight, offset = prior._map_weights()
+    z = z[:len(weight)]
     f = fp.fine_density(fine, prior.fine[0].astype(np.float32), prior.fine[1])
     f = f.reshape(prior.settings.fine)
     return fp.sharpen((weight * z + offset).reshape(prior.grid), f, *fp._enlargers(prior.settings))
@@ -56,7 +57,8 @@ def test_linear_taps_are_scipys_interpolation(n_in, n_out):
 def test_the_score_knows_nothing_of_the_fine_view(prior, pictures):
     c = prior.backbone.fine_channels
     other = fp.Prior(prior.settings, prior.backbone, prior.mean, prior.whitener, None, prior.calibrations, {},
-                     factors=prior.factors, fine=(prior.fine[0] + 1, np.eye(c, dtype=np.float32)))
+                     factors=prior.factors, fine=(prior.fine[0] + 1, np.eye(c, dtype=np.float32)),
+                     coarse=prior.coarse)
     for image in pictures:
         a, b = prior.score(image), other.score(image)
         assert a.score == b.score == prior.score(image, with_map=False).score
@@ -124,7 +126,7 @@ def test_holdout_reads_peaks_from_what_took_no_part():
     changed[away] = rng.standard_normal((12, 144, 4))
     inside[~away] *= 2
     a, b, c = (fp._whiten_features(e._replace(fine=x), config) for x in (e.fine, changed, inside))
-    assert len(a.details) == len(a.fresh) and not np.array_equal(a.details, b.details)
+    assert len(a.details) == len(a.view.fresh) and not np.array_equal(a.details, b.details)
     for x, y in zip(a.fine, b.fine):
         np.testing.assert_array_equal(x, y)
     assert not np.array_equal(a.fine[0], c.fine[0])

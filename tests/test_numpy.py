@@ -18,7 +18,7 @@ def calls():
     """(function, arguments) of every reference operation on floats."""
     rng = np.random.default_rng(0)
     a = lambda *shape: rng.standard_normal(shape)  # noqa: E731
-    for name in ("mbconv", "pool", "whiten", "remove_factors", "linear", "mix", "layer_norm",
+    for name in ("mbconv", "pool", "whiten", "coarsen", "remove_factors", "linear", "mix", "layer_norm",
                  "rotate_density", "anomaly_map"):
         for args in cases(name, rng):
             yield getattr(fp, name), args

@@ -1,5 +1,6 @@
 """Every operation of the table in twins.py: the CPU twin against its float64 reference; NaN, threads."""
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -68,6 +69,9 @@ def cases(name, rng):
         for n, c in ((3, 1), (6, 45), (5, 32), (9, 100)):
             yield a(n, c), a(n, c), lower(rng, n, c)
             yield a(n, c), a(n, c), a(n, c)
+    elif name == "coarsen":
+        for grid, c in (((1, 1), 1), ((2, 2), 5), ((3, 4), 45), ((1, 5), 32), ((14, 14), 100)):
+            yield a(math.prod(grid), c), fp.coarse_cells(np.ones(math.prod(grid), bool), grid)
     elif name == "remove_factors":
         for n, c, k in ((3, 5, 2), (1, 32, 1), (9, 45, 33), (36, 100, 64)):
             v = fp.pack_factors(a(k, n, c) / np.sqrt(n * c))

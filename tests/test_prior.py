@@ -87,7 +87,8 @@ def test_threads_are_those_asked_for(trained, pictures, monkeypatch):
     for asked, allowed in ((1, ""), (None, "1"), (None, "3"), (2, "3"), (5, "3")):
         monkeypatch.setenv("NUMBA_NUM_THREADS", allowed)
         prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser,
-                         trained.calibrations, {}, threads=asked, factors=trained.factors, fine=trained.fine)
+                         trained.calibrations, {}, threads=asked, factors=trained.factors, fine=trained.fine,
+                         coarse=trained.coarse)
         assert prior.score(pictures[0]).score == want  # 3 may be more than there are cores
         pools[asked, allowed] = prior._engine().threads
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -111,7 +112,7 @@ def test_an_interrupted_frame_leaves_nothing_behind(trained, pictures, monkeypat
     monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
     prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser,
                      trained.calibrations, {},
-                     factors=trained.factors, fine=trained.fine)
+                     factors=trained.factors, fine=trained.fine, coarse=trained.coarse)
     want = prior.score(pictures[0]).score
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
@@ -129,7 +130,7 @@ def test_a_forked_process_scores_too(trained, pictures, monkeypatch):
     monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
     prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, trained.denoiser,
                      trained.calibrations, {},
-                     factors=trained.factors, fine=trained.fine)
+                     factors=trained.factors, fine=trained.fine, coarse=trained.coarse)
     want, stop = prior.score(pictures[0]).score, threading.Event()
 
     def work():
@@ -211,7 +212,7 @@ def test_a_denoiser_of_any_hidden_width(trained, pictures):
                                                             weights["mix0_w2"].shape[1])).astype(np.float32)}
     prior = fp.Prior(trained.settings, trained.backbone, trained.mean, trained.whitener, weights,
                      trained.calibrations, {},
-                     factors=trained.factors, fine=trained.fine)
+                     factors=trained.factors, fine=trained.fine, coarse=trained.coarse)
     want = prior._reference_frames(pictures[:1], False).outputs[0]
     np.testing.assert_allclose(prior.z(pictures[:1]), want, rtol=1e-3, atol=1e-3)
 
@@ -219,7 +220,7 @@ def test_a_denoiser_of_any_hidden_width(trained, pictures):
 def test_z_takes_what_score_takes_and_is_what_it_reads(trained, pictures, washers):
     path, image = fp.find_images(washers)[0], pictures[0]
     z = trained.z([path, image, image[:, ::2], image[..., 0]])
-    assert z.shape == (4, np.prod(trained.grid)) and z.dtype == np.float32
+    assert z.shape == (4, np.prod(trained.grid) + len(trained.cells)) and z.dtype == np.float32
     for row, source in zip(z, (path, image, np.ascontiguousarray(image[:, ::2]), image[..., 0])):
         np.testing.assert_array_equal(trained.z([source])[0], row)
         assert trained._image_scores(row) == pytest.approx(trained.score(source).score, rel=1e-6)

@@ -97,8 +97,8 @@ def test_what_is_a_little_unlike_does_not_calibrate_but_trains():
     e.features[[0, 1, 3]] *= 1.6
     made, kept = (fp._whiten_features(e, fp.Settings(size=96, cell=32, factors=4), k) for k in (False, True))
     assert made.summary["set_aside"] == [0, 1, 3] and made.summary["held_out"] == 97 == made.clean.sum()
-    assert made.summary["images"] == len(made.x0) == 98  # two of them by far
-    assert kept.clean.all() and len(kept.x0) == 100
+    assert made.summary["images"] == len(made.view.x0) == 98  # two of them by far
+    assert kept.clean.all() and len(kept.view.x0) == 100
 
 
 @pytest.mark.skipif(not BOTTLE.is_dir(), reason=f"no real images at {BOTTLE}")
@@ -313,8 +313,9 @@ def test_a_bad_image_among_the_held_out():
     e.features[away[3]] *= 8
     found, kept = (fp._whiten_features(e, config, keep) for keep in (False, True))
     assert found.summary["set_aside"] == [away[3]] and found.summary["held_out_aside"] == 1
-    assert len(found.fresh) == found.summary["held_out"] == 19 and len(kept.fresh) == 20
-    np.testing.assert_array_equal(found.x0, kept.x0)
+    assert len(found.coarse.fresh) == len(found.view.fresh) == found.summary["held_out"] == 19
+    assert len(kept.view.fresh) == 20
+    np.testing.assert_array_equal(found.view.x0, kept.view.x0)
 
 
 def test_what_is_set_aside_of_the_held_out_is_decided_one_by_one():
@@ -339,16 +340,18 @@ def test_holdout_touches_nothing_before_the_threshold():
     changed = e.features.copy()
     changed[away] *= 3
     models = [fp._whiten_features(e._replace(features=f), config) for f in (e.features, changed)]
-    for name in ("x0", "mean", "whitener", "fold"):
-        np.testing.assert_array_equal(*(getattr(m, name) for m in models))
-    assert not np.array_equal(models[0].fresh, models[1].fresh)
+    np.testing.assert_array_equal(*(m.fold for m in models))
+    for views in zip(*((m.view, m.coarse) for m in models)):
+        for name in ("x0", "mean", "whitener"):
+            np.testing.assert_array_equal(*(getattr(view, name) for view in views))
+        assert not np.array_equal(*(view.fresh for view in views))
     with pytest.raises(fp.ImageError, match="'holdout' needs at least 50"):
         fp._whiten_features(extracted(rng, 49), config)
 
 
 def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
     """200 simulated trainings, the denoiser's early stopping on: false alarms as split conformal promises."""
-    monkeypatch.setattr(fp, "Prior", lambda config, backbone, *parts, factors, fine, roi: parts[:4])
+    monkeypatch.setattr(fp, "Prior", lambda config, backbone, *parts, coarse, **_: (*parts[:4], coarse))
     torch = pytest.importorskip("torch", reason="torch is in the extras `train` and `test`")
     torch.set_num_threads(1)
     monkeypatch.setattr(fp, "_CALIBRATED_STEPS", (1,))
@@ -356,6 +359,7 @@ def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
     monkeypatch.setattr(fp, "pack_lower", lambda w: w)
     config = fp.Settings(size=96, cell=32, calibration="holdout", factors=0, width=16, mixers=0, steps=1)
     timesteps = fp.select_timesteps(1, config.first, config.last)
+    cells = fp.coarse_cells(np.ones(9, bool), config.grid)
     alarms, promised = [], []
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -364,9 +368,11 @@ def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
         own = dataclasses.replace(config, seed=seed)
         w = fp._whiten_features(fitted, own)
         iterations = 60 if seed < 20 else 0
-        mean, whitener, denoiser, calibrations = fp._fit_whitened(w, own, small_backbone(), iterations)
-        x0 = fp._apply_whitener(everything.features[50:], mean, whitener)
-        nll, c = fp._nll_of(x0, denoiser, timesteps, "v"), calibrations[1]
+        *view, denoiser, calibrations, coarse = fp._fit_whitened(w, own, small_backbone(), iterations)
+        new, c = everything.features[50:], calibrations[1]
+        both = (new, view, denoiser), (np.stack([fp.coarsen(f, cells) for f in new]), coarse[:2], None)
+        nll = np.concatenate([fp._nll_of(fp._apply_whitener(x, *view), f, timesteps, "v")
+                              for x, view, f in both], 1)
         z = fp.worst_mean(nll * c["gain"] + c["offset"], own.worst)
         threshold = fp.conformal_threshold(c["scores"], .1)
         alarms.append(np.sum((z - c["moments"][0]) / c["moments"][1] > threshold.value))
@@ -401,6 +407,7 @@ def test_the_likelihood_decides_and_a_stranger_fits_none(good, tmp_path):
         dense = sum(np.log(np.diagonal(own)).sum() for own in w)
         dense += np.linalg.slogdet(np.eye(len(v)) - v @ v.T)[1]
         nll = (z - prior.calibration["offset"]) / prior.calibration["gain"]
+        nll = nll[:, :len(prior.mean)]  # of the coarse places it is said already
         np.testing.assert_allclose(prior.log_likelihood(z), dense - nll.sum(1), rtol=1e-3)
     new = discs(tmp_path / "new", 4, seed=11)
     assert [both.score(p).product for p in new] == ["washer"] * 4
@@ -484,7 +491,8 @@ def test_the_number_of_threads_changes_no_bit():
     before, seen, models = blas(), [], []
     for threads in (1, 2, 5):
         w = fp._whiten_features(e, config, progress=lambda *_: seen.extend(blas().values()), threads=threads)
-        models.append([w.x0.copy(), w.mean, w.whitener, fp.fit_factors(w.x0, w.fold, 4, threads), w.x0])
+        for v in (w.view, w.coarse):
+            models.append([v.x0.copy(), v.mean, v.whitener, fp.fit_factors(v.x0, w.fold, 4, threads), v.x0])
     assert seen and set(seen) == {1} and {k: n for k, n in blas().items() if k in before} == before
-    for own in zip(*models):
+    for own in (*zip(*models[::2]), *zip(*models[1::2])):
         assert len({a.tobytes() for a in own}) == 1

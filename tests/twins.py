@@ -142,6 +142,18 @@ def whiten(f, mean, w, *, threads=None):
     return run_alone(build, threads)[0][0][:, :f.shape[1]]
 
 
+def coarsen(f, cells, *, threads=None):
+    check(f=(f, "n c"))
+    expect(f.size > 0 and cells.shape[1:] == (4,) and len(cells) > 0, f"expected cells, got {cells.shape}")
+
+    def build(e):
+        planted = widened(f, PANEL)
+        place = e.state(*planted.shape)
+        out = e.coarsen(place, *planted.shape, cells)
+        return [("state", place, planted)], [("state", out, (len(cells), planted.shape[1]))]
+    return run_alone(build, threads)[0][0][:, :f.shape[1]]
+
+
 def remove_factors(x, v, *, threads=None):
     check(x=(x, "n c"), v=(v, "k n c"))
     expect(v.size > 0, f"v: expected factors, got {v.shape}")
@@ -209,13 +221,14 @@ def rotate_density(h, w, b, x, coef, *, threads=None):
         planted = widened(x, PANEL)
         hidden, outputs, inputs = e.workspace(n, d), [], []
         for last in (False, True):
-            place, z = e.state(*planted.shape), e.state(n)
-            e.rotate(hidden, d, w, b, place, *planted.shape, coef, last, z, gain, offset)
-            inputs.append(("state", place, planted))
-            outputs.append(("state", z, (n,)) if last else ("state", place, planted.shape))
+            place, z = e.state(*planted.shape), e.state(n + 3)
+            e.rotate(hidden, d, w, b, place, *planted.shape, coef, last, z, (2, n + 3), gain, offset)
+            inputs += [("state", place, planted), ("state", z, np.full(n + 3, 7, np.float32))]
+            outputs.append(("state", z, (n + 3,)) if last else ("state", place, planted.shape))
         return [("workspace", hidden, h), *inputs], outputs
     (y, z), _ = run_alone(build, threads)
-    return y[:, :x.shape[1]], (z - offset) / gain
+    assert z[0] == z[1] == z[-1] == 7  # it writes its own and no others
+    return y[:, :x.shape[1]], (z[2:-1] - offset) / gain
 
 
 def fine_density(x, mean, w, *, threads=None):
@@ -237,7 +250,7 @@ def sharpen(cells, f, down, across, *, threads=None):
 
     def build(e):
         z, density = e.state(*cells.shape), e.state(*f.shape)
-        out = e.sharpen(z, weight, offset, density, down, across)
+        out = e.sharpen(z, cells.size, weight, offset, density, down, across)
         planted = (cells - offset.reshape(cells.shape)) / weight.reshape(cells.shape)
         return [("state", z, planted), ("state", density, f)], [("state", out, f.shape)]
     return run_alone(build, threads, with_map=True)[0][0]
@@ -276,6 +289,7 @@ OPS: dict[str, Op] = {
     "squeeze_excite": Op(fp.squeeze_excite, None, "squeeze_excite"),
     "pool": Op(fp.pool, pool, "pool"),
     "whiten": Op(fp.whiten, whiten, "whiten"),
+    "coarsen": Op(fp.coarsen, coarsen, "coarsen"),
     "remove_factors": Op(fp.remove_factors, remove_factors, "remove_factors"),
     "linear": Op(fp.linear, linear, "product"),
     "mix": Op(fp.mix, mix, "product"),
