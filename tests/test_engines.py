@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fastprior as fp
+from damaged_models import tiny_prior
 from twins import cpu
 
 METHODS = [name for name, _ in inspect.getmembers(fp.Engine, inspect.isfunction) if not name.startswith("_")]
@@ -37,8 +38,9 @@ def test_a_frame_calls_nothing_but_the_interface(trained):
             # a place is a number here, and a place with its columns two
             one = {"given": (0, 32), "linear": (0, 32), "features": [(0, 32)] * 2}.get(name, 0)
             return lambda *_, **__: one
-    for from_pixels in (True, False):
-        trained._emit(Recorder(), from_pixels)
+    for prior in (trained, tiny_prior()):  # without and with coarse places
+        for from_pixels in (True, False):
+            prior._emit(Recorder(), from_pixels)
     assert called <= set(METHODS)
     assert called == set(METHODS) - {"run", "run_only"}
 
