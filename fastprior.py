@@ -2486,66 +2486,9 @@ def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
 FIT_REVISION = 18  # raised when the same images and settings give another model: caches are then stale
-_FOLDS = 10
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
 _quiet: Progress = lambda *_: None
-
-
-class _Gaussians:
-    """Gaussians of features (M, N, C) at each place, of all rows or of all but a fold (M,) of them.
-
-    Sums over all rows are kept, and what a fold adds to them is taken away again.
-    """
-
-    def __init__(self, features: np.ndarray, fold: np.ndarray, diagonal: bool, threads: int | None = None):
-        n, c = features.shape[1:]
-        self.features, self.fold, self.diagonal, self.threads = features, fold, diagonal, threads
-        self.centre = features.mean(0, dtype=np.float32)  # subtracted before squaring
-        self.first = np.empty((n, c), np.float32)
-        self.second = np.empty((n, c) if diagonal else (n, c, c), np.float32)
-
-        def add(i):
-            self.first[i], self.second[i] = self._sums(i, slice(None))
-        _run(add, n, threads)
-
-    def _sums(self, i: int, rows) -> tuple[np.ndarray, np.ndarray]:
-        x = self.features[rows, i].astype(np.float32) - self.centre[i]
-        return x.sum(0), (x * x).sum(0) if self.diagonal else x.T @ x
-
-    def without(self, left_out: int | None, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-        """mean (N, C) and whitener of all folds but one: L^-1 (N, C, C), or (N, C) for the plain variant."""
-        rows, mean = self.fold == left_out, np.empty(self.first.shape, np.float32)
-        m, second = np.count_nonzero(~rows), np.empty(self.second.shape, np.float64)
-
-        def moments(i):
-            first, square = self._sums(i, rows)
-            mean[i], second[i] = (self.first[i] - first) / m, (self.second[i] - square) / m
-            if not self.diagonal:
-                second[i] -= np.outer(mean[i], mean[i])
-        _run(moments, len(mean), self.threads)
-        if self.diagonal:  # one mean and deviation a channel, over images and positions
-            overall = (self.centre + mean).mean(0)
-            square = (second + 2 * self.centre * mean + self.centre ** 2).mean(0)
-            deviation = np.sqrt(np.maximum(square - overall ** 2, 1e-8))
-            return tuple(np.broadcast_to(a, mean.shape).astype(np.float32) for a in (overall, 1 / deviation))
-        average, whitener = second.mean(0), np.empty(second.shape, np.float32)
-
-        def invert(i):
-            own = shrink_covariance(second[i], average, settings.shrink, settings.floor)
-            whitener[i] = inverse_cholesky(own[None])[0]
-        _run(invert, len(mean), self.threads)
-        return mean + self.centre, whitener
-
-
-def _fit_fine(fine: Sequence[np.ndarray], settings: Settings, roi=None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (F*F', C') float16 and whitener (C', C') of fine features: one covariance about places' means."""
-    mean, inside = sum(x.astype(np.float32) for x in fine) / len(fine), _inside(roi, settings.fine)
-    cov = np.zeros((mean.shape[1],) * 2)
-    for x in fine:
-        d = (x - mean)[inside]
-        cov += d.T @ d / (len(fine) * len(d))
-    return mean.astype(np.float16), inverse_cholesky(shrink_covariance(cov, cov, 0, settings.floor)[None])[0]
 
 
 def _details(fine: Iterable[np.ndarray], mean: np.ndarray, whitener: np.ndarray, settings: Settings,
@@ -2560,18 +2503,6 @@ def _details(fine: Iterable[np.ndarray], mean: np.ndarray, whitener: np.ndarray,
     near = ndimage.binary_dilation(_inside(roi, shape, 1e-9).reshape(shape), np.ones((3, 3)))
     return np.array([near * detail(fine_density(x, mean, whitener).reshape(shape)) for x in fine],
                     np.float32).reshape(-1, *shape)
-
-
-def _apply_whitener(features: np.ndarray, mean: np.ndarray, whitener: np.ndarray,
-                    threads: int | None = None) -> np.ndarray:
-    """features (M, N, C) float16 -> x0 (M, N, C) float16, position by position."""
-    out = np.empty(features.shape, np.float16)
-
-    def apply(i):
-        d = features[:, i].astype(np.float32) - mean[i]
-        out[:, i] = d * whitener[i] if whitener.ndim == 2 else d @ whitener[i].T
-    _run(apply, features.shape[1], threads)
-    return out
 
 
 def _nll_of(x0: np.ndarray, denoiser: dict | None, timesteps, prediction: str,
@@ -2630,185 +2561,6 @@ def _read_scores(raw: np.ndarray, nll: np.ndarray, details: np.ndarray, settings
             "peaks": np.sort([m.max() for m in maps]) + moments[2]}
 
 
-_MOST_ASIDE = .1  # of the images may be set aside; twice that, where they stand far apart: see `outliers`
-
-
-def _to_unit_variance(x0: np.ndarray, whitener: np.ndarray, fresh: np.ndarray) -> None:
-    """Scale all, in place, so that x0, images not fitted on, has unit variance: F = 0 starts right."""
-    scale = np.float16(1 / math.sqrt(np.mean([np.mean(np.square(x, dtype=np.float32)) for x in x0])))
-    for a in (x0, whitener, fresh):
-        a *= scale
-
-
-@dataclasses.dataclass
-class _View:
-    """Places of good images in the coordinates of their Gaussians."""
-    x0: np.ndarray  # (M, N, C) float16, a row an image or a jittered copy
-    mean: np.ndarray  # (N, C)
-    whitener: np.ndarray  # (N, C, C) or (N, C)
-    fresh: np.ndarray  # (m, N, C) float16, images kept away from everything, one a group: "holdout"
-
-    def remove_factors(self, fold: np.ndarray, count: int, threads: int | None) -> np.ndarray | None:
-        """In place, to unit variance; returns them, `count`, or None."""
-        factors = None
-        _to_unit_variance(self.x0, self.whitener, self.fresh)
-        if count:
-            factors = fit_factors(self.x0, fold, count, threads)
-            for x in self.fresh:
-                x[...] = remove_factors(x.astype(np.float32), factors)
-            _to_unit_variance(self.x0, self.whitener, self.fresh)
-        return factors
-
-
-@dataclasses.dataclass
-class _Whitened:
-    """Good images in the coordinates of the Gaussians, from which any denoiser can be trained."""
-    view: _View
-    coarse: _View | None
-    fold: np.ndarray  # (M,)
-    clean: np.ndarray  # (M,) bool, the rows that are an image itself, one of each group of near-duplicates
-    fine: tuple[np.ndarray, np.ndarray]  # see `_fit_fine`
-    details: np.ndarray  # see `_details`: of the clean rows' images, or of the fresh ones if there are any
-    summary: dict
-    roi: RegionOfInterest | None
-
-
-def _cross_fit(features: np.ndarray, fold: np.ndarray, config: Settings, threads: int | None,
-               progress: Progress = _quiet) -> tuple[np.ndarray, Callable]:
-    """x0 of features (M, N, C), each fold (M,) by the Gaussians of the others; what gives those of all."""
-    gaussians = _Gaussians(features, fold, config.variant == "plain", threads)
-    x0, folds = np.empty(features.shape, np.float16), fold.max() + 1
-    for k in range(folds):
-        x0[fold == k] = _apply_whitener(features[fold == k], *gaussians.without(k, config), threads)
-        progress("whitening", k + 1, folds)
-    return x0, functools.cache(lambda: gaussians.without(None, config))
-
-
-@_one_blas_thread
-def _whiten_features(e, config: Settings, keep_all: bool = False, progress: Progress = _quiet,
-                     threads: int | None = None) -> _Whitened:
-    """The Gaussian of each place, cross-fitted: each fold of `Extracted` by the Gaussian of the others.
-
-    Images that are unlike the others (`outliers`) do not calibrate; those that are so by far do not train
-    either, and the Gaussians are fitted again until there are none: a rare good one left out costs more
-    than a bad one left in. Near-duplicates share a fold, and one of them calibrates. With "holdout" a fifth
-    of the images takes no part in any of this.
-    """
-    count, first_problem = len(e.keys), f" (first problem: {e.unreadable[0]})" if e.unreadable else ""
-    alike = f", and {e.repeated} with the same pixels" if e.repeated else ""
-    if count < MIN_IMAGES:
-        raise ImageError(f"{count} readable, different good images{alike}: at least {MIN_IMAGES} are needed"
-                         + first_problem)
-    curation = _room("curation")
-    group = curation.near_duplicates(e, threads)
-    lone, groups = curation.first_of(group), len(np.unique(group))
-    alike += f", {count} with near-duplicates" if groups < count else ""
-    holdout = config.calibration == "holdout"
-    needed = 5 * MIN_HELD_OUT if holdout else MIN_IMAGES
-    if groups < needed:
-        what = "calibration 'holdout' needs at least {}; 'cross' does with fewer" if holdout else (
-            "at least {} are needed")
-        raise ImageError(f"{groups} readable, different good images{alike}: " + what.format(needed)
-                         + first_problem)
-    shuffled = np.random.default_rng(config.seed).permutation(groups)
-    if holdout:  # what decided the backbone's ranges stays out of it
-        decided = group[np.isin(e.keys, e.ranged)]
-        shuffled[decided] += groups
-        shuffled = shuffled.argsort().argsort()
-    away = (shuffled < (groups // 5 if holdout else 0))[group]
-    aside = np.zeros(count, bool)
-    while True:
-        used = ~away & ~aside
-        part = e.of(used)
-        _, kind = np.unique(group[used], return_inverse=True)
-        rows = (np.random.default_rng(config.seed).permutation(kind.max() + 1) % _FOLDS)[kind][part.owner]
-        x0, gaussian = _cross_fit(part.features, rows, config, threads, progress)
-        nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[part.clean]])
-        unlike, far = curation.outliers(nll, config.worst) if not keep_all else np.zeros((2, len(nll)), bool)
-        if not far.any() or aside.any() and aside.sum() + far.sum() > 2 * _MOST_ASIDE * count:
-            break
-        aside[np.flatnonzero(used)[far]] = True
-    clean, held_out, fresh = part.clean, np.flatnonzero(away & lone), e.of(away & lone)
-    trained_on, calibrates = e.of(~aside).keys, curation.first_of(kind) & ~unlike
-    clean[clean] = calibrates
-    fine = _fit_fine(part.fine, config, e.roi)
-    details = _details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine, config,
-                       e.roi)
-    fresh = fresh.features[fresh.clean]
-    view, coarse = _View(x0, *gaussian(), _apply_whitener(fresh, *gaussian())), None
-    cells = _cells(config, _inside(e.roi, config.grid))
-    if len(cells):
-        def coarser(features: np.ndarray) -> np.ndarray:
-            out = np.empty((len(features), len(cells), features.shape[2]), np.float16)
-            for x, f in zip(out, features):
-                x[...] = coarsen(f.astype(np.float32), cells)
-            return out
-        x0, gaussian = _cross_fit(coarser(part.features), rows, config, threads)
-        coarse = _View(x0, *gaussian(), _apply_whitener(coarser(fresh), *gaussian()))
-    if not holdout:
-        aside[np.flatnonzero(used)[unlike]] = True
-    elif not keep_all:  # each is judged by the training images, not by each other: see `outliers`
-        own = .5 * np.square(view.fresh, dtype=np.float32).sum(-1)
-        unlike, _ = curation.outliers(nll[curation.first_of(kind)], config.worst, own)
-        aside[held_out[unlike]] = True
-        for v in filter(None, (view, coarse)):
-            v.fresh = v.fresh[~unlike]
-        details = details[~unlike[:len(details)]]
-    summary = {"images": len(trained_on), "held_out": len(view.fresh) or int(clean.sum()),
-               "held_out_aside": int(aside[away].sum() if holdout else aside.sum()),
-               "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
-               "near_duplicates": count - groups, "unreadable": e.unreadable[:20], "trained_on": trained_on,
-               "traits": curation.known_traits(e.of(~aside).looks)}
-    return _Whitened(view, coarse, rows, clean, fine, details, summary, e.roi)
-
-
-@_one_blas_thread
-def _fit_whitened(w: _Whitened, config: Settings, backbone: Backbone, iterations: int | None,
-                  minutes: float | None = None, threads: int | None = None, progress: Progress = _quiet,
-                  kept: dict[str, np.ndarray] | None = None) -> Prior:
-    """Factors, denoiser (trained, or `kept`) and calibration; works in the views."""
-    view, fold, factors = w.view, w.fold, [None, None]
-    views = [view, w.coarse] if w.coarse else [view]
-    x0, preconditioned = view.x0, view.whitener.ndim == 3
-    config = dataclasses.replace(config, factors=min(config.factors,
-                                                     int(w.clean.sum()) // 2 if preconditioned else 0))
-    if preconditioned:
-        factors = [v.remove_factors(fold, config.factors, threads) for v in views]
-        progress("factors", 1, 1)
-    prediction = "v" if config.variant == "whitened" else "eps"
-    denoiser, trained = None, {"iterations": 0}
-    held_out = fold < max(1, (fold.max() + 1) // 5)  # from the denoiser's training: about a fifth
-    if kept is not None:
-        held = x0[held_out & w.clean][:32].astype(np.float32)
-        loss = _room("training").denoiser_loss
-        gain = 1 - loss(held, kept, prediction) / loss(held, None, prediction)
-        denoiser, trained = kept if gain > 0 else None, {"iterations": 0, "gain_kept": round(gain, 5)}
-    elif iterations is None or iterations > 0:
-        denoiser, trained = _room("training").train_denoiser(
-            x0, held_out, config, iterations or 900, minutes, prediction, progress, threads)
-    calibrations = {}
-    for steps in sorted({config.steps, *_CALIBRATED_STEPS}):
-        grid = select_timesteps(steps, config.first, config.last)
-
-        def nll_of(*parts: np.ndarray) -> np.ndarray:
-            return np.concatenate([_nll_of(x, f, grid, prediction, threads)
-                                   for x, f in zip(parts, (denoiser, None))], 1)
-        nll = nll_of(*(v.x0[w.clean] for v in views))
-        own, z = _calibrate(nll)
-        if len(view.fresh):  # zero and unit of each place from all others: to these images it is all new
-            nll = nll_of(*(v.fresh for v in views))
-            z = nll * own["gain"] + own["offset"]
-        calibrations[steps] = own | _read_scores(worst_mean(z, config.worst), nll, w.details, config, w.roi)
-        progress("calibration", len(calibrations), len({config.steps, *_CALIBRATED_STEPS}))
-
-    def packed(v: _View, own: np.ndarray | None) -> tuple:
-        return (v.mean.astype(np.float32), pack_lower(v.whitener) if preconditioned else v.whitener,
-                None if own is None else pack_factors(own))
-    (mean, whitener, own), *coarse = map(packed, views, factors)
-    return Prior(config, backbone, mean, whitener, denoiser, calibrations, w.summary | trained, threads,
-                 factors=own, fine=w.fine, roi=w.roi, coarse=coarse[0] if coarse else None)
-
-
 def fit(images, *, iterations: int | None = None, minutes: float | None = None, threads: int | None = None,
         keep_all: bool = False, roi=None, progress: Progress = _quiet, features=None, known=None,
         denoiser=None, ranged=(), **settings) -> Prior:
@@ -2837,7 +2589,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     the final Gaussian uses all images; the denoiser has seen eight of the ten folds. "holdout" keeps a
     fifth of the images away from everything: exact split-conformal, at some cost in accuracy.
     """
-    began, training = time.perf_counter(), _room("training")
+    began, fitting, training = time.perf_counter(), _room("fitting"), _room("training")
     images, locked, found = _room("folders").good_images(images)
     config = Settings(**settings)
     config.check()
@@ -2865,13 +2617,13 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
             raise ImageError(f"{len(unreadable)} of {len(given) + len(locked)} images cannot be read, "
                              f"the first: {unreadable[0]}")
         extracted = extracted._replace(ranged=known.ranged if known else own or ranged, unreadable=unreadable)
-        whitened = _whiten_features(extracted, config, keep_all, progress, threads)
+        whitened = fitting.whiten_features(extracted, config, keep_all, progress, threads)
         far |= (again := {*own} - {*whitened.summary["trained_on"]})
     if features:
         extracted = extracted._replace(names=_names(given, range(len(given)), False))
         kept.write(extracted, features, kept.about(config, backbone, roi))
     whitened.summary["set_aside"] = _names(given, whitened.summary["set_aside"])
-    prior = _fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress, denoiser)
+    prior = fitting.fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress, denoiser)
     prior.summary |= {"seconds": round(time.perf_counter() - began, 1), "found": found,
                       "not_read": len(unreadable), "proportions": proportions}
     return prior

@@ -368,7 +368,7 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
         every = features()
         chosen = np.sort(np.random.default_rng(config.seed).permutation(len(every.keys))[:count])
         own = dataclasses.replace(config, variant=variant)
-        return fp._whiten_features(every.of(chosen), own, progress=progress, threads=threads)
+        return fp._room("fitting").whiten_features(every.of(chosen), own, progress=progress, threads=threads)
 
     for count, variant in itertools.product(counts, variants):
         changes, most = VARIANTS[variant]
@@ -379,7 +379,7 @@ def train(category: Category, backbone, config, variants: Sequence[str], counts:
             fp._read_npz(file)
         except fp.ModelError:
             shared = copy.deepcopy(whitened(count, own.variant))  # the fit works in it
-            fp._fit_whitened(shared, own, backbone, most, None, threads, progress).save(file)
+            fp._room("fitting").fit_whitened(shared, own, backbone, most, None, threads, progress).save(file)
         yield (variant, count), file
 
 

@@ -19,6 +19,9 @@ if "fp" not in globals():
     import fastprior as fp
 
 
+MOST_ASIDE = .1  # of the images may be set aside; twice that, where they stand far apart: see `outliers`
+
+
 def settle(images: Iterable, settings: fp.Settings) -> tuple[fp.Settings, list[float]]:
     """The settings with what good images decide, where it was not given: proportions of the size, depth.
 
@@ -193,10 +196,10 @@ def outliers(nll: np.ndarray, worst: float, of: np.ndarray | None = None) -> tup
         raw = fp.worst_mean((of - middle) / deviation, worst)
     beyond = raw - centre
     order = np.argsort(-beyond, kind="stable")
-    most, gross = int(fp._MOST_ASIDE * len(raw)), 0
+    most, gross = int(MOST_ASIDE * len(raw)), 0
     if of is None:
         level = math.log(max(count, 100) / 2) * (upper - centre) / math.log(2)
-        gross = max((k for k in range(most + 1, int(2 * fp._MOST_ASIDE * count) + 1)
+        gross = max((k for k in range(most + 1, int(2 * MOST_ASIDE * count) + 1)
                      if beyond[order[k - 1]] > max(3 * beyond[order[k]], level)), default=0)
     if gross:
         unlike[order[:gross]] = far[order[:gross]] = True

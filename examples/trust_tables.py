@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fastprior as fp  # noqa: E402
 
 extraction = fp._room("extraction")
+fitting = fp._room("fitting")
 RATES = .01, .05, .1  # false-alarm rates wished for
 FRAMES = 40  # images that drift is judged by
 SHARES = .01, .02, .05  # of bad images among the good
@@ -89,7 +90,7 @@ class Traits:
 
 
 def refit(e: extraction.Extracted, config, net) -> fp.Prior:
-    return fp._fit_whitened(fp._whiten_features(e, config, threads=1), config, net, 0, threads=1)
+    return fitting.fit_whitened(fitting.whiten_features(e, config, threads=1), config, net, 0, threads=1)
 
 
 def frames_of(prior: fp.Prior, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

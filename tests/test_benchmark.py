@@ -22,6 +22,7 @@ extraction = fp._room("extraction")
 console = fp._room("console")
 
 benchmark = fp._room("benchmark")
+fitting = fp._room("fitting")
 
 
 # -- layouts -------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_the_grid_has_every_configuration_and_trains_each_once(bench, data, monk
         raise AssertionError("not from the cache")
     monkeypatch.setattr(extraction, "extract_features", refuse)
     rows_of(bench("--variants", "gaussian", "--images", "12", *rest, data=[data]))
-    monkeypatch.setattr(fp, "_whiten_features", refuse)
+    monkeypatch.setattr(fitting, "whiten_features", refuse)
     assert rows_of(bench(*command, data=[data])) == first
 
 
@@ -275,7 +276,7 @@ def test_categories_of_one_name_and_missing_libraries_are_named(bench, data, tmp
 
 
 def test_an_interrupted_training_is_not_kept(bench, monkeypatch):
-    fit = fp._fit_whitened
+    fit = fitting.fit_whitened
 
     def interrupted(*arguments):
         try:  # as training does: it goes on with what it has
@@ -283,7 +284,7 @@ def test_an_interrupted_training_is_not_kept(bench, monkeypatch):
         except KeyboardInterrupt:
             pass
         return fit(*arguments)
-    monkeypatch.setattr(fp, "_fit_whitened", interrupted)
+    monkeypatch.setattr(fitting, "fit_whitened", interrupted)
     done = bench("--variants", "gaussian")
     assert done.exit_code == 130 and not list(benchmark._cache_folder().glob("disc-model-*"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

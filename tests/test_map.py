@@ -8,6 +8,7 @@ import fastprior as fp
 extraction = fp._room("extraction")
 
 curation = fp._room("curation")
+fitting = fp._room("fitting")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_mean_and_whitener_are_those_of_the_images_that_are_fitted_on(washers):
     good = fp.find_images(washers / "train" / "good")
     e = extraction.extract_features(good, config, fp.load_backbone("lite0"))
     used = np.arange(0, 24, 2)
-    mean, w = fp._fit_fine([e.fine[i] for i in used], config)
+    mean, w = fitting.fit_fine([e.fine[i] for i in used], config)
     x = np.array([e.fine[i] for i in used], np.float64)
     np.testing.assert_allclose(mean, x.mean(0), rtol=1e-3, atol=1e-3)
     flat = (x - x.mean(0)).reshape(-1, x.shape[2])
@@ -109,7 +110,7 @@ def test_what_does_not_calibrate_has_no_peak():
     e = extracted(np.random.default_rng(0))
     e.features[7] *= 20
     config = fp.Settings(size=96, cell=32, factors=0)
-    w = fp._whiten_features(e, config)
+    w = fitting.whiten_features(e, config)
     aside = w.summary["set_aside"]
     assert 7 in aside and len(aside) <= 6
     kept = np.delete(np.arange(60), aside)
@@ -125,7 +126,7 @@ def test_holdout_reads_peaks_from_what_took_no_part():
     changed, inside = e.fine.copy(), e.fine.copy()
     changed[away] = rng.standard_normal((12, 144, 4))
     inside[~away] *= 2
-    a, b, c = (fp._whiten_features(e._replace(fine=x), config) for x in (e.fine, changed, inside))
+    a, b, c = (fitting.whiten_features(e._replace(fine=x), config) for x in (e.fine, changed, inside))
     assert len(a.details) == len(a.view.fresh) and not np.array_equal(a.details, b.details)
     for x, y in zip(a.fine, b.fine):
         np.testing.assert_array_equal(x, y)

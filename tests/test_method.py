@@ -6,6 +6,8 @@ from scipy import linalg, stats
 
 import fastprior as fp
 
+fitting = fp._room("fitting")
+
 torch = pytest.importorskip("torch", reason="torch is in the extras `train` and `test`")
 functional = torch.nn.functional
 
@@ -248,12 +250,12 @@ def test_a_gaussian_without_a_fold_is_that_of_the_other_rows(left_out):
     rng = np.random.default_rng(0)
     features, fold = rng.normal(5, 2, (60, 4, 3)).astype(np.float16), np.arange(60) % 10
     settings = fp.Settings(shrink=0.2, floor=0.05)
-    mean, whitener = fp._Gaussians(features, fold, False).without(left_out, settings)
+    mean, whitener = fitting.Gaussians(features, fold, False).without(left_out, settings)
     others = features[fold != left_out].astype(np.float64) if left_out is not None else features.astype(float)
     cov = np.stack([np.cov(others[:, i].T, bias=True) for i in range(4)])
     cov = np.stack([fp.shrink_covariance(own, cov.mean(0), .2, .05) for own in cov])
     np.testing.assert_allclose(mean, others.mean(0), rtol=1e-5)
     np.testing.assert_allclose(whitener, np.linalg.inv(np.linalg.cholesky(cov)), rtol=1e-3, atol=1e-5)
-    mean, scale = fp._Gaussians(features, fold, True).without(left_out, settings)
+    mean, scale = fitting.Gaussians(features, fold, True).without(left_out, settings)
     np.testing.assert_allclose(mean, np.tile(others.mean((0, 1)), (4, 1)), rtol=1e-5)
     np.testing.assert_allclose(scale, np.tile(1 / others.std((0, 1)), (4, 1)), rtol=1e-4)

@@ -36,7 +36,8 @@ def test_the_wheel_holds_what_is_imported_and_read_and_no_scripts(site):
     code = {f for f in files if f.endswith(".py") and not f.startswith("fastprior_kernels/")}
     rooms = {f"fastprior_examples/{name}.py" for name in (
         "__init__", "backbones", "benchmark", "commands", "console", "curation", "export", "extraction",
-        "folders", "kept", "quantization", "ray_score", "region", "report", "tiles", "training", "watch")}
+        "fitting", "folders", "kept", "quantization", "ray_score", "region", "report", "tiles", "training",
+        "watch")}
     assert code == {"fastprior.py", *rooms}
     kernels = {f"fastprior_kernels/{p.name}" for p in (ROOT / "kernels").iterdir()
                if p.suffix in (".py", ".cu", ".cuh")}

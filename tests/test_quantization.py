@@ -13,6 +13,7 @@ from conftest import ROOT
 from damaged_models import tiny_backbone, tiny_prior
 
 extraction = fp._room("extraction")
+fitting = fp._room("fitting")
 
 quantization, curation = fp._room("quantization"), fp._room("curation")
 SETTINGS = fp.Settings(size=64)
@@ -188,12 +189,12 @@ def test_what_decided_ranges_is_never_held_out(sixty, monkeypatch):
             seen.append(features[:, 0, 0].astype(int))
             return original(features, *rest)
         with monkeypatch.context() as m:
-            m.setattr(fp, "_apply_whitener", apply)
+            m.setattr(fitting, "apply_whitener", apply)
             config = fp.Settings(size=64, cell=16, calibration="holdout", seed=seed)
             e = sixty._replace(ranged=[sixty.keys[i] for i in ranged])
-            fp._whiten_features(e, config, keep_all=True)
+            fitting.whiten_features(e, config, keep_all=True)
         return set(seen[-1].tolist())
-    original, decided = fp._apply_whitener, [7, *range(20, 43)]
+    original, decided = fitting.apply_whitener, [7, *range(20, 43)]
     away = [held_out(decided, seed) for seed in range(4)]
     for own in away:
         assert len(own) == 59 // 5 and not own & {8, *decided}
@@ -202,8 +203,8 @@ def test_what_decided_ranges_is_never_held_out(sixty, monkeypatch):
 
 
 def test_a_training_says_what_decided_its_ranges(monkeypatch):
-    seen, original = [], fp._whiten_features
-    monkeypatch.setattr(fp, "_whiten_features", lambda e, *a: seen.append(e.ranged) or original(e, *a))
+    seen, original = [], fitting.whiten_features
+    monkeypatch.setattr(fitting, "whiten_features", lambda e, *a: seen.append(e.ranged) or original(e, *a))
     images = noise(7, 6)
     made = fp.fit(images, iterations=0, size=64, copies=0)
     assert made.backbone.integer and seen == [sorted(map(fp.image_key, images))]
@@ -230,9 +231,9 @@ def test_fit_many_quantises_once_on_all(tmp_path, monkeypatch, region):
         folder = tmp_path / "ab"[i % 2]
         folder.mkdir(exist_ok=True)
         Image.fromarray(image).save(folder / f"{i}.png")
-    calls, ranged, original, whiten = [], [], quantization.quantize_backbone, fp._whiten_features
+    calls, ranged, original, whiten = [], [], quantization.quantize_backbone, fitting.whiten_features
     monkeypatch.setattr(quantization, "quantize_backbone", lambda *a: calls.append(1) or original(*a))
-    monkeypatch.setattr(fp, "_whiten_features", lambda e, *a: ranged.append(e.ranged) or whiten(e, *a))
+    monkeypatch.setattr(fitting, "whiten_features", lambda e, *a: ranged.append(e.ranged) or whiten(e, *a))
     made = fp.fit_many(tmp_path, iterations=0, size=64, copies=0, roi=mask if region else None)
     roi = fp.RegionOfInterest(mask)
     want, keys = quantization.quantize_on(fp.load_backbone("lite0"), images, SETTINGS, roi)

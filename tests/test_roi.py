@@ -12,6 +12,7 @@ import fastprior as fp
 from damaged_models import half, tiny_prior
 
 extraction = fp._room("extraction")
+fitting = fp._room("fitting")
 
 HEIGHT, WIDTH = 72, 96
 ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
@@ -187,11 +188,11 @@ def test_the_fine_view_is_that_of_the_places_inside():
     outside = ~fp._inside(region, (8, 8))
     changed = fine.copy()
     changed[:, outside] *= 9
-    (_, a), (_, b), (_, c) = (fp._fit_fine(x, settings, r) for x, r in ((fine, region), (changed, region),
-                                                                          (changed, None)))
+    (_, a), (_, b), (_, c) = (fitting.fit_fine(x, settings, r)
+                              for x, r in ((fine, region), (changed, region), (changed, None)))
     np.testing.assert_array_equal(a, b)
     assert not np.allclose(b, c) and outside.any()
-    near = fp._details(fine, *fp._fit_fine(fine, settings, region), settings, region) > 0
+    near = fp._details(fine, *fitting.fit_fine(fine, settings, region), settings, region) > 0
     seen = np.zeros((8, 8), bool)  # those that a pixel inside is interpolated from, by brute force
     (y, dy), (x, dx) = fp.linear_taps(8, HEIGHT), fp.linear_taps(8, WIDTH)
     for i, j in np.argwhere(MASK):

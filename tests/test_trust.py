@@ -18,6 +18,7 @@ from test_calibration import washers as discs
 extraction = fp._room("extraction")
 
 curation = fp._room("curation")
+fitting = fp._room("fitting")
 
 BOTTLE = SHARED / "data" / "mvtec" / "bottle"
 
@@ -95,7 +96,8 @@ def test_bad_images_among_the_good_are_named_and_set_aside(good, bad, count):
 def test_what_is_a_little_unlike_does_not_calibrate_but_trains():
     e = extracted(np.random.default_rng(0), 100)
     e.features[[0, 1, 3]] *= 1.6
-    made, kept = (fp._whiten_features(e, fp.Settings(size=96, cell=32, factors=4), k) for k in (False, True))
+    config = fp.Settings(size=96, cell=32, factors=4)
+    made, kept = (fitting.whiten_features(e, config, k) for k in (False, True))
     assert made.summary["set_aside"] == [0, 1, 3] and made.summary["held_out"] == 97 == made.clean.sum()
     assert made.summary["images"] == len(made.view.x0) == 98  # two of them by far
     assert kept.clean.all() and len(kept.view.x0) == 100
@@ -225,7 +227,7 @@ def test_near_duplicates_share_a_fold_and_count_once(grained, tmp_path, how, cou
     group, owner = curation.near_duplicates(e), np.array(e.sources)
     for i in range(20):  # the image and its likes, and nothing else
         assert set(owner[group == group[owner == i]]) == {i, *range(20 + i * count, 20 + (i + 1) * count)}
-    fold = fp._whiten_features(e, fp.Settings(size=128), keep_all=True).fold
+    fold = fitting.whiten_features(e, fp.Settings(size=128), keep_all=True).fold
     assert all(len(set(fold[np.isin(e.owner, np.flatnonzero(group == g))])) == 1 for g in set(group))
 
 
@@ -311,7 +313,7 @@ def test_a_bad_image_among_the_held_out():
     e = extracted(np.random.default_rng(1), 100)
     away = np.flatnonzero(np.random.default_rng(config.seed).permutation(100) < 20)
     e.features[away[3]] *= 8
-    found, kept = (fp._whiten_features(e, config, keep) for keep in (False, True))
+    found, kept = (fitting.whiten_features(e, config, keep) for keep in (False, True))
     assert found.summary["set_aside"] == [away[3]] and found.summary["held_out_aside"] == 1
     assert len(found.coarse.fresh) == len(found.view.fresh) == found.summary["held_out"] == 19
     assert len(kept.view.fresh) == 20
@@ -339,14 +341,14 @@ def test_holdout_touches_nothing_before_the_threshold():
     away = np.random.default_rng(config.seed).permutation(60) < 12
     changed = e.features.copy()
     changed[away] *= 3
-    models = [fp._whiten_features(e._replace(features=f), config) for f in (e.features, changed)]
+    models = [fitting.whiten_features(e._replace(features=f), config) for f in (e.features, changed)]
     np.testing.assert_array_equal(*(m.fold for m in models))
     for views in zip(*((m.view, m.coarse) for m in models)):
         for name in ("x0", "mean", "whitener"):
             np.testing.assert_array_equal(*(getattr(view, name) for view in views))
         assert not np.array_equal(*(view.fresh for view in views))
     with pytest.raises(fp.ImageError, match="'holdout' needs at least 50"):
-        fp._whiten_features(extracted(rng, 49), config)
+        fitting.whiten_features(extracted(rng, 49), config)
 
 
 def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
@@ -366,12 +368,12 @@ def test_holdout_keeps_its_promise_with_a_denoiser(monkeypatch):
         everything = extracted(rng, 90)
         fitted = everything.of(np.arange(50))
         own = dataclasses.replace(config, seed=seed)
-        w = fp._whiten_features(fitted, own)
+        w = fitting.whiten_features(fitted, own)
         iterations = 60 if seed < 20 else 0
-        *view, denoiser, calibrations, coarse = fp._fit_whitened(w, own, small_backbone(), iterations)
+        *view, denoiser, calibrations, coarse = fitting.fit_whitened(w, own, small_backbone(), iterations)
         new, c = everything.features[50:], calibrations[1]
         both = (new, view, denoiser), (np.stack([fp.coarsen(f, cells) for f in new]), coarse[:2], None)
-        nll = np.concatenate([fp._nll_of(fp._apply_whitener(x, *view), f, timesteps, "v")
+        nll = np.concatenate([fp._nll_of(fitting.apply_whitener(x, *view), f, timesteps, "v")
                               for x, view, f in both], 1)
         z = fp.worst_mean(nll * c["gain"] + c["offset"], own.worst)
         threshold = fp.conformal_threshold(c["scores"], .1)
@@ -490,7 +492,8 @@ def test_the_number_of_threads_changes_no_bit():
         return {i["filepath"]: i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
     before, seen, models = blas(), [], []
     for threads in (1, 2, 5):
-        w = fp._whiten_features(e, config, progress=lambda *_: seen.extend(blas().values()), threads=threads)
+        w = fitting.whiten_features(e, config, threads=threads,
+                                    progress=lambda *_: seen.extend(blas().values()))
         for v in (w.view, w.coarse):
             models.append([v.x0.copy(), v.mean, v.whitener, fp.fit_factors(v.x0, w.fold, 4, threads), v.x0])
     assert seen and set(seen) == {1} and {k: n for k, n in blas().items() if k in before} == before
