@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -500,14 +501,14 @@ def run(build_app: Callable) -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):  # a closed stream is None
                 stream.reconfigure(errors="backslashreplace")  # names are any bytes, on any code page
+        sys.stdout = sys.stdout or open(os.devnull)  # what is printed there fails, as on a full disk
         logging.getLogger("PIL").addHandler(logging.NullHandler())  # decoders speak by what they raise
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("once", fp.ImageWarning)
             warnings.showwarning = lambda text, *_: say(f"warning: {text}")
             code = _run(build_app)
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
     except BaseException as e:  # the last edge; a SystemExit here is what click makes of a closed pipe
@@ -516,7 +517,7 @@ def run(build_app: Callable) -> None:
             import traceback
             traceback.print_exc()
         say(f"error: {e}" if isinstance(e, fp.FastPriorError) else "error: cannot write to standard output"
-            if isinstance(e, SystemExit)
+            if isinstance(e, (SystemExit, io.UnsupportedOperation))
              else f"error: {type(e).__name__}: {e} (--debug shows where)")
     if code == 130:
         if spoken is not None:
@@ -535,6 +536,9 @@ def _run(build_app: Callable) -> int:
         import typer
     except ImportError as e:
         raise fp.BackendUnavailable("the command line needs typer: pip install typer") from e
+    for option, value in zip(sys.argv[1:], [*sys.argv[2:], None]):  # a folder "" would be this very one
+        if re.fullmatch("--?[a-z][a-z-]*", option) and value == "" or re.fullmatch("--[a-z-]+=", option):
+            raise fp.FastPriorError(f"{option.rstrip('=')} is empty: expected a value (is a variable unset?)")
     handler = Narration()
     fp._log.addHandler(handler)
     fp._log.setLevel(logging.INFO)

@@ -59,7 +59,7 @@ def test_good_anomaly_and_error(model_file, images):
 
 
 @LINUX
-@pytest.mark.parametrize("shell, code", [("> /dev/full", 2), ("2> /dev/full", 1), (">&- 2>&- <&-", 1),
+@pytest.mark.parametrize("shell, code", [("> /dev/full", 2), ("2> /dev/full", 1), (">&- 2>&- <&-", 2), (">&-", 2),
                                          ("<&-", 1), ("2>&-", 1),
                                          ("| true; exit ${PIPESTATUS[0]}", 2)])
 def test_streams_that_are_closed_or_full(model_file, images, shell, code):
@@ -72,7 +72,7 @@ def test_streams_that_are_closed_or_full(model_file, images, shell, code):
 @LINUX
 @pytest.mark.parametrize("args, shell, code", [
     (["--help"], "> /dev/full", 2), (["--version"], "> /dev/full", 2), (["info"], "> /dev/full", 2),
-    (["--help"], "| true; exit ${PIPESTATUS[0]}", 0)])
+    (["info"], ">&-", 2), (["--help"], "| true; exit ${PIPESTATUS[0]}", 0)])
 def test_every_command_fails_with_two(args, shell, code):
     assert run(*args, shell=shell).returncode in {code, 2}
 
@@ -150,6 +150,13 @@ def test_whatever_happens_is_one_line_and_two(raised, monkeypatch, capsys):
     assert len(error.splitlines()) == 1 and error.startswith("error: ") and "Traceback" not in error
     assert in_process(monkeypatch, "--debug", "info") == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["score", "--map", "", "a.png"], ["score", "--map=", "a.png"],
+                                  ["score", "-m", "", "a.png"], ["bench", "--data", ""]])
+def test_an_empty_value_is_not_this_folder(args, monkeypatch, capsys):
+    assert in_process(monkeypatch, *args) == 2
+    assert "is empty: expected a value" in capsys.readouterr().err
 
 
 def test_an_interrupt_is_130(monkeypatch, capsys):
