@@ -394,6 +394,7 @@ def run(roots: Sequence[Path], measure: Callable[..., dict], progress: Callable,
     _import_sklearn()
     if report:
         _import_figure()
+        fp._room("folders").check_folder(report)
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise fp.ShapeError(f"--variants: expected some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     if any(VARIANTS[v][1] is None for v in variants) and not fp._room("console").is_installed("torch"):

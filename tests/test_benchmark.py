@@ -262,6 +262,8 @@ def test_bad_options_are_refused_before_anything_is_trained(bench, monkeypatch, 
 def test_categories_of_one_name_and_missing_libraries_are_named(bench, data, tmp_path, monkeypatch):
     assert "two categories are called disc" in str(bench(data=[data, data / "disc"]).exception)
     assert "give --data too" in str(bench("--report", tmp_path, data=[]).exception)
+    (file := tmp_path / "file").touch()
+    assert "a file; expected a folder" in str(bench("--report", file).exception)
     for package, option, need in (("matplotlib.figure", ["--report", tmp_path], "matplotlib"),
                                   ("sklearn", [], "scikit-learn")):
         monkeypatch.setitem(sys.modules, package, None)
