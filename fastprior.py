@@ -2485,7 +2485,7 @@ def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list
 
 MIN_IMAGES = 5
 MIN_HELD_OUT = 10  # good images that calibrate
-FIT_REVISION = 18  # raised when the same images and settings give another model: caches are then stale
+FIT_REVISION = 19  # raised when the same images and settings give another model: caches are then stale
 _CALIBRATED_STEPS = (1, 2, 3, 4, 5, 10)  # a model can be scored with any of these
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
 _quiet: Progress = lambda *_: None

@@ -121,14 +121,18 @@ class View:
 @dataclasses.dataclass
 class Whitened:
     """Good images in the coordinates of the Gaussians, from which any denoiser can be trained."""
-    view: View
-    coarse: View | None
+    views: list[View]  # of the places; and of the coarse ones, where there are any
     fold: np.ndarray  # (M,)
     clean: np.ndarray  # (M,) bool, the rows that are an image itself, one of each group of near-duplicates
     fine: tuple[np.ndarray, np.ndarray]  # see `fit_fine`
     details: np.ndarray  # see `_details`: of the clean rows' images, or of the fresh ones if there are any
     summary: dict
     roi: fp.RegionOfInterest | None
+
+
+def half_squares(x: np.ndarray) -> np.ndarray:
+    """|x|^2 / 2 of x (M, N, C), float32 (M, N)."""
+    return .5 * np.stack([np.square(a, dtype=np.float32).sum(-1) for a in x])
 
 
 def cross_fit(features: np.ndarray, fold: np.ndarray, config: fp.Settings, threads: int | None,
@@ -174,14 +178,23 @@ def whiten_features(e, config: fp.Settings, keep_all: bool = False, progress: fp
         shuffled[decided] += groups
         shuffled = shuffled.argsort().argsort()
     away = (shuffled < (groups // 5 if holdout else 0))[group]
-    aside = np.zeros(count, bool)
+    aside, cells = np.zeros(count, bool), fp._cells(config, fp._inside(e.roi, config.grid))
+
+    def coarser(features: np.ndarray) -> np.ndarray:
+        out = np.empty((len(features), len(cells), features.shape[2]), np.float16)
+        for x, f in zip(out, features):
+            x[...] = fp.coarsen(f.astype(np.float32), cells)
+        return out
+
+    def views_of(features: np.ndarray) -> list[np.ndarray]:
+        return [features, coarser(features)] if len(cells) else [features]
     while True:
         used = ~away & ~aside
         part = e.of(used)
         _, kind = np.unique(group[used], return_inverse=True)
         rows = (np.random.default_rng(config.seed).permutation(kind.max() + 1) % FOLDS)[kind][part.owner]
-        x0, gaussian = cross_fit(part.features, rows, config, threads, progress)
-        nll = .5 * np.stack([np.square(x, dtype=np.float32).sum(-1) for x in x0[part.clean]])
+        fits = [cross_fit(x, rows, config, threads, progress) for x in views_of(part.features)]
+        nll = np.concatenate([half_squares(x0[part.clean]) for x0, _ in fits], 1)
         unlike, far = curation.outliers(nll, config.worst) if not keep_all else np.zeros((2, len(nll)), bool)
         if not far.any() or aside.any() and aside.sum() + far.sum() > 2 * curation.MOST_ASIDE * count:
             break
@@ -193,31 +206,23 @@ def whiten_features(e, config: fp.Settings, keep_all: bool = False, progress: fp
     details = fp._details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine, config,
                        e.roi)
     fresh = fresh.features[fresh.clean]
-    view, coarse = View(x0, *gaussian(), apply_whitener(fresh, *gaussian())), None
-    cells = fp._cells(config, fp._inside(e.roi, config.grid))
-    if len(cells):
-        def coarser(features: np.ndarray) -> np.ndarray:
-            out = np.empty((len(features), len(cells), features.shape[2]), np.float16)
-            for x, f in zip(out, features):
-                x[...] = fp.coarsen(f.astype(np.float32), cells)
-            return out
-        x0, gaussian = cross_fit(coarser(part.features), rows, config, threads)
-        coarse = View(x0, *gaussian(), apply_whitener(coarser(fresh), *gaussian()))
+    views = [View(x0, *gaussian(), apply_whitener(new, *gaussian()))
+             for (x0, gaussian), new in zip(fits, views_of(fresh))]
     if not holdout:
         aside[np.flatnonzero(used)[unlike]] = True
     elif not keep_all:  # each is judged by the training images, not by each other: see `outliers`
-        own = .5 * np.square(view.fresh, dtype=np.float32).sum(-1)
+        own = np.concatenate([half_squares(v.fresh) for v in views], 1)
         unlike, _ = curation.outliers(nll[curation.first_of(kind)], config.worst, own)
         aside[held_out[unlike]] = True
-        for v in filter(None, (view, coarse)):
+        for v in views:
             v.fresh = v.fresh[~unlike]
         details = details[~unlike[:len(details)]]
-    summary = {"images": len(trained_on), "held_out": len(view.fresh) or int(clean.sum()),
+    summary = {"images": len(trained_on), "held_out": len(views[0].fresh) or int(clean.sum()),
                "held_out_aside": int(aside[away].sum() if holdout else aside.sum()),
                "set_aside": [e.sources[i] for i in np.flatnonzero(aside)], "repeated": e.repeated,
                "near_duplicates": count - groups, "unreadable": e.unreadable[:20], "trained_on": trained_on,
                "traits": curation.known_traits(e.of(~aside).looks)}
-    return Whitened(view, coarse, rows, clean, fine, details, summary, e.roi)
+    return Whitened(views, rows, clean, fine, details, summary, e.roi)
 
 
 @fp._one_blas_thread
@@ -226,13 +231,12 @@ def fit_whitened(w: Whitened, config: fp.Settings, backbone: fp.Backbone, iterat
                  progress: fp.Progress = fp._quiet,
                  kept: dict[str, np.ndarray] | None = None) -> fp.Prior:
     """Factors, denoiser (trained, or `kept`) and calibration; works in the views."""
-    view, fold, factors = w.view, w.fold, [None, None]
-    views = [view, w.coarse] if w.coarse else [view]
+    (view, *_), fold, factors = w.views, w.fold, [None, None]
     x0, preconditioned = view.x0, view.whitener.ndim == 3
     config = dataclasses.replace(config, factors=min(config.factors,
                                                      int(w.clean.sum()) // 2 if preconditioned else 0))
     if preconditioned:
-        factors = [v.remove_factors(fold, config.factors, threads) for v in views]
+        factors = [v.remove_factors(fold, config.factors, threads) for v in w.views]
         progress("factors", 1, 1)
     prediction = "v" if config.variant == "whitened" else "eps"
     denoiser, trained = None, {"iterations": 0}
@@ -252,10 +256,10 @@ def fit_whitened(w: Whitened, config: fp.Settings, backbone: fp.Backbone, iterat
         def nll_of(*parts: np.ndarray) -> np.ndarray:
             return np.concatenate([fp._nll_of(x, f, grid, prediction, threads)
                                    for x, f in zip(parts, (denoiser, None))], 1)
-        nll = nll_of(*(v.x0[w.clean] for v in views))
+        nll = nll_of(*(v.x0[w.clean] for v in w.views))
         own, z = fp._calibrate(nll)
         if len(view.fresh):  # zero and unit of each place from all others: to these images it is all new
-            nll = nll_of(*(v.fresh for v in views))
+            nll = nll_of(*(v.fresh for v in w.views))
             z = nll * own["gain"] + own["offset"]
         raw = fp.worst_mean(z, config.worst)
         calibrations[steps] = own | fp._read_scores(raw, nll, w.details, config, w.roi)
@@ -264,6 +268,6 @@ def fit_whitened(w: Whitened, config: fp.Settings, backbone: fp.Backbone, iterat
     def packed(v: View, own: np.ndarray | None) -> tuple:
         return (v.mean.astype(np.float32), fp.pack_lower(v.whitener) if preconditioned else v.whitener,
                 None if own is None else fp.pack_factors(own))
-    (mean, whitener, own), *coarse = map(packed, views, factors)
+    (mean, whitener, own), *coarse = map(packed, w.views, factors)
     return fp.Prior(config, backbone, mean, whitener, denoiser, calibrations, w.summary | trained, threads,
                  factors=own, fine=w.fine, roi=w.roi, coarse=coarse[0] if coarse else None)

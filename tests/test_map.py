@@ -127,7 +127,7 @@ def test_holdout_reads_peaks_from_what_took_no_part():
     changed[away] = rng.standard_normal((12, 144, 4))
     inside[~away] *= 2
     a, b, c = (fitting.whiten_features(e._replace(fine=x), config) for x in (e.fine, changed, inside))
-    assert len(a.details) == len(a.view.fresh) and not np.array_equal(a.details, b.details)
+    assert len(a.details) == len(a.views[0].fresh) and not np.array_equal(a.details, b.details)
     for x, y in zip(a.fine, b.fine):
         np.testing.assert_array_equal(x, y)
     assert not np.array_equal(a.fine[0], c.fine[0])

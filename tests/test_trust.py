@@ -95,12 +95,12 @@ def test_bad_images_among_the_good_are_named_and_set_aside(good, bad, count):
 
 def test_what_is_a_little_unlike_does_not_calibrate_but_trains():
     e = extracted(np.random.default_rng(0), 100)
-    e.features[[0, 1, 3]] *= 1.6
+    e.features[[0, 1, 3]] *= 1.52
     config = fp.Settings(size=96, cell=32, factors=4)
     made, kept = (fitting.whiten_features(e, config, k) for k in (False, True))
     assert made.summary["set_aside"] == [0, 1, 3] and made.summary["held_out"] == 97 == made.clean.sum()
-    assert made.summary["images"] == len(made.view.x0) == 98  # two of them by far
-    assert kept.clean.all() and len(kept.view.x0) == 100
+    assert made.summary["images"] == len(made.views[0].x0) == 98  # two of them by far
+    assert kept.clean.all() and len(kept.views[0].x0) == 100
 
 
 @pytest.mark.skipif(not BOTTLE.is_dir(), reason=f"no real images at {BOTTLE}")
@@ -315,9 +315,21 @@ def test_a_bad_image_among_the_held_out():
     e.features[away[3]] *= 8
     found, kept = (fitting.whiten_features(e, config, keep) for keep in (False, True))
     assert found.summary["set_aside"] == [away[3]] and found.summary["held_out_aside"] == 1
-    assert len(found.coarse.fresh) == len(found.view.fresh) == found.summary["held_out"] == 19
-    assert len(kept.view.fresh) == 20
-    np.testing.assert_array_equal(found.view.x0, kept.view.x0)
+    assert len(found.views[1].fresh) == len(found.views[0].fresh) == found.summary["held_out"] == 19
+    assert len(kept.views[0].fresh) == 20
+    np.testing.assert_array_equal(found.views[0].x0, kept.views[0].x0)
+
+
+@pytest.mark.parametrize("calibration", ["cross", "holdout"])
+def test_what_only_a_coarse_place_shows_is_set_aside(calibration):
+    """A little of everything, at four places."""
+    config = fp.Settings(size=96, cell=32, factors=4, calibration=calibration)
+    e, bad = extracted(np.random.default_rng(2), 100), 5
+    assert calibration == "cross" or np.random.default_rng(config.seed).permutation(100)[bad] < 20
+    e.features[bad, fp.coarse_cells(np.ones(9, bool), config.grid)[0]] += np.float16(.25)
+    alone = dataclasses.replace(config, coarse=False)
+    both, places = (fitting.whiten_features(e, c).summary["set_aside"] for c in (config, alone))
+    assert bad in both and bad not in places
 
 
 def test_what_is_set_aside_of_the_held_out_is_decided_one_by_one():
@@ -343,7 +355,7 @@ def test_holdout_touches_nothing_before_the_threshold():
     changed[away] *= 3
     models = [fitting.whiten_features(e._replace(features=f), config) for f in (e.features, changed)]
     np.testing.assert_array_equal(*(m.fold for m in models))
-    for views in zip(*((m.view, m.coarse) for m in models)):
+    for views in zip(*(m.views for m in models)):
         for name in ("x0", "mean", "whitener"):
             np.testing.assert_array_equal(*(getattr(view, name) for view in views))
         assert not np.array_equal(*(view.fresh for view in views))
@@ -494,7 +506,7 @@ def test_the_number_of_threads_changes_no_bit():
     for threads in (1, 2, 5):
         w = fitting.whiten_features(e, config, threads=threads,
                                     progress=lambda *_: seen.extend(blas().values()))
-        for v in (w.view, w.coarse):
+        for v in w.views:
             models.append([v.x0.copy(), v.mean, v.whitener, fp.fit_factors(v.x0, w.fold, 4, threads), v.x0])
     assert seen and set(seen) == {1} and {k: n for k, n in blas().items() if k in before} == before
     for own in (*zip(*models[::2]), *zip(*models[1::2])):
