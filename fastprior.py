@@ -1546,10 +1546,15 @@ class RegionOfInterest:
         keep = np.repeat(inside, 3, 1).reshape(height, width, 3) * np.uint8(255)
         return inside, keep, ~keep & np.uint8(GREY)
 
+    def fits(self, height: int, width: int) -> bool:
+        """Whether an image has the mask's proportions, to a pixel."""
+        h, w = self.mask.shape
+        return abs(height * w - width * h) <= max(height, width, h, w)
+
     def paint(self, image: np.ndarray, shift=(0.0, 0.0)) -> np.ndarray:
-        """uint8 (H, W, 3) -> GREY outside. ShapeError unless it has the mask's proportions, to a pixel."""
+        """uint8 (H, W, 3) -> GREY outside. ShapeError unless it `fits`."""
         (h, w), (height, width) = self.mask.shape, image.shape[:2]
-        if abs(height * w - width * h) > max(height, width, h, w):
+        if not self.fits(height, width):
             raise ShapeError(f"{width}x{height} pixels, but the region is for {w}x{h} or these proportions")
         _, keep, fill = self.at(height, width, shift)
         return image & keep | fill
@@ -1654,6 +1659,8 @@ def _write_npz(path: str | os.PathLike, header: dict, arrays: dict[str, np.ndarr
             raise OSError(0, "it exists and is no file")
         plain = json.loads(json.dumps({"format": FORMAT} | header))
         text = json.dumps(plain, sort_keys=True, allow_nan=False).encode()
+        if len(text) > _MAX_HEADER:
+            raise OSError(0, "too many names of images for one file")
         arrays = {"header": np.frombuffer(text, np.uint8), **arrays}
         arrays = {k: np.ascontiguousarray(a) for k, a in arrays.items()}
         with open(temporary, "xb") as f:
@@ -2143,14 +2150,18 @@ class Prior:
 
     @_one_blas_thread
     def calibrate(self, images, *, keep_all: bool = False, progress: "Progress" = lambda *_: None,
-                  **settings) -> "Prior":
+                  fpr: float | None = None, threshold: float | None = None) -> "Prior":
         """This model with zero and unit of score and map, p-values and thresholds read from new good images.
 
         images: folder, or sequence of paths or uint8 arrays, that the model was not trained on; then the
         promise is split conformal, exact with keep_all. Equal pixels and near-duplicates count once, images
-        unlike the others are set aside (`summary["set_aside_today"]`) unless keep_all. settings: `fpr`,
-        `threshold`. Nothing is trained, the order of scores stays. ImageError if fewer than 10 can be read.
+        unlike the others are set aside (`summary["set_aside_today"]`) unless keep_all. fpr: a rate other than
+        the model's. threshold: a fixed one; without it the model's own, of other zero and unit, goes. Nothing
+        is trained, the order of scores stays. ImageError if fewer than 10 can be read.
         """
+        fpr = self.settings.fpr if fpr is None else fpr
+        settings = dataclasses.replace(self.settings, fpr=fpr, threshold=threshold)
+        settings.check()
         images, unreadable, _ = _room("folders").good_images(images)
         if self.settings.tile:
             return _room("tiles").calibrate(self, images, unreadable, keep_all, progress, settings)
@@ -2184,7 +2195,7 @@ class Prior:
         told = {"calibrated_on": int(kept.sum()), "held_out_aside": len(aside), "set_aside_today": aside,
                 "near_duplicates_today": len(e.keys) - count, "unreadable": unreadable[:20],
                 "traits": curation.known_traits(lone.of(kept).looks)}
-        made = self._with(dataclasses.replace(self.settings, **settings), calibrations, self.summary | told)
+        made = self._with(settings, calibrations, self.summary | told)
         return curation.doubted(self, made)
 
     def update(self, images, known: str | os.PathLike, **options) -> "Prior":
@@ -2232,7 +2243,10 @@ class Prior:
         """Standardised negative log-likelihood of each place (inside), then coarse place, float32 (B, N + M).
 
         z_n = (|x_T,n|^2 / 2) * scale_n + location_n, in standard deviations of held-out good images.
+        ShapeError of a model with windows (tile).
         """
+        if self.settings.tile:
+            raise ShapeError("z: expected a model of whole images, got one of windows (tile)")
         rows = [self._z(self._frames(a, False)) for _, a in _load_chunks(self, images, 16, "raise", [])]
         return np.concatenate([np.empty((0, len(self.mean) + len(self.cells)), np.float32), *rows])
 
@@ -2385,10 +2399,11 @@ class MultiPrior:
     """
 
     def __init__(self, priors: dict[str, Prior]):
-        kinds = {(p.backbone.name, p.settings.shape, p.grid, p.settings.steps) for p in priors.values()}
+        kinds = {(p.backbone.name, p.settings.shape, p.grid, p.settings.coarse, p.settings.steps)
+                 for p in priors.values()}
         if len(kinds) != 1:
-            raise ModelError("products of one model need one backbone, size, cell and number of steps, "
-                             f"got {sorted(kinds)}")
+            raise ModelError("products of one model need one backbone, size, cell, coarse places or none, "
+                             f"and number of steps, got {sorted(kinds)}")
         if len({b"".join(map(bytes, p.backbone.to_arrays().values())) for p in priors.values()}) != 1:
             raise ModelError("products of one model need one backbone: train them together (fit_many)")
         if len({p.roi and image_key(p.roi.mask) for p in priors.values()}) != 1:
@@ -2593,6 +2608,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     images, locked, found = _room("folders").good_images(images)
     config = Settings(**settings)
     config.check()
+    for steps in _CALIBRATED_STEPS:
+        select_timesteps(steps, config.first, config.last)
     if denoiser is None and (iterations is None or iterations > 0):
         training.import_torch()  # fail before the work, not after
     if len(images) < MIN_IMAGES and not known:
@@ -2613,19 +2630,19 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         extracted = _room("extraction").extract_features(images, config, backbone, threads, progress,
                                                          known=known, roi=roi)
         unreadable = locked + extracted.unreadable
-        if 2 * len(unreadable) > len(given):
-            raise ImageError(f"{len(unreadable)} of {len(given) + len(locked)} images cannot be read, "
-                             f"the first: {unreadable[0]}")
+        if 2 * len(unreadable) > (count := len(images) + len(locked)):
+            raise ImageError(f"{len(unreadable)} of {count} images cannot be read, the first: "
+                             f"{unreadable[0]}")
         extracted = extracted._replace(ranged=known.ranged if known else own or ranged, unreadable=unreadable)
         whitened = fitting.whiten_features(extracted, config, keep_all, progress, threads)
         far |= (again := {*own} - {*whitened.summary["trained_on"]})
-    if features:
-        extracted = extracted._replace(names=_names(given, range(len(given)), False))
-        kept.write(extracted, features, kept.about(config, backbone, roi))
     whitened.summary["set_aside"] = _names(given, whitened.summary["set_aside"])
     prior = fitting.fit_whitened(whitened, config, backbone, iterations, minutes, threads, progress, denoiser)
     prior.summary |= {"seconds": round(time.perf_counter() - began, 1), "found": found,
-                      "not_read": len(unreadable), "proportions": proportions}
+                      "not_read": len(unreadable), "proportions": proportions, "factors": config.factors}
+    if features:  # last: what is interrupted leaves those of the old model
+        extracted = extracted._replace(names=_names(given, range(len(given)), False))
+        kept.write(extracted, features, kept.about(config, backbone, roi))
     return prior
 
 

@@ -107,10 +107,15 @@ def strict_json(value) -> str:
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
+def with_aside(t: "fp.Threshold", aside: int) -> "fp.Threshold":
+    """What it promises if images that were set aside count as good ones above it."""
+    return dataclasses.replace(t, count=t.count + aside)
+
+
 def promise(prior) -> str:
     """What its threshold promises, in words. Images set aside count as good ones above it, to be safe."""
     t, aside = prior.threshold, prior.summary.get("held_out_aside", 0)
-    safe = dataclasses.replace(t, count=t.count + aside)
+    safe = with_aside(t, aside)
     more = f" and {aside} set aside" if aside else ""
     text = (f"threshold {t.value:.2f}: {t.count} held-out good images{more} promise false alarms of "
             f"{safe.expected:.1%} on average, at most {safe.bound:.1%} with 95 % confidence")
@@ -372,9 +377,8 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
         *map(os.path.realpath, fp.find_images(known_bad, without="good"))}
     if both:
         raise fp.FastPriorError(f"{len(both)} images are good ones and in --known-bad too, as {min(both)}")
-    changes = {"fpr": prior.settings.fpr if fpr is None else fpr, "threshold": threshold}
     with Bars() as bars:
-        prior = prior.calibrate(found, keep_all=keep_all, progress=bars, **changes)
+        prior = prior.calibrate(found, keep_all=keep_all, progress=bars, fpr=fpr, threshold=threshold)
         tried = prior.score_batch(fp.find_images(known_bad, without="good"), with_map=False,
                                   errors="return") if known_bad else []
     bad = [r.score for r in tried if isinstance(r, fp.Result)]
@@ -391,7 +395,8 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
         say(f"{len(bad)} bad images from {known_bad}; 'at most' with 95 % confidence, of the proposed one, "
             "which was chosen by looking at these, by a bound that holds for all thresholds at once")
         print("threshold\tfalse alarms\tat most\tmissed")
-        for t, wrong, most, missed, note in trade_off(prior.calibration["scores"], np.array(bad)):
+        aside = prior.summary["held_out_aside"]
+        for t, wrong, most, missed, note in trade_off(prior.calibration["scores"], np.array(bad), aside):
             average = "-" if note else f"{wrong:.1%}"  # of a threshold chosen by looking it promises nothing
             print(f"{t:.2f}\t{average}\t{most:.1%}\t{missed:.1%}\t{note}".rstrip())
         say("to use one: fastprior score --threshold, or calibrate --threshold")
@@ -426,27 +431,32 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, regions=()) -> np.ndarra
     return out
 
 
-def trade_off(good: np.ndarray, bad: np.ndarray) -> list[tuple[float, float, float, float, str]]:
+def trade_off(good: np.ndarray, bad: np.ndarray,
+              aside: int = 0) -> list[tuple[float, float, float, float, str]]:
     """Thresholds, the false-alarm rate that good scores promise on average and at most, and bad missed.
+
+    aside: good images that were set aside, which count as above any threshold, see `promise`.
 
     One for each of a few rates, and the one with the smallest sum of both errors: the middle of the widest
     gap between neighbouring scores that reaches it. That one was chosen by looking, so its rate is held by a
     bound for all thresholds at once: Dvoretzky, Kiefer, Wolfowitz, with Massart's constant, 95 %.
     """
     good, bad = np.sort(good), np.sort(bad)
-    slack = math.sqrt(math.log(1 / .05) / 2 / len(good))
+    count = len(good) + aside
+    slack = math.sqrt(math.log(1 / .05) / 2 / count)
     rows = []
     for fpr in (.1, .05, .02, .01):
-        t = fp.conformal_threshold(good, fpr)
+        t = with_aside(fp.conformal_threshold(good, fpr), aside)
         rows.append((t.value, t.expected, t.bound, float(np.mean(bad <= t.value)), ""))
     every = np.unique(np.r_[good, bad])
     middles, gaps = (every[1:] + every[:-1]) / 2, np.diff(every)
-    wrong = (1 + len(good) - np.searchsorted(good, middles, side="right")) / (len(good) + 1)
+    above = count - np.searchsorted(good, middles, side="right")
+    wrong = (1 + above) / (1 + count)
     missed = np.searchsorted(bad, middles, side="right") / len(bad)
     total = wrong + missed
     best = max(np.flatnonzero(total <= total.min() + 1e-12), key=lambda i: gaps[i])
     rows.append((float(middles[best]), float(wrong[best]),
-                 min(1.0, float(np.mean(good > middles[best])) + slack),
+                 min(1.0, float(above[best] / count) + slack),
                  float(missed[best]), "proposed"))
     return sorted(set(rows))
 

@@ -65,11 +65,18 @@ def update(prior: fp.Prior, images, known: str | os.PathLike, *, iterations: int
     what share, which at its training was 1 - loss / loss_start. Else it is trained again. options: those of
     `fit`.
     """
-    kept = prior.denoiser if iterations == 0 else None
-    factors = prior.settings.factors and fp.Settings.factors  # it may have less, for it had few images
-    settings = dataclasses.asdict(prior.settings) | {"backbone": prior.backbone, "factors": factors,
-                                                     "roi": prior.roi, "size": prior.settings.shape}
-    images = fp._room("folders").find_good(images) if isinstance(images, (str, os.PathLike)) else images
+    kept, summary = prior.denoiser if iterations == 0 else None, prior.summary
+    keys, trained_on = {*read(known, {}).keys}, {*summary.get("trained_on", ())}
+    if not trained_on <= keys or len(keys - trained_on) > len(summary.get("set_aside", ())):
+        raise fp.ModelError(f"{known}: features of {len(keys)} images, not of those that the model was "
+                            "trained on: give what was written with it, or train anew")
+    settings = dataclasses.asdict(prior.settings) | {
+        "backbone": prior.backbone, "roi": prior.roi, "size": prior.settings.shape, "threshold": None,
+        "factors": summary.get("factors", fp.Settings.factors)}  # it may have less, for it had few images
+    if isinstance(images, (str, os.PathLike)):
+        images = fp._room("folders").find_good(images)
+    elif not hasattr(images, "problems"):  # what found them in a folder
+        images = list(images)
     some = list(getattr(images, "images", images))[:32]
     tried = [r for r in prior.score_batch(some, with_map=False, errors="return") if isinstance(r, fp.Result)]
     odd = sum(r.is_anomaly for r in tried)

@@ -28,15 +28,20 @@ if "fp" not in globals():
 def region_of(roi, images: Sequence, settings: "fp.Settings") -> "fp.RegionOfInterest | None":
     """What `fastprior.fit` was given: a mask (H, W), a file or a region. None if all pixels are inside.
 
-    ShapeError if it is empty, of another size than the first image that can be read, or holds no place.
+    ShapeError if it is empty, of other proportions than all images that can be read, or holds no place.
     """
     if not isinstance(roi, fp.RegionOfInterest):
         roi = fp.RegionOfInterest(read_mask(roi) if isinstance(roi, (str, os.PathLike)) else roi)
-    image = next(fp._room("extraction").readable(images, settings.bits, None), None)
-    if image is not None and image.shape[:2] != roi.mask.shape:
-        (h, w), (height, width) = roi.mask.shape, image.shape[:2]
-        raise fp.ShapeError(f"roi: a region of {w}x{h} pixels, but images of {width}x{height}: draw it on "
-                            "one of them")
+    others = []
+    for image in fp._room("extraction").readable(images, settings.bits, None):
+        if roi.fits(*image.shape[:2]):
+            break
+        others.append(image.shape[:2])
+    else:
+        if others:
+            (h, w), (height, width) = roi.mask.shape, others[0]
+            raise fp.ShapeError(f"roi: a region of {w}x{h} pixels, but images of {width}x{height}: draw it "
+                                "on one of them")
     if not fp._inside(roi, settings.grid).any():
         raise fp.ShapeError("roi: no place, {0} pixels a side of {2}x{1}, is at least half inside: a larger "
                             "region, or a smaller cell (--cell)".format(settings.cell, *settings.shape))

@@ -108,8 +108,9 @@ class Report:
 
 def _calibration(prior: fp.Prior) -> dict[str, Any]:
     """What the page needs to count anew at another threshold. Not rounded: the threshold is one of them."""
-    t = prior.threshold
-    return {"threshold": t.value, "bound": t.bound,
+    t, aside = prior.threshold, prior.summary.get("held_out_aside", 0)
+    return {"threshold": t.value, "aside": aside,
+            "bound": fp._room("console").with_aside(t, aside).bound,
             "scores": np.sort(prior.calibration["scores"]).astype(float).tolist()}
 
 
@@ -404,8 +405,9 @@ function count() {
       : "These fit no product: they are anomalies at any threshold.";
     return;
   }
-  const moved = at !== own.threshold, known = own.scores.length;
-  const above = own.scores.filter(s => s > at).length;
+  // images that were set aside count as good ones above any threshold
+  const moved = at !== own.threshold, known = own.scores.length + own.aside;
+  const above = own.scores.filter(s => s > at).length + own.aside;
   $("reset").disabled = !moved;
   $("reset").textContent = `Back to ${own.threshold.toFixed(2)}`;
   $("slider").value = Math.round(2000 * place(at));
@@ -413,7 +415,8 @@ function count() {
   if (document.activeElement !== $("number")) $("number").value = at.toFixed(2);
   // a threshold chosen by looking: a bound for all of them at once (Dvoretzky, Kiefer, Wolfowitz)
   const most = moved ? Math.min(1, above / known + Math.sqrt(Math.log(20) / 2 / known)) : own.bound;
-  $("promise").textContent = `${known} held-out good images promise false alarms of `
+  const more = own.aside ? ` and ${own.aside} set aside` : "";
+  $("promise").textContent = `${own.scores.length} held-out good images${more} promise false alarms of `
     + `${percent((above + 1) / (known + 1))} on average, at most ${percent(most)} with 95 % confidence.`;
   $("command").hidden = !moved || !single;
   $("command").textContent = `fastprior score --threshold ${at.toFixed(2)}`;

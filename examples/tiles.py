@@ -47,7 +47,7 @@ def corners(height: int, width: int, tile: int) -> list[tuple[int, int]]:
     return list(itertools.product(starts(height, tile), starts(width, tile)))
 
 
-def _window_prior(prior: fp.Prior) -> fp.Prior:
+def window_prior(prior: fp.Prior) -> fp.Prior:
     """The same model, for a window."""
     if "_window" not in vars(prior):
         settings = dataclasses.replace(prior.settings, tile=0)
@@ -64,7 +64,7 @@ def _score(prior: fp.Prior, image: np.ndarray, with_map: bool, chunk: int) -> tu
         joined = np.zeros((height, width), np.float32)
     for some in (places[i:i + chunk] for i in range(0, len(places), chunk)):
         windows = [image[y:y + tile, x:x + tile] for y, x in some]
-        for (y, x), r in zip(some, _window_prior(prior).score_batch(windows, with_map=with_map)):
+        for (y, x), r in zip(some, window_prior(prior).score_batch(windows, with_map=with_map)):
             scores.append(r.score)
             if with_map:
                 joined[y:y + tile, x:x + tile] += r.anomaly_map * ramp * ramp[:, None]
@@ -138,7 +138,7 @@ def _different(images: Sequence, bits: int | None,
 def _calibrated(prior: fp.Prior, images: Sequence, keep_all: bool, progress) -> tuple[dict, np.ndarray]:
     """Calibration of whole images from good ones, for the model's steps; and which were kept, bool."""
     own, values, peaks = dict(prior.calibration), [], []
-    window = _window_prior(prior)
+    window = window_prior(prior)
     for i, source in enumerate(images):
         scores, joined = _score(prior, fp.load_image(source, prior.settings.bits), True, 16)
         values.append(scores)
@@ -161,7 +161,7 @@ def _calibrated(prior: fp.Prior, images: Sequence, keep_all: bool, progress) -> 
 
 
 def calibrate(prior: fp.Prior, images: Sequence, unreadable: list[str], keep_all: bool, progress,
-              settings: dict) -> fp.Prior:
+              settings: fp.Settings) -> fp.Prior:
     """`Prior.calibrate` of a model with windows."""
     places, keys, group, looks, own = _different(images, prior.settings.bits, progress)
     unreadable = unreadable + own
@@ -182,19 +182,18 @@ def calibrate(prior: fp.Prior, images: Sequence, unreadable: list[str], keep_all
             "near_duplicates_today": len(places) - len(lone), "unreadable": unreadable[:20],
             "windows": len(corners(*size, prior.settings.tile)),
             "traits": curation.known_traits(looks[first][kept])}
-    return curation.doubted(prior, prior._with(dataclasses.replace(prior.settings, **settings),
-                                               {prior.settings.steps: made}, prior.summary | told))
+    return curation.doubted(prior, prior._with(settings, {prior.settings.steps: made}, prior.summary | told))
 
 
-def _cut(images: Sequence, count: int, settings: fp.Settings) -> Iterator[np.ndarray]:
-    """Windows of good images, `count` of each, drawn without return."""
+def _cut(images: Sequence, count: int, settings: fp.Settings) -> Iterator[tuple[int, np.ndarray]]:
+    """Windows of good images, `count` of each, drawn without return; and the image's place."""
     rng = np.random.default_rng(settings.seed)
-    for source in images:
+    for place, source in enumerate(images):
         image = fp.load_image(source, settings.bits)
         every = corners(*image.shape[:2], settings.tile)
         for i in np.sort(rng.permutation(len(every))[:count]):
             y, x = every[i]
-            yield image[y:y + settings.tile, x:x + settings.tile].copy()
+            yield place, image[y:y + settings.tile, x:x + settings.tile].copy()
 
 
 def fit(images: Sequence, locked: list[str], found: str, config: fp.Settings, backbone: fp.Backbone,
@@ -216,23 +215,27 @@ def fit(images: Sequence, locked: list[str], found: str, config: fp.Settings, ba
     chosen = np.random.default_rng(config.seed).permutation(groups) < max(fp.MIN_HELD_OUT, groups // 5)
     lone = fp._room("curation").first_of(group)
     held = [places[i] for i in np.flatnonzero(chosen[group] & lone)]
-    rest = [images[places[i]] for i in np.flatnonzero(~chosen[group])]
-    windows = len(corners(*fp.load_image(rest[0], config.bits).shape[:2], config.tile))
+    rest = [places[i] for i in np.flatnonzero(~chosen[group])]
+    windows = len(corners(*fp.load_image(images[rest[0]], config.bits).shape[:2], config.tile))
     most = min(_MOST_WINDOWS, (1 << 27) // config.tile ** 2)
     count = max(1, min(windows, most // len(rest)))
-    settings = dataclasses.asdict(config) | {"tile": 0, "backbone": backbone}
+    settings = dataclasses.asdict(config) | {"tile": 0, "backbone": backbone, "calibration": "cross"}
     settings["copies"] = min(config.copies, max(1, 400 // (count * len(rest))))  # windows are shifted already
-    inner = fp.fit(list(_cut(rest[:most], count, config)), keep_all=keep_all, progress=progress, **options,
-                   **settings)
+    owner, cut = zip(*_cut([images[i] for i in rest[:most]], count, config))
+    inner = fp.fit(cut, keep_all=keep_all, progress=progress, **options, **settings)
+    learned = {*inner.summary["trained_on"]}
+    unlike = {rest[i] for i, window in zip(owner, cut) if fp.image_key(window) not in learned}
     told = {"windows": windows, "windows_trained_on": inner.summary["images"], "images": len(rest),
             "trained_on": keys, "traits": fp._room("curation").known_traits(looks), "found": found,
             "unreadable": (locked + unreadable)[:20],
             "not_read": len(locked + unreadable), "near_duplicates": len(places) - int(groups),
             "repeated": len(images) - len(unreadable) - len(places)}
-    prior = inner._with(dataclasses.replace(inner.settings, tile=config.tile), inner.calibrations,
+    prior = inner._with(dataclasses.replace(inner.settings, tile=config.tile, calibration=config.calibration),
+                        inner.calibrations,
                         inner.summary | told)
     made, kept = _calibrated(prior, [images[i] for i in held], keep_all, progress)
     aside = [held[i] for i in np.flatnonzero(~kept)]
-    told = {"held_out": int(kept.sum()), "held_out_aside": len(aside), "set_aside": fp._names(images, aside),
+    told = {"held_out": int(kept.sum()), "held_out_aside": len(aside),
+            "set_aside": fp._names(images, {*aside} | unlike),
             "seconds": round(time.perf_counter() - began, 1)}
     return prior._with(prior.settings, {config.steps: made}, prior.summary | told)

@@ -99,7 +99,8 @@ class Watch:
                 fp._room("folders").check_folder(self.keep)
             self.log = log and opened.enter_context(contextlib.closing(Log(Path(log), log_bytes)))
             height, width = prior.roi.mask.shape if prior.roi else prior.settings.shape
-            prior.score(np.zeros((height, width, 3), np.uint8))  # compile, before frames are dropped for it
+            one = fp._room("tiles").window_prior(prior) if prior.settings.tile else prior
+            one.score(np.zeros((height, width, 3), np.uint8))  # compile, before frames are dropped for it
             self._opened = opened.pop_all()
         self._began = self._reported = time.monotonic()
         self._then = 0

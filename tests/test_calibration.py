@@ -1,4 +1,5 @@
 """What a score promises: jackknife, false-alarm rates on real good images, re-calibration, regions, drift."""
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -123,7 +124,12 @@ def test_false_alarms_of_refitted_models_stay_below_the_promise(calibration, mon
 def test_recalibration_keeps_the_order_and_restores_the_promise(prior, good, tmp_path):
     dark = washers(tmp_path / "dark", 40, seed=5, tone=.5)
     bad = [scratched(p, tmp_path / "bad" / p.name) for p in washers(tmp_path / "more", 10, seed=6, tone=.5)]
-    again = prior.calibrate(tmp_path / "dark", fpr=.1, keep_all=True)
+    settings = dataclasses.replace(prior.settings, threshold=99.)
+    fixed = prior._with(settings, prior.calibrations, prior.summary)
+    again = fixed.calibrate(tmp_path / "dark", fpr=.1, keep_all=True)
+    assert again.settings.threshold is None and again.threshold.value < 99  # it was of another zero and unit
+    with pytest.raises(TypeError):
+        prior.calibrate(tmp_path / "dark", worst=.5)
     probe = [*washers(tmp_path / "test", 30, seed=7, tone=.5), *bad]
     before, after = (np.array([r.score for r in p.score_batch(probe)]) for p in (prior, again))
     assert (np.argsort(before, kind="stable") == np.argsort(after, kind="stable")).all()
@@ -245,6 +251,18 @@ def test_the_proposed_threshold_has_the_smallest_sum_of_errors():
     assert note == "proposed" and 9 < t < 20 and missed == 1 / 3 or (8 <= t < 8.5 and missed == 0)
     every = [(1 + np.sum(good > v)) / 11 + np.mean(bad <= v) for v in np.arange(-1, 31, .25)]
     assert wrong + missed == pytest.approx(min(every))
+
+
+def test_images_set_aside_count_as_above_every_threshold():
+    """In the table as in the promise."""
+    good, console = np.arange(20.), fp._room("console")
+    rows = console.trade_off(good, np.array([18.5, 30.]), 2)
+    t = console.with_aside(fp.conformal_threshold(good, .01), 2)
+    assert (t.value, t.expected, t.bound, .5, "") in rows
+    t, wrong, most, _, _ = next(r for r in rows if r[4])
+    above = np.sum(good > t) + 2
+    assert wrong == (1 + above) / 23 and most == pytest.approx(above / 22 + np.sqrt(np.log(20) / 2 / 22))
+    assert console.trade_off(np.r_[good, 99, 99], np.array([18.5, 30.]))[0][1] <= rows[0][1]
 
 
 @pytest.fixture

@@ -33,6 +33,10 @@ def test_products_of_one_model_share_the_grid(washers):
     fine, coarse = (fp.fit(washers, size=64, cell=c, copies=0, iterations=0) for c in (16, 32))
     with pytest.raises(fp.ModelError, match="cell"):
         fp.MultiPrior({"fine": fine, "coarse": coarse})
+    without = fp.fit(washers, size=64, cell=32, copies=0, iterations=0, coarse=False,
+                     backbone=coarse.backbone)
+    with pytest.raises(fp.ModelError, match="coarse places or none"):
+        fp.MultiPrior({"with": coarse, "without": without})
 
 
 def test_tier_and_cell_on_the_command_line(washers, tmp_path):

@@ -59,8 +59,8 @@ def test_good_anomaly_and_error(model_file, images):
 
 
 @LINUX
-@pytest.mark.parametrize("shell, code", [("> /dev/full", 2), ("2> /dev/full", 1), (">&- 2>&- <&-", 2), (">&-", 2),
-                                         ("<&-", 1), ("2>&-", 1),
+@pytest.mark.parametrize("shell, code", [("> /dev/full", 2), ("2> /dev/full", 1), (">&- 2>&- <&-", 2),
+                                         (">&-", 2), ("<&-", 1), ("2>&-", 1),
                                          ("| true; exit ${PIPESTATUS[0]}", 2)])
 def test_streams_that_are_closed_or_full(model_file, images, shell, code):
     done = run("score", "-m", model_file, images, shell=shell)

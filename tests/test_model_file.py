@@ -477,6 +477,9 @@ def test_products_need_names_that_can_be_printed(tmp_path):
         with pytest.raises(fp.ModelError, match="printable"):
             fp.MultiPrior({name: prior})
     fp.MultiPrior({"Gehäuse 日本": prior}).save(tmp_path / "m.npz")
+    long = prior._with(prior.settings, prior.calibrations, prior.summary | {"trained_on": ["0" * 99] * 50000})
+    with pytest.raises(fp.FastPriorError, match="too many names"):  # which could not be read again
+        long.save(tmp_path / "long.npz")
     assert fp.Prior.load(tmp_path / "m.npz").priors.keys() == {"Gehäuse 日本"}
 
 

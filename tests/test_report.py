@@ -63,6 +63,9 @@ def test_page_holds_every_row_and_names_as_text_only(images, model_file, trained
     product, = facts["products"].values()
     assert product["threshold"] == trained.threshold.value and product["bound"] == trained.threshold.bound
     assert product["scores"] == np.sort(trained.calibration["scores"]).tolist()
+    aside = trained._with(trained.settings, trained.calibrations, trained.summary | {"held_out_aside": 3})
+    told = fp._room("report")._calibration(aside)
+    assert told["aside"] == 3 and f"at most {told['bound']:.1%}" in fp._room("console").promise(aside)
     text = page.read_text()
     assert "owned" in text and "<img src=x" not in text
     assert text.count("<script") == 3 == text.count("</script>")

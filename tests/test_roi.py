@@ -322,12 +322,20 @@ def test_what_is_no_region_is_refused(tmp_path):
     for roi, why in (
             (np.zeros_like(MASK), "expected a mask .* 0 not 0"), (MASK[..., None], "expected a mask"),
             (MASK * 1.0, "expected a mask"), (MASK[:, :90], "90x72 pixels, but images of 96x72"),
-            (np.kron(MASK, np.ones((2, 2), bool)), "192x144 pixels, but images of 96x72"),
             (thin, "at least half inside"), (tmp_path / "clear.png", "transparent"),
             (tmp_path / "mask.jpg", "PNG"), (tmp_path / "text.png", "text.png: expected a mask"),
             (tmp_path / "none.png", "no such file")):
         with pytest.raises(fp.ShapeError, match=f"^roi: [^\n]*{why}[^\n]*$"):
             fit_with(roi)
+
+
+def test_larger_and_smaller_images_are_taken_in_any_order():
+    """By proportions, as `score` takes them; others are named one by one."""
+    images = [*parts(0, 5), np.kron(parts(9, 1)[0], np.ones((2, 2, 1), np.uint8)), parts(1, 1)[0][:, :80]]
+    for some in (images, images[::-1]):
+        made = fp.fit(some, roi=MASK, **SETTINGS)
+        assert made.summary["images"] == 6 and len(made.summary["unreadable"]) == 1
+    assert fit_with(np.kron(MASK, np.ones((2, 2), bool))).roi is not None
 
 
 def test_an_image_of_other_proportions_is_an_error_of_its_own(prior, tmp_path):

@@ -57,7 +57,7 @@ def test_maps_join_without_seams(tiled, monkeypatch):
             for w in windows:
                 rows, columns = w[..., 0].astype(int), 2 * w[..., 1].astype(int) + w[..., 2]
                 yield type("Result", (), {"score": float(columns.max()), "anomaly_map": truth[rows, columns]})
-    monkeypatch.setattr(tiles, "_window_prior", lambda prior: Window())
+    monkeypatch.setattr(tiles, "window_prior", lambda prior: Window())
     scores, joined = tiles._score(tiled, image, True, 4)
     np.testing.assert_allclose(joined, truth, atol=1e-5)
     assert max(scores) == 332 and len(scores) == len(tiles.corners(150, 333, 64)) == 3 * 7
@@ -138,6 +138,28 @@ def test_a_bad_image_among_the_good_is_named(webs):
     named = set(made.summary["set_aside"])
     assert named <= {"image 24", "image 25"}  # those that calibrate; those that train have few windows of all
     assert made.score(web(rng, (30, 30))).is_anomaly
+
+
+def test_an_image_whose_windows_do_not_train_is_named(webs):
+    bad, left_out = np.full((64, 160, 3), 250, np.uint8), 0
+    bad[::9] = 0
+    for seed in range(4):
+        made = fp.fit([*webs, bad], tile=64, seed=seed, **SMALL)
+        lost = made.summary["windows_trained_on"] < 3 * made.summary["images"]
+        assert not lost or "image 24" in made.summary["set_aside"]
+        left_out += lost
+    assert left_out
+
+
+def test_holdout_and_cross_are_the_same(webs, tiled):
+    """A fifth of the images calibrates, whatever a window's calibration would be."""
+    exact = fp.fit(webs, tile=64, calibration="holdout", **SMALL)
+    assert exact.settings.calibration == "holdout" and exact.threshold.value == tiled.threshold.value
+
+
+def test_a_z_is_a_windows(tiled, webs):
+    with pytest.raises(fp.ShapeError, match="windows"):
+        tiled.z(webs[:1])
 
 
 def test_what_cannot_be(tiled, webs, tmp_path):

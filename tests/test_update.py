@@ -109,6 +109,56 @@ def test_a_model_is_no_file_of_features(grown, parts, tmp_path):
         first.update(parts[1], tmp_path / "cut.npz")
 
 
+def test_what_is_interrupted_leaves_model_and_features_as_they_were(grown, parts, tmp_path):
+    folder, first, *_ = grown
+    file = tmp_path / "part.features.npz"
+    before = (folder / "first.npz").read_bytes()
+
+    def stop(what, *_):
+        if what == "calibration":
+            raise KeyboardInterrupt
+    for again in (lambda: first.update(parts[1], file, features=file, progress=stop),
+                  lambda: fp.fit(parts[1], features=file, progress=stop, **SIZE)):
+        file.write_bytes(before)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+        assert file.read_bytes() == before
+
+
+def test_features_of_other_images_than_the_models_are_refused(grown, parts):
+    folder, first, new, _ = grown
+    for model, file, count in ((first, "all", 24), (new, "first", 14)):
+        with pytest.raises(fp.ModelError, match=f"{file}.npz: features of {count} images, not of those"):
+            model.update(parts[1], folder / f"{file}.npz")
+
+
+def test_images_may_come_from_an_iterator(grown, parts):
+    folder, first, new, _ = grown
+    again = first.update(iter(parts[1]), folder / "first.npz")
+    assert again.summary["trained_on"] == new.summary["trained_on"]
+
+
+def test_images_none_of_which_can_be_read(grown, tmp_path):
+    folder, first, *_ = grown
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_text("no image")
+    with pytest.raises(fp.ImageError, match="3 of 3 images cannot be read"):
+        first.update(tmp_path, folder / "first.npz")
+
+
+def test_a_threshold_of_another_zero_and_unit_goes(grown, parts):
+    folder, first, new, _ = grown
+    settings = fp.dataclasses.replace(first.settings, threshold=7.)
+    fixed = first._with(settings, first.calibrations, first.summary)
+    assert fixed.update(parts[1], folder / "first.npz").threshold.value == new.threshold.value
+    assert fixed.update(parts[1], folder / "first.npz", threshold=6.).threshold.value == 6
+
+
+def test_factors_are_as_many_as_were_wished_for(parts, tmp_path):
+    few = fp.fit(parts[0], features=tmp_path / "f.npz", factors=3, **SIZE)
+    assert few.update(parts[1], tmp_path / "f.npz").settings.factors == 3
+
+
 def test_the_denoiser_stays_while_it_helps(grown, parts, monkeypatch):
     folder, first, new, _ = grown
     n, c = first.mean.shape

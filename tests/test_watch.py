@@ -425,6 +425,15 @@ def test_control_c_loses_no_row(places, files, model_file):
     assert len(set(paths)) == 300
 
 
+@pytest.mark.parametrize("tile", [64, 96])
+def test_a_model_of_windows_watches(places, caplog, tile):
+    rng = np.random.default_rng(0)
+    webs = [rng.integers(90, 160, (96, 200, 3)).astype(np.uint8) for _ in range(20)]
+    prior = fp.fit(webs, tile=tile, size=64, iterations=0, copies=0)
+    with watch.Watch(prior, places / "in"):
+        assert "windows" not in caplog.text
+
+
 def test_what_cannot_be_watched_is_said(places, trained, monkeypatch, model_file, files):
     refused = [((places / "none",), {}, "no such folder or video"),
                ((places / "in",), {"keep": places / "in" / "ng"}, "lies in the folder that is watched"),
