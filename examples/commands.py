@@ -4,6 +4,7 @@ fastprior loads this file by its path and hands itself in as `fp`.
 """
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import typer
@@ -90,24 +91,28 @@ def build_app() -> "typer.Typer":
         Example: fastprior train --multi products -o all.npz
         """
         check_output(output)
-        features = console.features_file(output) if keep_features else None
-        if features:
-            check_output(features)
-        if multi and features:
+        if keep_features:
+            check_output(console.features_file(output))
+        if multi and keep_features:
             raise fp.ShapeError("--keep-features: of one product; leave out --multi")
         if multi and tiles:
             raise fp.ShapeError("--tiles: of one product; leave out --multi")
         chosen = preset(tier)
         own = {k: v for k, v in {"backbone": backbone, "cell": cell}.items() if v is not None}
         own |= {"size": console.size_of(size)} if size else {}
-        with console.Bars() as bars:
-            made = (fp.fit_many if multi else fp.fit)(
-                good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
-                variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits, keep_all=keep_all,
-                roi=roi, tile=tiles, **chosen | own | ({"features": features} if features else {}))
-        made.save(output)
+        with contextlib.ExitStack() as opened:
+            if keep_features:
+                own["features"] = opened.enter_context(console.features_beside(output))
+            with console.Bars() as bars:
+                made = (fp.fit_many if multi else fp.fit)(
+                    good, iterations=iterations, minutes=minutes, progress=bars, threads=threads, steps=steps,
+                    variant=variant, calibration=calibration, fpr=fpr, seed=seed, bits=bits,
+                    keep_all=keep_all, roi=roi, tile=tiles, **chosen | own)
+            made.save(output)
         console.tell_training(made)
         print(output)
+        if any(p.summary.get("interrupted") for p in fp._products(made).values()):
+            raise KeyboardInterrupt  # of the denoiser's training: the model is whole, and whoever waits knows
 
     @app.command()
     def update(good: str = typer.Argument(..., help="Folder of more good images."),

@@ -180,19 +180,33 @@ def features_file(model: Path) -> Path:
     return model.with_suffix(".features" + model.suffix)
 
 
+@contextlib.contextmanager
+def features_beside(output: Path):
+    """A file for features that takes its place when the model is saved: neither is ever without the other."""
+    path = features_file(output)
+    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, os.path.realpath(path))
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def update(good: str, model: Path, output: Path, iterations: int, keep_all: bool,
            threads: int | None) -> None:
-    prior, known, kept = fp.Prior.load(model, threads=threads), features_file(model), features_file(output)
+    prior, known = fp.Prior.load(model, threads=threads), features_file(model)
     if isinstance(prior, fp.MultiPrior):
         raise fp.FastPriorError(f"{model}: holds {len(prior.priors)} products; update takes a model of one")
     if not known.is_file():
         raise fp.FastPriorError(f"{known} is not there: it holds what update needs of the first images; "
                                 "write it with train --keep-features")
-    fp._room("folders").check_output(kept)
-    with Bars() as bars:
-        new = prior.update(good, known, iterations=iterations, keep_all=keep_all, threads=threads,
-                           features=kept, progress=bars)
-    new.save(output)
+    fp._room("folders").check_output(features_file(output))
+    with features_beside(output) as features:
+        with Bars() as bars:
+            new = prior.update(good, known, iterations=iterations, keep_all=keep_all, threads=threads,
+                               features=features, progress=bars)
+        new.save(output)
     tell_training(new)
     summary = new.summary
     if "gain_kept" in summary:
@@ -373,14 +387,12 @@ def calibrate(good: str, model: Path, output: Path, known_bad: str | None, fpr: 
         raise fp.FastPriorError(f"{model}: holds {len(prior.priors)} products; calibrate takes a "
                                 "model of one")
     found = fp._room("folders").find_good(good)
-    both = known_bad and {*map(os.path.realpath, found.images)} & {
-        *map(os.path.realpath, fp.find_images(known_bad, without="good"))}
-    if both:
+    bad_files = fp._room("folders").find_bad(known_bad) if known_bad else []
+    if both := {*map(os.path.realpath, found.images)} & {*map(os.path.realpath, bad_files)}:
         raise fp.FastPriorError(f"{len(both)} images are good ones and in --known-bad too, as {min(both)}")
     with Bars() as bars:
         prior = prior.calibrate(found, keep_all=keep_all, progress=bars, fpr=fpr, threshold=threshold)
-        tried = prior.score_batch(fp.find_images(known_bad, without="good"), with_map=False,
-                                  errors="return") if known_bad else []
+        tried = prior.score_batch(bad_files, with_map=False, errors="return")
     bad = [r.score for r in tried if isinstance(r, fp.Result)]
     unreadable = prior.summary["unreadable"] + [r for r in tried if isinstance(r, Exception)]
     if known_bad and not bad:

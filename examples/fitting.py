@@ -249,6 +249,8 @@ def fit_whitened(w: Whitened, config: fp.Settings, backbone: fp.Backbone, iterat
     elif iterations is None or iterations > 0:
         denoiser, trained = fp._room("training").train_denoiser(
             x0, held_out, config, iterations or 900, minutes, prediction, progress, threads)
+        if not trained["iterations"]:  # none lowered the held-out loss
+            denoiser = None
     calibrations = {}
     for steps in sorted({config.steps, *fp._CALIBRATED_STEPS}):
         grid = fp.select_timesteps(steps, config.first, config.last)

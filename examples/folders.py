@@ -64,6 +64,7 @@ class Found:
         self.left_out, self.suffixes = collections.Counter(), collections.Counter()
         self.errors: dict[str, str] = {}
         self.seen: set[str] = set()  # real paths
+        self.left: set[str] = set()
         self.source = ""
 
     def __str__(self) -> str:
@@ -124,8 +125,7 @@ class Found:
             self.suffixes[path.suffix or "no suffix"] += 1
         elif _OUTPUT.search(path.name):
             self.left_out["maps and masks of fastprior"] += 1
-        elif (path.suffix.lower() in (".png", ".bmp") and _MASK_OF.search(path.stem)
-              and _MASK_OF.sub("", path.stem) in stems):
+        elif _MASK_OF.search(path.stem) and _MASK_OF.sub("", path.stem) in stems:
             self.left_out["masks beside their images"] += 1
         elif real in self.seen:
             self.left_out["seen by another name"] += 1
@@ -136,9 +136,11 @@ class Found:
             found[path] = path.relative_to(base)
 
     def leave(self, folder: Path) -> None:
-        inside = Found()
-        inside.folder(folder)
-        self.left_out[f"in {folder.name}/"] += len(inside.images)
+        inside, real = Found(), os.path.realpath(folder)
+        if real not in self.left:
+            self.left.add(real)
+            inside.folder(folder)
+            self.left_out[f"in {folder.name}/"] += len(inside.images)
 
 
 def is_image(name: str) -> bool:
@@ -160,6 +162,14 @@ def find_images(path: str | os.PathLike, without: str = "") -> list[Path]:
     return _some(found, path)
 
 
+def find_bad(path: str | os.PathLike) -> list[Path]:
+    """Images known to be bad: those under a folder, but of good ones; ImageError if it is one of masks."""
+    whole = Path(os.path.abspath(path))
+    if os.path.isdir(path) and "mask" in (_kind(whole.name), _kind(whole.parent.name)):
+        raise fp.ImageError(f"{path}: masks, by its name; expected images of bad parts")
+    return find_images(path, without="good")
+
+
 def _some(found: Found, path: Path) -> list[Path]:
     if not found.images:
         raise fp.ImageError(f"{path}: no images here (looked for "
@@ -176,7 +186,7 @@ def find_good(path: str | os.PathLike) -> Found:
     if not os.fspath(path) or not os.path.isdir(path):
         found.images = {file: file for file in find_images(path)}
         return found
-    here, aside = Path(path), []
+    here, aside, masked = Path(path), [], False
     kind = _kind(os.path.basename(os.path.abspath(here)))
     while True:
         try:
@@ -199,13 +209,14 @@ def find_good(path: str | os.PathLike) -> Found:
             break
         aside += [f for f in folders if f != chosen[0]]
         here = chosen[0]
+        masked |= folders[here] != "train" and "mask" in folders.values()  # of these, not of a test's images
         kind = folders[here] if folders[here] in ("good", "train") else kind
         if kind == "good":
             break
     whole = Path(os.path.abspath(here))
     named = {_kind(whole.name), _kind(whole.parent.name) == "mask" and "mask"}
     if kind != "good" and (unclear or folders and not loose or named & {"bad", "mask"} or
-                           kind != "train" and "mask" in map(_kind, (f.name for f in aside))):
+                           masked):
         names = ", ".join(sorted(f"{f.name}/" for f in folders)[:6])
         raise fp.ImageError(f"{here}: which images are good is not clear "
                             f"({'images beside ' * bool(loose and folders)}"
@@ -238,10 +249,13 @@ def find_all(patterns: Iterable[str]) -> Found:
         else:
             fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
             matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-            kinds = {_kind(match.name) for match in matches if match.is_dir()}
-            for match in matches:
-                if match.is_dir() and _kind(match.name) == "mask" and kinds - {"", "mask"}:
-                    found.leave(match)
+            below = [match.relative_to(fixed).parts[:None if match.is_dir() else -1] for match in matches]
+            in_layout = {_kind(name) for own in below for name in own} - {"", "mask"}
+            named = {*path.parts[len(fixed.parts):]}  # by whoever means them
+            for match, own in zip(matches, below):
+                masks = [i for i, name in enumerate(own) if _kind(name) == "mask" and name not in named]
+                if masks and in_layout:
+                    found.leave(fixed.joinpath(*own[:masks[0] + 1]))
                 elif match.is_dir():
                     found.folder(match, fixed)
                 else:
@@ -345,7 +359,14 @@ def good_images(images) -> tuple[list, list[str], str]:
 
 def fit_many(root: str | os.PathLike, *, progress=fp._quiet, **options) -> "fp.MultiPrior":
     """`fit` for every product of ROOT, a folder each (of good images, or a data set's), in one model."""
+    for what in ("features", "tile", "known"):
+        if options.get(what):
+            raise fp.ShapeError(f"{what}: of one product; train it alone")
     found = find_products(root)
+    fp.MultiPrior.check_names(found)
+    for name, own in found.items():
+        if len(own.images) < fp.MIN_IMAGES:
+            raise fp.ImageError(f"{name}: {len(own.images)} good images: at least {fp.MIN_IMAGES} are needed")
     names = {f.name for f in dataclasses.fields(fp.Settings)} - {"backbone"}
     settings = fp.Settings(**{k: v for k, v in options.items() if k in names})
     settings.check()
@@ -361,5 +382,7 @@ def fit_many(root: str | os.PathLike, *, progress=fp._quiet, **options) -> "fp.M
         priors = {product: fp.fit(own, backbone=made, ranged=ranged, **options, progress=lambda
                                   what, done, of, name=product: progress(f"{name}: {what}", done, of))
                   for product, own in found.items()}
+        if any(p.summary.get("interrupted") for p in priors.values()):
+            raise KeyboardInterrupt  # one product's training alone would be cut short
         far |= (again := {*ranged}.difference(*(p.summary["trained_on"] for p in priors.values())))
     return fp.MultiPrior(priors)

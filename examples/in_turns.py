@@ -37,8 +37,11 @@ def main():
                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE) for root in sys.argv[1:3]]
 
     def ask(child):
-        print(20, file=child.stdin, flush=True)
-        return float(child.stdout.readline())
+        try:
+            print(20, file=child.stdin, flush=True)
+            return float(child.stdout.readline())
+        except (OSError, ValueError):
+            sys.exit(f"error: {child.args[-2]} scores no frame; what it says stands above")
     for child in children:
         ask(child)  # compiled and warm
     times = np.array([[ask(child) for child in children] for _ in range(40)])

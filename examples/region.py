@@ -53,12 +53,12 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     path = Path(path)
     if path.suffix.lower() == ".json":
         return _of_polygons(path)
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        raise fp.ShapeError(f"roi: {path}: in a JPEG black is not all 0: save the mask as PNG")
     try:
         a = fp._pixels(path)
         from PIL import Image
         with Image.open(path) as image:
+            if image.format in ("JPEG", "MPO", "WEBP", "AVIF"):
+                raise ValueError(f"in a {image.format} black is not all 0: save the mask as PNG")
             transparent = "A" in image.getbands() or "transparency" in image.info
             transparent = transparent and image.convert("RGBA").getextrema()[3][0] < 255
     except Exception as e:  # whatever a decoder makes of foreign bytes

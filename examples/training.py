@@ -94,7 +94,6 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: fp.Settings, 
     torch = import_torch()
     usual = torch.get_num_threads()
     torch.set_num_threads(fp._usual_threads(threads))
-    torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     m, n, c = x0.shape
     p = {k: torch.from_numpy(v).requires_grad_() for k, v in initial_denoiser(n, c, settings).items()}
@@ -122,15 +121,13 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: fp.Settings, 
     def evaluate(params):
         with torch.no_grad():
             return float(np.mean([loss(params, *f).item() for f in fixed]))
-    rng, began = np.random.default_rng(settings.seed), time.perf_counter()
+    rng, began, interrupted = np.random.default_rng(settings.seed), time.perf_counter(), False
+    limit = 60 * minutes if minutes else math.inf
     start = best_loss = evaluate(average)
     best, best_at, waited, i = {k: v.clone() for k, v in average.items()}, 0, 0, 0
     try:
         for i in range(1, iterations + 1):
-            elapsed = time.perf_counter() - began
-            share = max(i / iterations, elapsed / (60 * minutes) if minutes else 0)
-            if share > 1:
-                break
+            share = min(1, max(i / iterations, (time.perf_counter() - began) / limit))
             for group in optimiser.param_groups:  # warm-up, then cosine
                 group["lr"] = 2e-3 * min(1, i / 50) * (.05 + .95 * .5 * (1 + math.cos(math.pi * share)))
             optimiser.zero_grad()
@@ -141,22 +138,24 @@ def train_denoiser(x0: np.ndarray, held_out: np.ndarray, settings: fp.Settings, 
             with torch.no_grad():
                 for k, v in p.items():
                     average[k].lerp_(v, 1 - decay)
-            if i % 50 == 0 or i == iterations:
+            last = i == iterations or time.perf_counter() - began > limit
+            if i % 50 == 0 or last:
                 current = evaluate(average)
                 waited = 0 if current < best_loss else waited + 1
                 if current < best_loss:
                     best_loss, best, best_at = current, {k: v.clone() for k, v in average.items()}, i
-                if waited >= 6:
-                    break
             progress("training", i, iterations)
+            if last or waited >= 6:
+                break
     except KeyboardInterrupt:
         fp._log.warning("interrupted: keeping the best weights so far")
+        interrupted = True
     finally:
         torch.set_num_threads(usual)
     if not math.isfinite(best_loss):
         raise fp.FastPriorError("training diverged: the held-out loss is not finite; try another seed")
     report = {"iterations": best_at, "iterations_run": i, "loss_start": round(start, 5),
-              "loss": round(best_loss, 5)}
+              "loss": round(best_loss, 5)} | ({"interrupted": True} if interrupted else {})
     return {k: v.numpy().copy() for k, v in best.items()}, report
 
 

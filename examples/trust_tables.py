@@ -277,7 +277,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=fp.Settings.size, help="pixels")
     args, net, rows = parser.parse_args(), fp.load_backbone(fp.Settings.backbone), []
     fp._CALIBRATED_STEPS = ()  # but the default: with F = 0 the number of steps changes no score
-    categories = fp._room("benchmark").find_categories(args.data)
+    try:
+        categories = fp._room("benchmark").find_categories(args.data)
+    except fp.ImageError as e:
+        parser.error(str(e))
+    least = args.images[0] + FRAMES if args.table == "traits" else -(-5 * args.images[0] // 4) + FRAMES
+    if args.table in ("traits", "refits") and (few := [c.name for c in categories if len(c.train) < least]):
+        parser.error(f"{', '.join(few)}: {args.table} needs {least} good images to train on; try --images "
+                     "with fewer")
     config, _ = fp._room("curation").settle([f for c in categories for f in c.train],
                                             fp.Settings(backbone=net.name, size=args.size))
     if args.table == "traits":

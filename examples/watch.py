@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import signal
 import threading
@@ -86,6 +87,9 @@ class Watch:
                 os.path.realpath(source)):
             raise fp.FastPriorError(f"{keep}: lies in the folder that is watched, so what is kept would be "
                                     "scored; choose a folder outside")
+        paths = [os.path.realpath(p) for p in (journal, log) if p is not None]
+        if len({*paths}) < len(paths):
+            raise fp.FastPriorError(f"{log}: is to be log and journal; give each a file of its own")
         if isinstance(source, int):
             self.source = Camera(source)
         elif is_folder:
@@ -528,7 +532,7 @@ class Log:
     """
 
     def __init__(self, path: Path, most: int):
-        self.path, self.most = path, most
+        self.path, self.most = Path(os.path.realpath(path)), most  # a link stays a link
         try:
             fp._room("folders").check_kind(path, "file of JSON lines")
             self._open()
@@ -551,7 +555,11 @@ class Log:
         line = fp._room("console").strict_json(row).encode() + b"\n"
         if self.size and self.size + len(line) > self.most and not self.file.closed:
             self.file.close()
-            os.replace(self.path, self.path.with_name(f"{self.path.name}.1"))
+            try:
+                os.replace(self.path, self.path.with_name(f"{self.path.name}.1"))
+            except OSError as e:
+                fp._log.warning("%s cannot be renamed, so it grows on: %s", self.path, e.strerror)
+                self.most = math.inf
         if self.file.closed:  # also where the last time failed between the two
             self._open()
         try:

@@ -165,6 +165,16 @@ class Frames:
         return self._host[id(array)]
 
 
+def check_image(image) -> None:
+    """Unfit unless an array, of the host or a GPU, is one that kernels take."""
+    about = getattr(image, "__cuda_array_interface__", None) or np.asarray(image).__array_interface__
+    shape, kind = tuple(about["shape"]), about["typestr"]
+    if (kind[1:] != "u1" or len(shape) != 3 or shape[2] != 3 or min(shape[:2]) < 8
+            or max(shape[:2]) > 32768):
+        raise Unfit("image on the GPU: expected uint8 (H, W, 3) of 8 to 32768 pixels a side, "
+                    f"got {np.dtype(kind)} {shape}")
+
+
 class Engine:
     """Device memory, weights and launches of one model on the current GPU. See `fastprior.Engine`.
 
@@ -620,11 +630,8 @@ class Engine:
 
     def to_device(self, image):
         """u8 (H, W, 3) on this GPU; an array that is there already is not copied."""
+        check_image(image)
         a = self.cupy.asarray(image)
-        if (a.dtype != np.uint8 or a.ndim != 3 or a.shape[2] != 3 or min(a.shape[:2]) < 8
-                or max(a.shape[:2]) > 32768):
-            raise Unfit("image on the GPU: expected uint8 (H, W, 3) of 8 to 32768 pixels a side, "
-                        f"got {a.dtype} {a.shape}")
         if a.device.id != self.gpu.id:
             raise Unfit(f"image on GPU {a.device.id}, the model is on GPU {self.gpu.id}: copy it there")
         return self.cupy.ascontiguousarray(a)

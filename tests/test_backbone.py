@@ -3,6 +3,7 @@ import hashlib
 import os
 import pickle
 import sys
+import types
 import zipfile
 
 import numpy as np
@@ -45,6 +46,30 @@ def lite_state(names="timm"):
             norm(part("bn3" if stage else "bn2", "_bn2"), c_out)
             c_in, n = c_out, n + 1
     return state
+
+
+def test_timm_says_how_its_network_normalises(monkeypatch):
+    class Net:
+        default_cfg = {"mean": (.1, .2, .3), "std": (.4, .5, .6)}
+
+        def state_dict(self):
+            return lite_state()
+    timm = types.SimpleNamespace(create_model=lambda name, pretrained: Net())
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    made = backbones.load_backbone("timm:tf_efficientnet_b9")
+    assert (made.mean, made.std) == ((.1, .2, .3), (.4, .5, .6))
+    for name in ("efficientnet_b4", "mobilenetv2_100", "resnet18"):
+        with pytest.raises(fp.ModelError, match="expected one of timm's tf_efficientnet"):
+            backbones.load_backbone(f"timm:{name}")
+
+
+def test_bfloat16_is_read(tmp_path):
+    from safetensors.torch import save_file
+    state = {k: v.bfloat16() for k, v in lite_state().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.pth")
+    a, b = (backbones.read_state_dict(tmp_path / f"a.{kind}") for kind in ("safetensors", "pth"))
+    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
 def test_both_naming_schemes_give_the_same_network():

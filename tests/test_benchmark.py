@@ -54,6 +54,10 @@ LAYOUTS = {
              "12346789", "05", "a", ["Data/Masks/Anomaly/a.png"]),
     "folder": ([*ten("Normal"), "crack/a.png", "colour/b.png", "mask/crack/a.png"],
                "12346789", "05", "ba", [None, "mask/crack/a.png"]),
+    "capitals, hidden, outputs": ([*ten("good"), "good/1.png.map.png", "good/.ipynb_checkpoints/1.png",
+                                   ".thumbnails/1.png", "bad/a.png", "bad/._a.png", "bad/a_mask.png",
+                                   "Masks/a.png"],
+                                  "12346789", "05", "a", ["Masks/a.png"]),
     "flat masks": ([*ten("good"), "crack/a.png", "masks/a.png"], "12346789", "05", "a", ["masks/a.png"]),
 }
 
@@ -98,6 +102,19 @@ def test_what_is_no_data_set_is_refused(tmp_path, files, match):
         benchmark.find_categories(tmp_path)
     with pytest.raises(fp.ImageError, match="expected categories"):
         benchmark.find_categories(tmp_path / "nowhere")
+
+
+def test_a_category_is_the_same_from_within(tmp_path, monkeypatch):
+    touch(tmp_path, *ten("candle/Data/Images/Normal"), *ten("candle/Data/Images/Anomaly"))
+    rows = ["image,split"] + [
+        f"candle/Data/Images/{kind}/{i}.png,{'train' if kind == 'Normal' and i < 4 else 'test'}"
+        for kind in ("Normal", "Anomaly") for i in range(10)]
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "split_csv" / "1cls.csv").write_text("\n".join(rows))
+    want, = benchmark.find_categories(tmp_path)
+    monkeypatch.chdir(tmp_path / "candle")
+    got, = benchmark.find_categories(".")
+    assert (got.name, got.train, got.test) == ("candle", want.train, want.test) and len(got.train) == 4
 
 
 def test_maps_are_held_against_their_own_masks(tmp_path):

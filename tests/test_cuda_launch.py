@@ -522,6 +522,25 @@ def test_an_engine_that_cannot_be_built_says_why_and_auto_falls_back(cuda, monke
     assert gpu.score(images()[0]).score == cpu.score(images()[0]).score
 
 
+def test_auto_falls_back_from_a_gpu_that_is_full(cuda, monkeypatch, caplog):
+    monkeypatch.setattr(engines.Engine, "finish", raising(MemoryError("Out of memory allocating 9 bytes")))
+    with pytest.raises(MemoryError):
+        model(device="cuda")
+    gpu, _ = model(device="auto")
+    assert gpu.device == "cpu" and "scoring on the CPU: Out of memory" in caplog.text
+
+
+def test_an_image_that_no_gpu_takes_is_an_error_of_its_own(cuda):
+    gpu, _ = model(device="cuda")
+    good = images()[0]
+    wrong = [cuda.asarray(np.zeros(shape, kind)) for shape, kind in (
+        ((4, 64, 3), np.uint8), ((64, 64), np.uint8), ((64, 64, 3), np.float32))]
+    wrong.append(np.zeros((8, 32769, 3), np.uint8))
+    results = gpu.score_batch([good, *wrong, good], errors="return")
+    assert results[0].score == results[-1].score
+    assert all(isinstance(r, fp.ShapeError) and "8 to 32768 pixels" in str(r) for r in results[1:-1])
+
+
 def test_turing_is_enough(cuda, monkeypatch):
     turing(monkeypatch, cuda, (7, 5))
     assert model(device="cuda")[0].backend == "cuda"

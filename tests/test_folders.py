@@ -164,6 +164,12 @@ LAYOUTS = {  # files: those that are good
     "images and masks": (["images/1.png", "masks/1.png"], None),
     "masks by name": (["1.png", "1_mask.png", "2.png"], None),
     "masks in train": (["train/1.png", "train/1_GT.png", "test/2.png"], None),
+    "images and masks in train": (["train/images/1.png", "train/masks/1.png"], None),
+    "train in images and in masks": (["images/train/1.png", "images/val/2.png", "masks/train/1.png"], None),
+    "images and labels in train": (["train/images/1.png", "train/labels/1.png", "test/images/2.png"], None),
+    "masks by name, as the images": (["1.jpg", "1_mask.jpg", "2.jpg"], None),
+    "good beside masks of others": (["images/good/1.png", "images/bad/2.png", "masks/2.png"],
+                                    ["images/good/1.png"]),
     "nothing": (["n.txt"], None),
     "nothing in good": (["good/n.txt", "bad/1.png"], None),
 }
@@ -215,6 +221,38 @@ def test_training_says_what_it_used_and_refuses_mostly_unreadable_images(washers
         (tmp_path / "good" / f"x{i}.png").write_bytes(b"none")
     with pytest.raises(fp.ImageError, match="32 of 56 images cannot be read"):
         fp.fit(tmp_path, iterations=0, size=64, copies=0)
+
+
+def test_a_glob_leaves_out_what_the_folder_does(tmp_path):
+    root = tree(tmp_path / "root", "train/good/1.png", "test/hole/2.png", "ground_truth/hole/2.png",
+                "ground_truth/cut/3.png")
+    wanted = ["test/hole/2.png", "train/good/1.png"]
+    for pattern in ("", "**", "*", "*/*", "**/*.png", "*/*/*.png"):
+        found = folders.find_all([str(root / pattern) if pattern else str(root)])
+        assert sorted(str(p.relative_to(root)) for p in found.images) == wanted, pattern
+        assert found.left_out["in ground_truth/"] == 2, (pattern, found.left_out)
+    named = folders.find_all([str(root / "ground_truth" / "*")])
+    assert len(named.images) == 2  # whoever names them means them
+
+
+def test_masks_are_no_bad_images(tmp_path):
+    root = tree(tmp_path / "root", "ground_truth/hole/1.png", "test/hole/1.png", "test/good/2.png")
+    for folder in ("ground_truth", "ground_truth/hole"):
+        with pytest.raises(fp.ImageError, match="masks, by its name"):
+            folders.find_bad(root / folder)
+    assert [p.name for p in folders.find_bad(root / "test")] == ["1.png"]
+
+
+def test_many_products_are_checked_before_the_first_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(fp, "fit", lambda *_, **__: pytest.fail("trained"))
+    for name, count, match in (("unknown", 6, "not 'unknown'"), ("few", 4, "few: 4 good images: at least 5")):
+        root = tree(tmp_path / name, *(f"bolt/{i}.png" for i in range(6)),
+                    *(f"{name}/{i}.png" for i in range(count)))
+        with pytest.raises(fp.FastPriorError, match=match):
+            fp.fit_many(root, iterations=0)
+    for what in ({"features": tmp_path / "f.npz"}, {"tile": 64}):
+        with pytest.raises(fp.ShapeError, match="of one product"):
+            fp.fit_many(root, **what)
 
 
 # -- outputs -----------------------------------------------------------------------------------------

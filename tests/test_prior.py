@@ -82,6 +82,31 @@ def test_priors_in_several_python_threads(model_file, pictures):
     assert not wrong
 
 
+@pytest.mark.parametrize("load", ["", "p.score(image)"])
+def test_first_scores_from_several_threads(load, model_file, tmp_path):
+    """In a new process: one loads and builds, the others wait for it."""
+    code = f"""
+import sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np, fastprior as fp
+image = np.zeros((64, 64, 3), np.uint8)
+p = fp.Prior.load({str(model_file)!r})
+{load}
+p = fp.Prior.load({str(model_file)!r})
+built, emit, scores, gate = [], fp.Prior._emit, [], threading.Barrier(4)
+fp.Prior._emit = lambda *a: built.append(1) or emit(*a)
+def work():
+    gate.wait()
+    scores.append(p.score(image).score)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for t in threads: t.start()
+for t in threads: t.join()
+print(len(built), len(scores), len(set(scores)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "4", "1"], done
+
+
 def test_threads_are_those_asked_for(trained, pictures, monkeypatch):
     want, pools = trained.score(pictures[0]).score, {}
     for asked, allowed in ((1, ""), (None, "1"), (None, "3"), (2, "3"), (5, "3")):
@@ -279,8 +304,26 @@ def test_every_way_to_train(washers, setting, tmp_path):
     again = fp.Prior.load(tmp_path / "m.npz")
     image = fp.find_images(washers)[0]
     assert again.score(image).score == prior.score(image).score
-    assert (prior.denoiser is None) == (setting.get("iterations") == 0)
+    assert (prior.denoiser is None) == (prior.summary["iterations"] == 0)
+    assert ("iterations_run" in prior.summary) == (setting.get("iterations") != 0)
     assert len(prior.calibration["scores"]) == 24 - len(prior.summary["set_aside"])
+
+
+def test_minutes_bound_a_training_whose_last_step_counts(washers):
+    short = fp.fit(washers, size=64, copies=0, minutes=1e-6)
+    assert short.summary["iterations_run"] == 1
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(fp.ShapeError, match="minutes: expected a positive number"):
+            fp.fit(washers, size=64, minutes=wrong)
+
+
+def test_the_hosts_random_numbers_stay_its_own(washers):
+    torch = pytest.importorskip("torch", reason="torch is in the extras `train` and `test`")
+    torch.manual_seed(1)
+    want = torch.rand(3)
+    torch.manual_seed(1)
+    fp.fit(washers, size=64, copies=0, iterations=2)
+    assert torch.equal(torch.rand(3), want)
 
 
 def test_images_that_are_all_alike_are_named(pictures):
@@ -308,7 +351,8 @@ def test_an_interrupted_training_leaves_nothing_or_a_whole_model(washers, tmp_pa
         if what == "training" and done == 12:
             raise KeyboardInterrupt
     prior = fp.fit(washers, iterations=50, size=64, copies=0, progress=later)
-    assert prior.summary["iterations_run"] == 12
+    assert prior.summary["iterations_run"] == 12 and prior.summary["interrupted"]
+    assert prior.denoiser is None  # nothing had been evaluated
     assert np.isfinite(prior.score(fp.find_images(washers)[0]).score)
 
 
@@ -324,6 +368,9 @@ def test_p_values_and_threshold_agree():
         assert t.bound == pytest.approx(stats.beta(51 - t.rank, t.rank).ppf(.95))
     beyond = fp.conformal_threshold(scores, .001)  # 50 images cannot promise this: the best they can
     assert beyond.value == scores[-1] and beyond.expected == pytest.approx(1 / 51) and beyond.needed == 2995
+    for almost in (1 - 1e-9, 1 - 1e-12):
+        t = fp.conformal_threshold(scores, almost)
+        assert (t.value, t.rank) == (scores[0], 1)
     for bad in (0, 1, -1):
         with pytest.raises(fp.ShapeError):
             fp.conformal_threshold(scores, bad)

@@ -318,12 +318,16 @@ def test_what_is_no_region_is_refused(tmp_path):
     clear = Image.fromarray(np.dstack([MASK.astype(np.uint8) * 255] * 4))
     clear.save(tmp_path / "clear.png")
     clear.convert("RGB").save(tmp_path / "mask.jpg")
+    clear.convert("RGB").save(tmp_path / "renamed.png", format="JPEG")
+    clear.convert("RGB").save(tmp_path / "mask.webp")
     (tmp_path / "text.png").write_text("no image")
     for roi, why in (
             (np.zeros_like(MASK), "expected a mask .* 0 not 0"), (MASK[..., None], "expected a mask"),
             (MASK * 1.0, "expected a mask"), (MASK[:, :90], "90x72 pixels, but images of 96x72"),
             (thin, "at least half inside"), (tmp_path / "clear.png", "transparent"),
-            (tmp_path / "mask.jpg", "PNG"), (tmp_path / "text.png", "text.png: expected a mask"),
+            (tmp_path / "mask.jpg", "in a JPEG black.*PNG"),
+            (tmp_path / "renamed.png", "in a JPEG black.*PNG"), (tmp_path / "mask.webp", "in a WEBP black"),
+            (tmp_path / "text.png", "text.png: expected a mask"),
             (tmp_path / "none.png", "no such file")):
         with pytest.raises(fp.ShapeError, match=f"^roi: [^\n]*{why}[^\n]*$"):
             fit_with(roi)

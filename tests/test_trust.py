@@ -1,6 +1,7 @@
 """Whether a verdict can be trusted: bad images among good ones, duplicates, order, what is no number."""
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -493,6 +494,34 @@ def test_a_darker_lamp_is_seen_by_the_command(good, tmp_path, capfd):
         fp._room("console").score([str(tmp_path / name)], tmp_path / "m.npz", None, None, False)
         said = capfd.readouterr().err
         assert ("less light" in said) == (light < 1), said
+
+
+def test_overlapping_trainings_give_the_threads_of_blas_back():
+    code = """
+import sys, threading, time
+import numpy, scipy.linalg
+from threadpoolctl import threadpool_info
+import fastprior as fp
+
+def blas():
+    return {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
+
+@fp._one_blas_thread
+def work(began, ended):
+    began.set()
+    ended.wait(1)
+    seen.append(blas())
+before, seen, (a, b, c) = blas(), [], [threading.Event() for _ in range(3)]
+threads = [threading.Thread(target=work, args=own) for own in ((a, b), (b, c))]
+threads[0].start()
+a.wait()
+threads[1].start()  # within the first, and ends after it
+for t in threads: t.join()
+print(before == {2}, seen == [{1}, {1}], blas() == {2})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True,
+                          env=os.environ | {"OPENBLAS_NUM_THREADS": "2"})
+    assert done.stdout.split() == ["True"] * 3, done
 
 
 def test_the_number_of_threads_changes_no_bit():

@@ -1,4 +1,5 @@
 """`update`: a model that grows by good images, without those it was trained on."""
+import os
 import subprocess
 import sys
 
@@ -227,6 +228,15 @@ def test_the_command(washers, parts, tmp_path):
     new = fp.Prior.load(tmp_path / "new.npz")
     assert new.summary["images"] + len(new.summary["set_aside"]) == 24
     assert f"{new.summary['images']} held-out good images" in done.stderr
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.npz")}
+    code = ("import sys, fastprior as fp\ndef full(*_): raise fp.FastPriorError('disk full')\n"
+            "fp.Prior.save = full\nfp.main()")
+    for arguments in (["update", "more", "-m", "part.npz", "-o", "part.npz"],
+                      ["train", "more", "-o", "part.npz", "--keep-features", *options]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, text=True,
+                              capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 2 and "disk full" in done.stderr, done
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
     (tmp_path / "part.features.npz").unlink()
     done = run("update", tmp_path / "more", "-m", tmp_path / "part.npz", "-o", tmp_path / "no.npz")
     assert done.returncode == 2 and "--keep-features" in done.stderr and not (tmp_path / "no.npz").exists()

@@ -425,6 +425,26 @@ def test_control_c_loses_no_row(places, files, model_file):
     assert len(set(paths)) == 300
 
 
+def test_a_log_that_cannot_be_renamed_grows_on(places, caplog):
+    path = places / "results.jsonl"
+    (places / "results.jsonl.1" / "in the way").mkdir(parents=True)
+    with contextlib.closing(watch.Log(path, 300)) as log:
+        for n in range(60):
+            log.write({"n": n, "text": "x" * 20})
+    assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == list(range(60))
+    assert caplog.text.count("cannot be renamed") == 1
+
+
+def test_a_log_that_is_a_link_stays_one(places):
+    (places / "disk").mkdir()
+    link, path = places / "results.jsonl", places / "disk" / "log.jsonl"
+    link.symlink_to(path)
+    with contextlib.closing(watch.Log(link, 300)) as log:
+        for n in range(30):
+            log.write({"n": n, "text": "x" * 20})
+    assert link.is_symlink() and path.is_file() and path.with_name("log.jsonl.1").is_file()
+
+
 @pytest.mark.parametrize("tile", [64, 96])
 def test_a_model_of_windows_watches(places, caplog, tile):
     rng = np.random.default_rng(0)
@@ -439,6 +459,7 @@ def test_what_cannot_be_watched_is_said(places, trained, monkeypatch, model_file
                ((places / "in",), {"keep": places / "in" / "ng"}, "lies in the folder that is watched"),
                ((places / "in",), {"keep": files[0]}, "expected a folder to write into"),
                ((files[0],), {"journal": places / "j"}, "a journal is for a folder"),
+               ((places / "in",), {"journal": places / "j", "log": places / "j"}, "log and journal"),
                ((places / "in",), {"log": places / "no" / "log"}, "log cannot be written"),
                ((places / "in",), {"journal": files[0] / "j"}, "journal cannot be written")]
     for args, how, words in refused:
