@@ -125,7 +125,8 @@ class Found:
             self.suffixes[path.suffix or "no suffix"] += 1
         elif _OUTPUT.search(path.name):
             self.left_out["maps and masks of fastprior"] += 1
-        elif _MASK_OF.search(path.stem) and _MASK_OF.sub("", path.stem) in stems:
+        elif ((m := _MASK_OF.search(path.stem)) and path.stem[:m.start()] in stems
+              and (m[1].lower() != "label" or path.suffix.lower() in (".png", ".bmp"))):  # a photo of a label
             self.left_out["masks beside their images"] += 1
         elif real in self.seen:
             self.left_out["seen by another name"] += 1

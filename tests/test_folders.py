@@ -103,6 +103,8 @@ def test_masks_are_left_out_by_layout_and_below_the_argument_only(tmp_path):
     assert under(dagm, ".")[0] == {"Train/1.png"}
     beside = tree(tmp_path / "beside", "1.jpg", "1_mask.png", "2.jpg", "2_label.bmp", "gt.png", "x_mask.png")
     assert under(beside, ".")[0] == {"1.jpg", "2.jpg", "gt.png", "x_mask.png"}
+    views = tree(tmp_path / "views", "1.jpg", "1_label.jpg", "1_front.png", "2.tif", "2_gt.tif", "2_MASK.jpg")
+    assert under(views, ".")[0] == {"1.jpg", "1_label.jpg", "1_front.png", "2.tif"}
     products = tree(tmp_path / "products", "masks/0.png", "caps/0.png")  # masks that one wears
     assert len(under(products, ".")[0]) == 2
 
