@@ -166,6 +166,20 @@ def test_an_interrupt_is_130(monkeypatch, capsys):
     assert in_process(monkeypatch, "info") == 130 and capsys.readouterr().err == "interrupted\n"
 
 
+def test_a_training_that_is_interrupted_is_saved_and_says_so(trained, washers, tmp_path, monkeypatch, capsys):
+    """With --multi nothing is: the products after it have not been seen."""
+    cut = trained._with(trained.settings, trained.calibrations, trained.summary | {"interrupted": True})
+    monkeypatch.setattr(fp, "fit", lambda *_, **__: cut)
+    assert in_process(monkeypatch, "train", str(washers), "-o", str(tmp_path / "m.npz")) == 130
+    assert fp.Prior.load(tmp_path / "m.npz").summary["interrupted"]
+    out, error = capsys.readouterr()
+    assert out.strip() == str(tmp_path / "m.npz") and error.endswith("interrupted\n")
+    (tmp_path / "products").mkdir()
+    (tmp_path / "products" / "washer").symlink_to(washers / "train" / "good")
+    args = "train", "--multi", str(tmp_path / "products"), "-o", str(tmp_path / "all.npz")
+    assert in_process(monkeypatch, *args) == 130 and not (tmp_path / "all.npz").exists()
+
+
 def test_memory_that_runs_out_for_one_image(model_file, images, monkeypatch, capsys):
     score = fp.Prior.score
 
