@@ -759,7 +759,7 @@ def _data_folder(name: str) -> Path:
 def load_backbone(name: str | os.PathLike | Backbone) -> Backbone:
     """A shipped one by its name (`lite0`, `lite2`), or what examples/backbones.py imports.
 
-    That is `lite1` (a pip package), `timm:NAME` (timm, pretrained), a .safetensors or .pth file.
+    That is `lite1` (a pip package), `timm:tf_efficientnet_...` (pretrained), a .safetensors or .pth file.
     """
     if isinstance(name, Backbone):
         return name
@@ -2608,8 +2608,9 @@ def fit(images, *, iterations: int | None = None, minutes: float | None = None, 
     iterations : at most this many training steps (default 900; the held-out loss may stop it earlier).
         0: no denoiser and no torch, the density is that of the joint Gaussian (places and shared factors).
     minutes : at most this long in the denoiser's training (but one step).
-    keep_all : images that are unlike the others calibrate too. Else they are set aside (at most a tenth),
-        and named in `summary["set_aside"]`; those that are so by far take no part in anything.
+    keep_all : images that are unlike the others calibrate too. Else they are set aside (at most a tenth, or a
+        fifth if they stand far apart), and named in `summary["set_aside"]`; those that are so by far take no
+        part in anything.
     roi : mask (H, W) of the images' size, not 0 inside, or a file (examples/region.py): `RegionOfInterest`.
     features : file to keep the images' features in, for `Prior.update`.
     known, denoiser, ranged : what `Prior.update` hands in: a file of features, whose images take part too,

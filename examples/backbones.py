@@ -139,7 +139,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def load_backbone(name: str) -> "fp.Backbone":
-    """`lite1`, `lite2` (pip packages), `timm:NAME` (timm, pretrained), or a weight file."""
+    """`lite1`, `lite2` (pip packages), `timm:tf_efficientnet_...` (pretrained), or a weight file."""
     source, normal = name, {}
     if name in ("lite1", "lite2"):
         from importlib.util import find_spec
@@ -167,8 +167,8 @@ def load_backbone(name: str) -> "fp.Backbone":
     elif Path(name).is_file():
         state, name = read_state_dict(name), Path(name).stem
     else:
-        raise fp.ModelError(f"backbone {name!r}: expected lite0, lite1, lite2, timm:NAME, or a .safetensors "
-                            "or .pth file; found none")
+        raise fp.ModelError(f"backbone {name!r}: expected lite0, lite1, lite2, timm:tf_efficientnet_..., or "
+                            "a .safetensors or .pth file; found none")
     try:
         with np.errstate(all="ignore"):
             made = dataclasses.replace(import_backbone(state, name), **normal)

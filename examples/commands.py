@@ -48,7 +48,8 @@ def build_app() -> "typer.Typer":
                                               "train/good) in it."),
               output: Path = typer.Option(..., "-o", "--output", help="Model file to write (.npz)."),
               tier: str = typer.Option("default", help="fast, default or accurate: backbone and size."),
-              backbone: str = typer.Option(None, help="lite0, lite1, lite2, timm:NAME, or a weight file."),
+              backbone: str = typer.Option(None, help="lite0, lite1, lite2, timm:tf_efficientnet_..., or a "
+                                                      "weight file."),
               size: str = typer.Option(None, help="Pixels that images are resized to, multiples of 32: a "
                                                   "square's side, whose area takes the proportions of the "
                                                   "images, or WIDTHxHEIGHT."),
