@@ -23,7 +23,8 @@ data to noise), `log_prob` and `nll` in nats. N = G*G' grid positions, C channel
 
 A score's way: `main` -> examples/commands.py (options) -> console.py -> `Prior.load` -> `Prior.score` ->
 `_frames` -> `_engine` (which builds once: `_emit`, `_emit_inversion`, `_emit_denoiser`) -> `Engine.run` of
-kernels/ -> `Result`; without kernels/ `_reference_frames`.
+kernels/ -> `Result`; without kernels/ `_reference_frames`. A training's: `fit` -> examples/extraction.py ->
+fitting.py (Gaussians, what is set aside; training.py: the denoiser) -> `Prior`.
 
 Limits: one product per model, seen from roughly one viewpoint; the density is per grid position,
 so a part that lies anywhere in the frame needs alignment or many good images.

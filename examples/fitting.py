@@ -204,7 +204,7 @@ def whiten_features(e, config: fp.Settings, keep_all: bool = False, progress: fp
     clean[clean] = calibrates
     fine = fit_fine(part.fine, config, e.roi)
     details = fp._details(fresh.fine if holdout else itertools.compress(part.fine, calibrates), *fine, config,
-                       e.roi)
+                          e.roi)
     fresh = fresh.features[fresh.clean]
     views = [View(x0, *gaussian(), apply_whitener(new, *gaussian()))
              for (x0, gaussian), new in zip(fits, views_of(fresh))]
@@ -272,4 +272,4 @@ def fit_whitened(w: Whitened, config: fp.Settings, backbone: fp.Backbone, iterat
                 None if own is None else fp.pack_factors(own))
     (mean, whitener, own), *coarse = map(packed, w.views, factors)
     return fp.Prior(config, backbone, mean, whitener, denoiser, calibrations, w.summary | trained, threads,
-                 factors=own, fine=w.fine, roi=w.roi, coarse=coarse[0] if coarse else None)
+                    factors=own, fine=w.fine, roi=w.roi, coarse=coarse[0] if coarse else None)

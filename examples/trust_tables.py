@@ -195,9 +195,9 @@ def merged(a: extraction.Extracted, b: extraction.Extracted) -> extraction.Extra
     order, sources, fine = np.argsort(keys), [*a.sources, *(-1 - s for s in b.sources)], [*a.fine, *b.fine]
     rows = np.concatenate([np.flatnonzero(owner == i) for i in order])
     return extraction.Extracted(np.concatenate([a.features, b.features])[rows],
-                        np.repeat(np.arange(len(order)), np.bincount(owner)[order]),
-                        np.concatenate([a.looks, b.looks])[order], keys[order].tolist(),
-                        [sources[i] for i in order], 0, [], [fine[i] for i in order])
+                                np.repeat(np.arange(len(order)), np.bincount(owner)[order]),
+                                np.concatenate([a.looks, b.looks])[order], keys[order].tolist(),
+                                [sources[i] for i in order], 0, [], [fine[i] for i in order])
 
 
 def mixtures(kept: list[Kept], config, net, args):
